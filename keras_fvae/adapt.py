@@ -1,0 +1,360 @@
+"""A whole model: find the layers to adapt, adapt them in place, freeze it."""
+
+import dataclasses
+import functools
+import gc
+import inspect
+import math
+import re
+import warnings
+
+import keras
+
+from keras_fvae import keras_internals
+from keras_fvae import masking
+from keras_fvae.config import DEFAULT_RANK
+from keras_fvae.config import FVAELoRAConfig
+from keras_fvae.config import resolve_config
+from keras_fvae.layers import ADAPTED_CLASSES
+from keras_fvae.layers import FVAELoRAMixin
+from keras_fvae.layers import attach_adapter
+from keras_fvae.layers import build_adapter
+from keras_fvae.layers import check_adaptable
+
+# What the query and value projections of attention layers are called, in
+# models that do not say themselves what to adapt.
+QUERY_AND_VALUE_NAMES = (
+    "query",
+    "value",
+    "query_dense",
+    "value_dense",
+    "query_proj",
+    "value_proj",
+    "query_projector",
+    "value_projector",
+    "q_proj",
+    "v_proj",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FVAELoRASummary:
+    """What `enable_fvae_lora` did; `print` it to read it.
+
+    Args:
+        config: `FVAELoRAConfig`, the settings.
+        layer_paths: Tuple of strings, the paths of the adapted layers.
+        base_parameters: Integer, the model's parameters without the adapters.
+        total_parameters: Integer, with the adapters.
+        trainable_parameters: Integer, the parameters that train.
+        inference_parameters: Integer, those of the adapters that inference
+            needs.
+    """
+
+    config: FVAELoRAConfig
+    layer_paths: tuple
+    base_parameters: int
+    total_parameters: int
+    trainable_parameters: int
+    inference_parameters: int
+
+    def __str__(self):
+        def count(parameters):
+            percent = 100 * parameters / self.base_parameters
+            return f"{parameters:>15,}  ({percent:.2f} % of the base model)"
+
+        return "\n".join(
+            [
+                f"FVAE-LoRA of rank {self.config.rank} on "
+                f"{len(self.layer_paths)} layers:",
+                *(f"  {path}" for path in self.layer_paths),
+                "Parameters:",
+                f"  base model          {self.base_parameters:>15,}",
+                f"  with the adapters   {self.total_parameters:>15,}",
+                f"  trainable           {count(self.trainable_parameters)}",
+                f"  kept for inference  {count(self.inference_parameters)}",
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def enable_fvae_lora(
+    model,
+    rank=DEFAULT_RANK,
+    target_layer_names=None,
+    *,
+    trainable_layer_names=(),
+    config=None,
+    **config_options,
+):
+    """Adapts a model by FVAE-LoRA, in place, and freezes all the rest.
+
+    The layers stay the same objects, with the same names, paths and weights.
+    At first the model predicts what it did. In training each adapted layer
+    adds its share of the FVAE's loss to `model.losses`.
+
+    Args:
+        model: `keras.Model` (or layer) that is built. Every `Dense` and
+            `EinsumDense` layer inside it, at any depth, can be adapted.
+        rank: Positive integer, width of the latents. Defaults to `16`.
+        target_layer_names: Which layers to adapt: a layer name, a compiled
+            regular expression that is searched for in `layer.path`, a list of
+            such, or a function that takes a layer and returns a boolean.
+            `None` (default) means what the `default_lora_layer_names()` of a
+            KerasHub backbone says, else the query and value projections.
+        trainable_layer_names: Layers to train as well, in the same forms.
+            Everything else in `model` is frozen.
+        config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
+            `rank` then counts.
+        **config_options: Single fields of `keras_fvae.FVAELoRAConfig`, such
+            as `dropout=0.0`. The `elbo_weight` is shared among the adapted
+            layers; a `seed` is counted up from layer to layer.
+
+    Returns:
+        An `FVAELoRASummary`: the adapted layers and the parameter counts.
+
+    Raises:
+        ValueError: If nothing matches a name or expression, a layer that
+            matches cannot be adapted, the model is adapted already, or a
+            setting is not allowed. The model is then as it was.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> inputs = keras.Input((10, 32))
+    >>> x = keras.layers.MultiHeadAttention(2, 16)(inputs, inputs)
+    >>> model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    >>> summary = keras_fvae.enable_fvae_lora(
+    ...     model, rank=4, trainable_layer_names=["head"]
+    ... )
+    >>> [path.split("/")[-1] for path in summary.layer_paths]
+    ['query', 'value']
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. "
+            f"Received: model={model!r} (of type {type(model)})"
+        )
+    config = resolve_config(rank, config, **config_options)
+    layers = keras_internals.flatten_layers(model)
+    adapted = [lyr for lyr in layers if isinstance(lyr, FVAELoRAMixin)]
+    if adapted:
+        raise ValueError(
+            f"Model '{model.name}' is adapted by FVAE-LoRA already: "
+            f"{len(adapted)} layers, the first is '{adapted[0].path}'. It can "
+            "be enabled only once; start from the base model."
+        )
+    targets = _find_targets(model, layers, target_layer_names)
+    trainable = _match(
+        trainable_layer_names, layers[1:], "trainable_layer_names"
+    )
+    for layer in targets:
+        check_adaptable(layer)
+    adapters = [
+        build_adapter(layer, layer_config)
+        for layer, layer_config in zip(targets, _share(config, len(targets)))
+    ]
+    # Nothing can fail from here on.
+    for layer, adapter in zip(targets, adapters):
+        attach_adapter(layer, adapter)
+    for container in _containers(model, targets):
+        container.__class__ = _container_class(type(container))
+    _freeze_all_but(model, [*trainable, *targets])
+    _forget_compiled_functions(targets)
+    return _summarize(model, config, targets)
+
+
+class AdaptedContainer:
+    """Tells the adapted layers inside a layer which tokens count."""
+
+    def call(self, *args, **kwargs):
+        call = super().call
+        arguments = _signature(call.__func__).bind(self, *args, **kwargs)
+        del arguments.arguments["self"]
+        is_model = isinstance(self, keras.Model)
+        masks = masking.find_masks(arguments.arguments)
+        with masking.known_masks(
+            masks, inherit=not is_model or isinstance(self, keras.Sequential)
+        ):
+            return call(*args, **kwargs)
+
+
+@functools.cache
+def _container_class(cls):
+    """The class, with what an `AdaptedContainer` does, under its own name."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (AdaptedContainer, cls), names)
+
+
+@functools.cache
+def _signature(function):
+    return inspect.signature(function)
+
+
+def _find_targets(model, layers, target_layer_names):
+    """The layers to adapt, or an error that lists what there is."""
+    candidates = [lyr for lyr in layers if type(lyr) in ADAPTED_CLASSES]
+    if not candidates:
+        raise ValueError(
+            f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
+            "adapt. If it is not built yet, call it on data first."
+        )
+    if target_layer_names is not None:
+        targets = _match(target_layer_names, candidates, "target_layer_names")
+    else:
+        targets = _default_targets(layers, candidates)
+    if not targets:
+        raise ValueError(
+            f"There is nothing to adapt in model '{model.name}'. Received: "
+            f"target_layer_names={target_layer_names!r}. "
+            f"{_list_names(candidates)}"
+        )
+    return targets
+
+
+def _default_targets(layers, candidates):
+    own_names = [
+        name
+        for layer in layers
+        if hasattr(layer, "default_lora_layer_names")
+        for name in layer.default_lora_layer_names()
+    ]
+    for names in (own_names, QUERY_AND_VALUE_NAMES):
+        targets = [layer for layer in candidates if layer.name in names]
+        if targets:
+            break
+    return targets
+
+
+def _match(choices, candidates, argument):
+    """The candidates that names, expressions or functions choose."""
+    if isinstance(choices, (str, re.Pattern)) or callable(choices):
+        choices = [choices]
+    if not isinstance(choices, (list, tuple, set)):
+        raise TypeError(
+            f"`{argument}` must be a layer name, a compiled regular "
+            "expression, a function of a layer, or a list of such. "
+            f"Received: {argument}={choices!r}"
+        )
+    chosen_ids = set()
+    for choice in choices:
+        is_chosen = _predicate(choice, argument)
+        chosen = [id(layer) for layer in candidates if is_chosen(layer)]
+        if not chosen:
+            raise ValueError(
+                f"In `{argument}`, {choice!r} matches no layer. "
+                f"{_list_names(candidates)}"
+            )
+        chosen_ids.update(chosen)
+    return [layer for layer in candidates if id(layer) in chosen_ids]
+
+
+def _predicate(choice, argument):
+    if isinstance(choice, str):
+        return lambda layer: layer.name == choice
+    if isinstance(choice, re.Pattern):
+        return lambda layer: choice.search(layer.path or layer.name)
+    if callable(choice):
+        return choice
+    raise TypeError(
+        f"`{argument}` takes layer names, compiled regular expressions and "
+        f"functions of a layer. Received: {choice!r} (of type {type(choice)})"
+    )
+
+
+def _list_names(candidates):
+    names = sorted({layer.name for layer in candidates})
+    return f"The layers that it can name are: {names}."
+
+
+def _share(config, num_layers):
+    """One config for each adapted layer: its share of the weight, its seed."""
+    for index in range(num_layers):
+        yield dataclasses.replace(
+            config,
+            elbo_weight=config.elbo_weight / num_layers,
+            seed=None if config.seed is None else config.seed + index,
+        )
+
+
+def _containers(model, targets):
+    """The model and the layers inside it that hold an adapted layer."""
+    target_ids = {id(layer) for layer in targets}
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if id(layer) not in target_ids
+        and any(
+            id(inner) in target_ids
+            for inner in keras_internals.flatten_layers(layer)
+        )
+    ]
+
+
+def _freeze_all_but(model, trainable_layers):
+    model.trainable = True
+    for layer in keras_internals.flatten_layers(model)[1:]:
+        layer.trainable = False
+    # Weights that belong to the model itself.
+    for weight in model.weights:
+        weight.trainable = False
+    for layer in trainable_layers:
+        layer.trainable = True
+
+
+def _forget_compiled_functions(layers):
+    """Makes every living model that holds the layers compile anew.
+
+    A model keeps its compiled step functions, which would go on running the
+    layers as they were. Layers don't know the models that they are part of,
+    such as the task around a backbone, so these are looked for.
+    """
+    layer_ids = {id(layer) for layer in layers}
+    models = [
+        obj for obj in gc.get_objects() if issubclass(type(obj), keras.Model)
+    ]
+    for model in models:
+        inner_layers = keras_internals.flatten_layers(model)
+        if not any(id(layer) in layer_ids for layer in inner_layers):
+            continue
+        for kind in ("train", "test", "predict", "generate"):
+            if getattr(model, f"{kind}_function", None) is not None:
+                setattr(model, f"{kind}_function", None)
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            # It was built for the weights that trained until now.
+            model.compiled = False
+            warnings.warn(
+                f"Model '{model.name}' was compiled and trained before "
+                "FVAE-LoRA changed which of its weights train. Call "
+                "`compile()` again before you call `fit()`.",
+                stacklevel=3,
+            )
+
+
+def _summarize(model, config, targets):
+    adapter_ids = {
+        id(weight) for layer in targets for weight in layer.adapter.weights
+    }
+    return FVAELoRASummary(
+        config=config,
+        layer_paths=tuple(layer.path for layer in targets),
+        base_parameters=_count(
+            w for w in model.weights if id(w) not in adapter_ids
+        ),
+        total_parameters=_count(model.weights),
+        trainable_parameters=_count(model.trainable_weights),
+        inference_parameters=_count(
+            weight
+            for layer in targets
+            for weight in layer.adapter.inference_weights
+        ),
+    )
+
+
+def _count(weights):
+    return sum(math.prod(weight.shape) for weight in weights)

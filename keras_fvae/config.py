@@ -1,0 +1,270 @@
+"""The one configuration of an FVAE-LoRA adapter."""
+
+import dataclasses
+import math
+import numbers
+
+import keras
+
+DEFAULT_RANK = 16
+LATENT_FUSIONS = ("concat", "average")
+OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat")
+GAMMA_ESTIMATORS = ("closed_form", "monte_carlo")
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+@dataclasses.dataclass(frozen=True)
+class FVAELoRAConfig:
+    """Settings of FVAE-LoRA: widths, priors and the weights of the objective.
+
+    The defaults are the settings that the authors published, in the paper's
+    own terms. A config is validated when it is made and never changes after;
+    `dataclasses.replace(config, rank=8)` makes a changed copy.
+
+    Args:
+        rank: Positive integer. Width of each latent, `z1` and `z2`, and the
+            rank of the update. Defaults to `16`.
+        alpha: Positive float. The update is scaled by `alpha / rank`. `None`
+            (default) means `rank`, so a scale of 1, as in
+            `keras.layers.Dense.enable_lora`.
+        encoder_units: Tuple of positive integers, the widths of each
+            encoder's hidden layers. `()` makes the encoders linear, and the
+            trained update mergeable. `None` (default) means `(rank,)`.
+        encoder_shared_trunk: Boolean. Whether the mean and the log variance
+            of an encoder share its hidden layers. Defaults to `True`.
+        decoder_units: Tuple of positive integers, the widths of the decoder's
+            hidden layers. Defaults to `(128, 128, 128)`.
+        dropout: Float in `[0, 1)`. Dropout rate after each hidden layer of
+            the encoders and the decoder. Defaults to `0.1`.
+        latent_fusion: `"concat"` or `"average"`. How the decoder reads the two
+            latents. Defaults to `"concat"`.
+        prior_mean: Float. Mean of `p2`, the prior of `z2`, in each dimension.
+            Defaults to `1.5`.
+        prior_std: Positive float. Standard deviation of `p2` in each
+            dimension. Defaults to `1.0`.
+        objective: `"fvae"`, `"vae2lat"` or `"beta_vae2lat"`. Defaults to
+            `"fvae"`.
+        reconstruction_weight: Non-negative float. Weight of `log p(x|z1, z2)`
+            in the `fvae` objective. Defaults to `1.0`.
+        kl_weight: Non-negative float. Weight of the KL terms in the `fvae` and
+            `beta_vae2lat` objectives. Defaults to `1.0`.
+        gamma_weight: Non-negative float, or a pair of them: the weights of
+            `-E[log p1(z1)]` and of `E[log p2(z2)]` in the `fvae` objective.
+            The one for `z1` must be smaller than `kl_weight`. `None` (default)
+            means `min(2 / rank, 0.5)`.
+        gamma_estimator: `"closed_form"` (exact) or `"monte_carlo"` (from the
+            drawn latents). Defaults to `"closed_form"`.
+        elbo_weight: Non-negative float. Weight of the objective in the
+            model's loss, shared among the adapted layers. Defaults to `1e-3`.
+        num_samples: Positive integer. Draws of the latents per token in
+            training. Defaults to `1`.
+        sample_at_inference: Boolean. Whether the update draws `z1` at
+            inference too, instead of using its mean. Defaults to `False`.
+        seed: Non-negative integer. Seed of the adapter's initial weights,
+            noise and dropout. `None` (default) draws one, which
+            `keras.utils.set_random_seed` controls.
+
+    Raises:
+        ValueError: If a field has a value that is not allowed.
+
+    Example:
+
+    >>> config = keras_fvae.FVAELoRAConfig(rank=8, reconstruction_weight=0.1)
+    >>> config.gamma_weights
+    (0.25, 0.25)
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+
+    rank: int = DEFAULT_RANK
+    alpha: float | None = None
+    encoder_units: tuple[int, ...] | None = None
+    encoder_shared_trunk: bool = True
+    decoder_units: tuple[int, ...] = (128, 128, 128)
+    dropout: float = 0.1
+    latent_fusion: str = "concat"
+    prior_mean: float = 1.5
+    prior_std: float = 1.0
+    objective: str = "fvae"
+    reconstruction_weight: float = 1.0
+    kl_weight: float = 1.0
+    gamma_weight: float | tuple[float, float] | None = None
+    gamma_estimator: str = "closed_form"
+    elbo_weight: float = 1e-3
+    num_samples: int = 1
+    sample_at_inference: bool = False
+    seed: int | None = None
+
+    def __post_init__(self):
+        self._check_integer("rank", minimum=1)
+        self._check_integer("num_samples", minimum=1)
+        if self.seed is not None:
+            self._check_integer("seed", minimum=0)
+        if self.encoder_units is not None:
+            self._check_units("encoder_units")
+        self._check_units("decoder_units")
+        if self.alpha is not None:
+            self._check_number("alpha", "a positive number", lambda v: v > 0)
+        self._check_number(
+            "dropout", "a number in [0, 1)", lambda v: 0 <= v < 1
+        )
+        self._check_number("prior_mean", "a finite number", lambda v: True)
+        self._check_number("prior_std", "a positive number", lambda v: v > 0)
+        for name in ("reconstruction_weight", "kl_weight", "elbo_weight"):
+            self._check_number(name, "a number >= 0", lambda v: v >= 0)
+        self._check_choice("latent_fusion", LATENT_FUSIONS)
+        self._check_choice("objective", OBJECTIVES)
+        self._check_choice("gamma_estimator", GAMMA_ESTIMATORS)
+        self._check_choice("encoder_shared_trunk", (True, False))
+        self._check_choice("sample_at_inference", (True, False))
+        self._check_gamma_weight()
+
+    @property
+    def scale(self):
+        """Float, the factor `alpha / rank` of the update."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def hidden_units(self):
+        """Tuple of integers, the widths of an encoder's hidden layers."""
+        if self.encoder_units is None:
+            return (self.rank,)
+        return self.encoder_units
+
+    @property
+    def gamma_weights(self):
+        """Pair of floats, gamma's weights for `z1` and for `z2`."""
+        if self.gamma_weight is None:
+            return (min(2 / self.rank, 0.5),) * 2
+        if isinstance(self.gamma_weight, tuple):
+            return self.gamma_weight
+        return (self.gamma_weight,) * 2
+
+    @property
+    def prior(self):
+        """Pair of floats, mean and standard deviation of `p2`."""
+        return self.prior_mean, self.prior_std
+
+    def get_config(self):
+        """Returns the fields as a dict that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        """Makes a config from what `get_config` returned."""
+        return cls(**config)
+
+    def _refuse(self, name, allowed):
+        raise ValueError(
+            f"`{name}` must be {allowed}. "
+            f"Received: {name}={getattr(self, name)!r}"
+        )
+
+    def _check_integer(self, name, minimum):
+        value = getattr(self, name)
+        if not _is_integer(value) or value < minimum:
+            self._refuse(name, f"an integer >= {minimum}")
+        object.__setattr__(self, name, int(value))
+
+    def _check_number(self, name, allowed, is_allowed):
+        value = getattr(self, name)
+        if not _is_finite(value) or not is_allowed(value):
+            self._refuse(name, allowed)
+        object.__setattr__(self, name, float(value))
+
+    def _check_choice(self, name, choices):
+        value = getattr(self, name)
+        if not any(
+            type(value) is type(choice) and value == choice
+            for choice in choices
+        ):
+            self._refuse(name, f"one of {choices}")
+
+    def _check_units(self, name):
+        # JSON turns tuples into lists, so both are taken.
+        value = getattr(self, name)
+        if not isinstance(value, (tuple, list)) or not all(
+            _is_integer(units) and units >= 1 for units in value
+        ):
+            self._refuse(
+                name, "a tuple of integers >= 1, one for each hidden layer"
+            )
+        object.__setattr__(self, name, tuple(int(units) for units in value))
+
+    def _check_gamma_weight(self):
+        value = self.gamma_weight
+        if isinstance(value, (tuple, list)):
+            if len(value) == 2 and all(_is_weight(weight) for weight in value):
+                pair = tuple(float(weight) for weight in value)
+                object.__setattr__(self, "gamma_weight", pair)
+            else:
+                self._refuse("gamma_weight", "a pair of numbers >= 0")
+        elif value is not None:
+            self._check_number(
+                "gamma_weight", "a number >= 0, a pair, or None", _is_weight
+            )
+        z1_weight = self.gamma_weights[0]
+        is_unbounded = z1_weight > 0 and z1_weight >= self.kl_weight
+        if self.objective == "fvae" and is_unbounded:
+            raise ValueError(
+                "The weight of gamma for z1 must be smaller than `kl_weight`: "
+                "from there on nothing bounds the objective, and z1 runs to "
+                f"infinity. Received: gamma_weight={value!r} (for z1: "
+                f"{z1_weight}), kl_weight={self.kl_weight}. Lower "
+                "`gamma_weight` or raise `kl_weight`."
+            )
+
+
+def resolve_config(rank=DEFAULT_RANK, config=None, **config_options):
+    """The config that `rank`, `config` and single fields stand for together.
+
+    Args:
+        rank: Positive integer. The default gives way to `config.rank`.
+        config: Optional `FVAELoRAConfig` to start from.
+        **config_options: Fields of `FVAELoRAConfig` to set.
+
+    Returns:
+        An `FVAELoRAConfig`.
+
+    Raises:
+        ValueError: If `rank` is not that of `config`, or a value is not
+            allowed.
+        TypeError: If `config` is no `FVAELoRAConfig`, or a field is unknown.
+    """
+    fields = [field.name for field in dataclasses.fields(FVAELoRAConfig)]
+    for name in config_options:
+        if name not in fields:
+            raise TypeError(
+                f"FVAE-LoRA has no option `{name}`. The options are the fields "
+                f"of `keras_fvae.FVAELoRAConfig`: {fields}."
+            )
+    if config is None:
+        return FVAELoRAConfig(rank=rank, **config_options)
+    if not isinstance(config, FVAELoRAConfig):
+        raise TypeError(
+            "`config` must be a `keras_fvae.FVAELoRAConfig`. "
+            f"Received: config={config!r} (of type {type(config)})"
+        )
+    if rank not in (DEFAULT_RANK, config.rank):
+        raise ValueError(
+            "`rank` must be that of `config`, or be left out. "
+            f"Received: rank={rank!r}, config.rank={config.rank}."
+        )
+    return dataclasses.replace(config, **config_options)
+
+
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value):
+    return (
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
+
+
+def _is_weight(value):
+    return _is_finite(value) and value >= 0

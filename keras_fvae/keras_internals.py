@@ -1,0 +1,38 @@
+"""The private parts of Keras that this package cannot do without.
+
+Everything else uses the public API. `tests/keras_internals_test.py` fails
+when Keras changes one of these.
+"""
+
+import contextlib
+
+from keras.src import backend
+
+
+def flatten_layers(layer):
+    """The layer and all layers inside it, each once, in their order."""
+    layers = {}
+
+    def visit(layer):
+        if id(layer) not in layers:
+            layers[id(layer)] = layer
+            for sublayer in layer._layers:
+                visit(sublayer)
+
+    visit(layer)
+    return list(layers.values())
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Lets a built layer take new sublayers."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+def get_keras_mask(x):
+    """The Keras mask that travels with a tensor, or `None`."""
+    return backend.get_keras_mask(x)

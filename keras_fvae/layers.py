@@ -1,0 +1,346 @@
+"""Dense layers whose update comes from an FVAE."""
+
+import keras
+from keras import ops
+
+from keras_fvae import keras_internals
+from keras_fvae import masking
+from keras_fvae.config import FVAELoRAConfig
+from keras_fvae.config import resolve_config
+from keras_fvae.contraction import analyze_equation
+from keras_fvae.fvae import FVAE
+
+
+class Adapter(keras.Layer):
+    """The update `scale * z1 B`, and the loss of the FVAE that gives z1.
+
+    Args:
+        config: `FVAELoRAConfig`.
+        equation: String, the einsum equation of the layer that is adapted.
+        regularizer: Optional regularizer of B.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: Tensor, the input of the adapted layer.
+        training: Boolean. In training z1 is drawn and the loss is added; at
+            inference z1 is its posterior mean.
+        mask: Optional tensor of the shape of the first axes of `inputs`, 1 or
+            `True` for the tokens that count in the loss.
+
+    Returns:
+        Tensor of the shape of the adapted layer's output.
+    """
+
+    def __init__(self, config, equation, regularizer=None, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        self.equation = equation
+        self.regularizer = regularizer
+        self.fvae = FVAE(config, dtype=self.dtype_policy, name="fvae")
+
+    def build(self, input_shape, kernel_shape):
+        contraction = analyze_equation(self.equation, len(input_shape))
+        self.kernel_shape = tuple(kernel_shape)
+        self.fvae.build((None, contraction.width(kernel_shape)))
+        self.kernel_b = self.add_weight(
+            name="kernel_b",
+            shape=(self.config.rank, contraction.units(kernel_shape)),
+            initializer=keras.initializers.RandomNormal(
+                stddev=0.02, seed=self.fvae.seed_generator
+            ),
+            regularizer=self.regularizer,
+            dtype="float32",
+        )
+
+    def call(self, inputs, training=None, mask=None):
+        config = self.config
+        contraction = analyze_equation(self.equation, len(inputs.shape))
+        x = contraction.to_tokens(inputs)
+        if training:
+            _, _, z1, _, _, loss = self.fvae.encode_and_score(
+                x, training=True, mask=mask
+            )
+            self.add_loss(config.elbo_weight * loss)
+        elif config.sample_at_inference:
+            z1 = self.fvae.sample_z1(x)
+        else:
+            z1 = self.fvae.posterior_mean(x)
+        if len(z1.shape) > len(x.shape):
+            # The update is linear in z1: the mean of the draws is enough.
+            z1 = ops.mean(z1, axis=0)
+        kernel_b = ops.cast(config.scale * self.kernel_b, x.dtype)
+        update = ops.matmul(ops.cast(z1, x.dtype), kernel_b)
+        return contraction.from_tokens(update, self.kernel_shape)
+
+    def compute_mask(self, inputs, previous_mask):
+        return None
+
+    @property
+    def inference_weights(self):
+        """The weights that inference needs: B and the way to z1's mean."""
+        return [self.kernel_b, *self.fvae.z1_encoder.mean_weights]
+
+
+class FVAELoRAMixin:
+    """What the adapted layers share: all but how they contract.
+
+    The frozen layer computes what it always did, with Keras's own code for
+    its weights, quantized or not; the update is added before the activation.
+    """
+
+    def _init_adapter(self, rank, config):
+        """The part of `__init__` that the adapted layers share."""
+        if self.lora_rank:
+            raise ValueError(
+                "A layer takes either LoRA or FVAE-LoRA, not both. "
+                f"Received: lora_rank={self.lora_rank}. Leave it out."
+            )
+        self.adapter = new_adapter(self, resolve_config(rank, config))
+
+    @property
+    def config(self):
+        """The `FVAELoRAConfig` of the layer's adapter."""
+        return self.adapter.config
+
+    @property
+    def trainable(self):
+        """Boolean, whether the adapter trains. The base weights never do."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Layer.trainable.fset(self, value)
+        self._freeze_base()
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.adapter.build(input_shape, self.kernel.shape)
+        self._freeze_base()
+
+    def call(self, inputs, training=None):
+        contraction = analyze_equation(self.adapter.equation, len(inputs.shape))
+        mask = masking.find_token_mask(
+            inputs, contraction.num_leading_token_axes, self.name
+        )
+        update = self.adapter(inputs, training=training, mask=mask)
+        if self.activation in (None, keras.activations.linear):
+            return super().call(inputs, training=training) + update
+        base_call = super().call.__func__
+        outputs = base_call(_WithoutActivation(self), inputs, training=training)
+        return self.activation(outputs + update)
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"Layer '{self.name}' is adapted by FVAE-LoRA already. A layer "
+            "takes either LoRA or FVAE-LoRA, not both."
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "config": self.config.get_config()}
+
+    @classmethod
+    def from_config(cls, config):
+        config = {**config, "config": FVAELoRAConfig(**config["config"])}
+        return super().from_config(config)
+
+    def _freeze_base(self):
+        """Keeps every weight but the adapter's from training."""
+        adapter_ids = {id(variable) for variable in self.adapter.variables}
+        for variable in self.variables:
+            if id(variable) not in adapter_ids:
+                variable.trainable = False
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class FVAELoRADense(FVAELoRAMixin, keras.layers.Dense):
+    """`keras.layers.Dense`, frozen, with an FVAE-LoRA update.
+
+    `output = activation(dot(input, kernel) + bias + scale * dot(z1, B))`,
+    where z1 is drawn from the posterior that an FVAE gives each input vector
+    in training, and is the posterior's mean at inference. Only the FVAE and B
+    are trained; in training the layer adds the FVAE's loss.
+
+    Args:
+        units: Positive integer, dimensionality of the output space.
+        rank: Positive integer, width of the latents. Defaults to `16`.
+        config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
+            `rank` then counts.
+        **kwargs: Every argument of `keras.layers.Dense`, but for LoRA's. The
+            `kernel_regularizer` applies to B; the `kernel_constraint` has
+            nothing to act on, since the kernel is frozen.
+
+    Input shape:
+        N-D tensor with shape `(batch_size, ..., input_dim)`. Each vector
+        along the last axis is a token of the FVAE.
+
+    Output shape:
+        N-D tensor with shape `(batch_size, ..., units)`.
+
+    Raises:
+        ValueError: If `rank` is not a positive integer, or not that of
+            `config`, or a LoRA argument is given.
+
+    Example:
+
+    >>> layer = keras_fvae.FVAELoRADense(8, rank=4, activation="relu")
+    >>> layer(np.ones((2, 10, 32))).shape
+    (2, 10, 8)
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+
+    def __init__(self, units, rank=16, config=None, **kwargs):
+        super().__init__(units, **kwargs)
+        self._init_adapter(rank, config)
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class FVAELoRAEinsumDense(FVAELoRAMixin, keras.layers.EinsumDense):
+    """`keras.layers.EinsumDense`, frozen, with an FVAE-LoRA update.
+
+    As `keras_fvae.FVAELoRADense`, for any equation in which each kernel axis
+    is either contracted with the input or carried to the output. A token is
+    the vector of all contracted axes, of width d; B is `(rank, k)`, with k
+    the number of elements of all carried axes.
+
+    Args:
+        equation: String, an einsum equation such as `"abc,cde->abde"`.
+        output_shape: Integer or tuple, as in `keras.layers.EinsumDense`.
+        rank: Positive integer, width of the latents. Defaults to `16`.
+        config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
+            `rank` then counts.
+        **kwargs: Every argument of `keras.layers.EinsumDense`, but for
+            LoRA's. The `kernel_regularizer` applies to B; the
+            `kernel_constraint` has nothing to act on, since the kernel is
+            frozen.
+
+    Raises:
+        ValueError: If `rank` is not a positive integer, or not that of
+            `config`, a LoRA argument is given, or (when the layer is built)
+            the equation cannot be adapted.
+
+    Example:
+
+    >>> layer = keras_fvae.FVAELoRAEinsumDense(
+    ...     "abc,cde->abde", output_shape=(None, 2, 8), rank=4, bias_axes="de"
+    ... )
+    >>> layer(np.ones((2, 10, 32))).shape
+    (2, 10, 2, 8)
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+
+    def __init__(self, equation, output_shape, rank=16, config=None, **kwargs):
+        super().__init__(equation, output_shape, **kwargs)
+        self._init_adapter(rank, config)
+
+
+ADAPTED_CLASSES = {
+    keras.layers.Dense: FVAELoRADense,
+    keras.layers.EinsumDense: FVAELoRAEinsumDense,
+}
+
+
+def check_adaptable(layer):
+    """Refuses a layer that cannot be adapted in place.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+
+    Raises:
+        ValueError: If the layer is of another class, not built, adapted
+            already, or has LoRA, a kernel constraint, a quantized kernel or
+            an equation that cannot be adapted.
+    """
+    what = f"layer '{layer.path or layer.name}'"
+    if isinstance(layer, FVAELoRAMixin):
+        raise ValueError(f"The {what} is adapted by FVAE-LoRA already.")
+    if type(layer) not in ADAPTED_CLASSES:
+        raise ValueError(
+            f"FVAE-LoRA adapts `Dense` and `EinsumDense` layers. The {what} is "
+            f"of class `{type(layer).__name__}`."
+        )
+    if not layer.built:
+        raise ValueError(
+            f"The {what} is not built. Call the model on data, or build it, "
+            "before you enable FVAE-LoRA."
+        )
+    if layer.lora_enabled:
+        raise ValueError(
+            f"LoRA is enabled on the {what} already. A layer takes either LoRA "
+            "or FVAE-LoRA: start from a model without LoRA."
+        )
+    if layer.kernel_constraint is not None:
+        raise ValueError(
+            f"The {what} has a kernel constraint, which could not hold for the "
+            "kernel and the update together. Remove the `kernel_constraint`, "
+            "or leave the layer out of `target_layer_names`."
+        )
+    if layer.quantization_mode is not None:
+        raise ValueError(
+            f"The {what} is quantized ('{layer.quantization_mode}'), which "
+            "FVAE-LoRA does not support. Enable it on a model that is not."
+        )
+    analyze_equation(_equation(layer), _input_rank(layer))
+
+
+def new_adapter(layer, config):
+    """An adapter for a layer, neither built nor attached.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+        config: `FVAELoRAConfig`.
+
+    Returns:
+        An `Adapter`.
+    """
+    return Adapter(
+        config,
+        equation=_equation(layer),
+        regularizer=layer.kernel_regularizer,
+        dtype=layer.compute_dtype,
+        name="adapter",
+    )
+
+
+def build_adapter(layer, config):
+    """A built adapter for a built layer, not attached to it yet."""
+    adapter = new_adapter(layer, config)
+    # The adapter's variables get the paths that they will have in the layer.
+    with keras.name_scope(layer.name, caller=layer):
+        adapter.build((None,) * _input_rank(layer), layer.kernel.shape)
+    return adapter
+
+
+def attach_adapter(layer, adapter):
+    """Turns a layer into an adapted one, in place: the same object.
+
+    Args:
+        layer: Layer that `check_adaptable` accepts.
+        adapter: What `build_adapter` returned for it.
+    """
+    with keras_internals.unlocked(layer):
+        layer.adapter = adapter
+    layer.__class__ = ADAPTED_CLASSES[type(layer)]
+
+
+def _equation(layer):
+    return getattr(layer, "equation", "...d,dk->...k")
+
+
+def _input_rank(layer):
+    return layer.input_spec.ndim or layer.input_spec.min_ndim
+
+
+class _WithoutActivation:
+    """A layer seen without its activation, so that its call leaves it out."""
+
+    activation = None
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)

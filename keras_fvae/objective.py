@@ -1,0 +1,202 @@
+"""The maths of FVAE-LoRA: every term and objective, as pure functions.
+
+All Gaussians are diagonal. A function of latents returns one value for each
+token, summed over the latent's width; `token_mean` averages over the tokens
+that count. Everything is computed in float32, whatever the compute dtype.
+
+Reference: [Latent Space Factorization in LoRA](
+https://arxiv.org/abs/2510.19640), section 3 and its appendix.
+"""
+
+import math
+
+from keras import ops
+
+LOG_2_PI = math.log(2 * math.pi)
+
+
+def kl_divergence(mean, log_variance, prior_mean=0.0, prior_std=1.0):
+    """KL(q || p) from q = N(mean, exp(log_variance)) to a prior p.
+
+    Args:
+        mean: Tensor of shape `(..., rank)`, the mean of q.
+        log_variance: Tensor of shape `(..., rank)`, its log variance.
+        prior_mean: Float, the mean of p in each dimension.
+        prior_std: Float, the standard deviation of p in each dimension.
+
+    Returns:
+        Float32 tensor of shape `(...)`.
+    """
+    mean, log_variance = _float32(mean), _float32(log_variance)
+    log_ratio = log_variance - 2 * math.log(prior_std)
+    squared_distance = ops.square(mean - prior_mean) / prior_std**2
+    return 0.5 * ops.sum(
+        squared_distance + ops.exp(log_ratio) - log_ratio - 1.0, axis=-1
+    )
+
+
+def expected_log_density(mean, log_variance, prior_mean=0.0, prior_std=1.0):
+    """E_q[log p(z)] of a prior p under q = N(mean, exp(log_variance)).
+
+    Args:
+        mean: Tensor of shape `(..., rank)`, the mean of q.
+        log_variance: Tensor of shape `(..., rank)`, its log variance.
+        prior_mean: Float, the mean of p in each dimension.
+        prior_std: Float, the standard deviation of p in each dimension.
+
+    Returns:
+        Float32 tensor of shape `(...)`.
+    """
+    mean, log_variance = _float32(mean), _float32(log_variance)
+    second_moment = ops.square(mean - prior_mean) + ops.exp(log_variance)
+    return _log_density(second_moment, prior_std)
+
+
+def log_density(z, prior_mean=0.0, prior_std=1.0):
+    """log p(z) of drawn latents under a prior p.
+
+    Args:
+        z: Tensor of shape `(..., rank)`.
+        prior_mean: Float, the mean of p in each dimension.
+        prior_std: Float, the standard deviation of p in each dimension.
+
+    Returns:
+        Float32 tensor of shape `(...)`.
+    """
+    return _log_density(ops.square(_float32(z) - prior_mean), prior_std)
+
+
+def wasserstein(mean1, log_variance1, mean2, log_variance2):
+    """Squared 2-Wasserstein distance between two diagonal Gaussians.
+
+    Args:
+        mean1: Tensor of shape `(..., rank)`, the mean of the first.
+        log_variance1: Tensor of shape `(..., rank)`, its log variance.
+        mean2: Tensor of shape `(..., rank)`, the mean of the second.
+        log_variance2: Tensor of shape `(..., rank)`, its log variance.
+
+    Returns:
+        Float32 tensor of shape `(...)`.
+    """
+    std1 = ops.exp(0.5 * _float32(log_variance1))
+    std2 = ops.exp(0.5 * _float32(log_variance2))
+    squares = ops.square(_float32(mean1) - _float32(mean2))
+    return ops.sum(squares + ops.square(std1 - std2), axis=-1)
+
+
+def negative_log_likelihood(squared_error, scale):
+    """-log p(x | z1, z2) of p = N(reconstruction, diag(scale^2)).
+
+    The scale is the same for every token, so the mean over tokens is taken
+    before this function, of the squared error alone.
+
+    Args:
+        squared_error: Tensor of shape `(..., d)`: `(x - reconstruction)^2`,
+            or its mean over tokens.
+        scale: Tensor of shape `(d,)`, the decoder's standard deviation.
+
+    Returns:
+        Float32 tensor of shape `(...)`.
+    """
+    squared_error, scale = _float32(squared_error), _float32(scale)
+    return 0.5 * ops.sum(
+        squared_error / ops.square(scale) + 2 * ops.log(scale) + LOG_2_PI,
+        axis=-1,
+    )
+
+
+def token_mean(values, mask=None, feature_axes=0):
+    """Mean over the tokens that count.
+
+    Args:
+        values: Tensor of shape `(..., *token_shape, *feature_shape)`. Axes
+            before those of the mask, such as one of several draws, are
+            averaged too.
+        mask: Optional tensor of shape `token_shape`, 1 or `True` for the
+            tokens that count. `None` counts them all. If no token counts,
+            the mean is 0.
+        feature_axes: Integer, how many trailing axes of `values` to keep.
+
+    Returns:
+        Float32 tensor of shape `feature_shape`.
+    """
+    values = _float32(values)
+    axes = tuple(range(len(values.shape) - feature_axes))
+    if mask is None:
+        return ops.mean(values, axis=axes)
+    mask = ops.reshape(_float32(mask), ops.shape(mask) + (1,) * feature_axes)
+    # Spread over the axes before the mask's, so that its sum counts them too.
+    mask = ops.broadcast_to(
+        mask, ops.shape(values)[: len(axes)] + (1,) * feature_axes
+    )
+    return ops.divide_no_nan(ops.sum(values * mask, axis=axes), ops.sum(mask))
+
+
+def fvae(
+    log_likelihood,
+    kl_z1,
+    log_p1,
+    log_p2,
+    reconstruction_weight,
+    kl_weight,
+    gamma_weights,
+):
+    """The paper's objective: a log p(x|z1, z2) - b KL(q1 || p1) + c gamma.
+
+    Gamma = E[log p2(z2)] - E[log p1(z1)] draws z2 to its own prior and pushes
+    z1 off the one that they would otherwise share.
+
+    Args:
+        log_likelihood: Scalar tensor, log p(x | z1, z2).
+        kl_z1: Scalar tensor, KL(q1 || p1).
+        log_p1: Scalar tensor, E[log p1(z1)].
+        log_p2: Scalar tensor, E[log p2(z2)].
+        reconstruction_weight: Float, a.
+        kl_weight: Float, b.
+        gamma_weights: Pair of floats, c for z1 and for z2.
+
+    Returns:
+        Scalar tensor, to be maximised.
+    """
+    gamma = gamma_weights[1] * log_p2 - gamma_weights[0] * log_p1
+    return reconstruction_weight * log_likelihood - kl_weight * kl_z1 + gamma
+
+
+def vae2lat(log_likelihood, kl_z1, kl_z2):
+    """The evidence lower bound of a VAE with two latents: no gamma.
+
+    Args:
+        log_likelihood: Scalar tensor, log p(x | z1, z2).
+        kl_z1: Scalar tensor, KL(q1 || p1).
+        kl_z2: Scalar tensor, KL(q2 || p2).
+
+    Returns:
+        Scalar tensor, to be maximised.
+    """
+    return log_likelihood - kl_z1 - kl_z2
+
+
+def beta_vae2lat(log_likelihood, kl_z1, kl_z2, kl_weight):
+    """As `vae2lat`, with both KL terms weighted by b.
+
+    Args:
+        log_likelihood: Scalar tensor, log p(x | z1, z2).
+        kl_z1: Scalar tensor, KL(q1 || p1).
+        kl_z2: Scalar tensor, KL(q2 || p2).
+        kl_weight: Float, b.
+
+    Returns:
+        Scalar tensor, to be maximised.
+    """
+    return log_likelihood - kl_weight * (kl_z1 + kl_z2)
+
+
+def _log_density(squared_distance, std):
+    """Log density, summed over the last axis, from squared distances."""
+    return -0.5 * ops.sum(
+        squared_distance / std**2 + 2 * math.log(std) + LOG_2_PI, axis=-1
+    )
+
+
+def _float32(x):
+    return ops.cast(x, "float32")
