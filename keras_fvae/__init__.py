@@ -6,6 +6,8 @@ from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.fvae import FVAE
 from keras_fvae.layers import FVAELoRADense
 from keras_fvae.layers import FVAELoRAEinsumDense
+from keras_fvae.saving import load_fvae_lora_weights
+from keras_fvae.saving import save_fvae_lora_weights
 
 hub.add_backbone_methods()
 
@@ -15,4 +17,6 @@ __all__ = [
     "FVAELoRADense",
     "FVAELoRAEinsumDense",
     "enable_fvae_lora",
+    "load_fvae_lora_weights",
+    "save_fvae_lora_weights",
 ]

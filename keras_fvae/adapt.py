@@ -140,32 +140,83 @@ def enable_fvae_lora(
             f"Received: model={model!r} (of type {type(model)})"
         )
     config = resolve_config(rank, config, **config_options)
-    layers = keras_internals.flatten_layers(model)
-    adapted = [lyr for lyr in layers if isinstance(lyr, FVAELoRAMixin)]
+    adapted = adapted_layers(model)
     if adapted:
         raise ValueError(
             f"Model '{model.name}' is adapted by FVAE-LoRA already: "
             f"{len(adapted)} layers, the first is '{adapted[0].path}'. It can "
             "be enabled only once; start from the base model."
         )
-    targets = _find_targets(model, layers, target_layer_names)
-    trainable = _match(
-        trainable_layer_names, layers[1:], "trainable_layer_names"
+    targets = _find_targets(model, target_layer_names)
+    trainable_layers = _match(
+        trainable_layer_names,
+        keras_internals.flatten_layers(model)[1:],
+        "trainable_layer_names",
     )
-    for layer in targets:
-        check_adaptable(layer)
-    adapters = [
-        build_adapter(layer, layer_config)
-        for layer, layer_config in zip(targets, _share(config, len(targets)))
-    ]
-    # Nothing can fail from here on.
-    for layer, adapter in zip(targets, adapters):
-        attach_adapter(layer, adapter)
-    for container in _containers(model, targets):
-        container.__class__ = _container_class(type(container))
-    _freeze_all_but(model, [*trainable, *targets])
-    _forget_compiled_functions(targets)
+    adapters = build_adapters(targets, _share(config, len(targets)))
+    attach_adapters(model, targets, adapters)
+    for layer in trainable_layers:
+        layer.trainable = True
     return _summarize(model, config, targets)
+
+
+def adapted_layers(model):
+    """The layers of a model that are adapted by FVAE-LoRA, in their order."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if isinstance(layer, FVAELoRAMixin)
+    ]
+
+
+def adaptable_layers(model):
+    """The layers of a model that are of a class that can be adapted."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if type(layer) in ADAPTED_CLASSES
+    ]
+
+
+def build_adapters(layers, configs):
+    """Adapters for layers, without a change to the layers.
+
+    Args:
+        layers: List of layers.
+        configs: Iterable of `FVAELoRAConfig`, one for each layer.
+
+    Returns:
+        List of adapters.
+
+    Raises:
+        ValueError: If one of the layers cannot be adapted.
+    """
+    for layer in layers:
+        check_adaptable(layer)
+    return [
+        build_adapter(layer, config) for layer, config in zip(layers, configs)
+    ]
+
+
+def attach_adapters(model, layers, adapters):
+    """Adapts layers of a model, in place, and freezes all the rest of it.
+
+    Args:
+        model: `keras.Model` or layer.
+        layers: List of layers inside it.
+        adapters: List of what `build_adapters` made for them.
+    """
+    containers = _containers(model, layers)
+    holders = _living_models_with(layers)
+    for layer, adapter in zip(layers, adapters):
+        attach_adapter(layer, adapter)
+    for container in containers:
+        container.__class__ = _container_class(type(container))
+    _freeze_all_but(model, layers)
+    for layer in [*layers, *containers, *holders]:
+        keras_internals.publish_weights(layer)
+    for holder in holders:
+        _forget_compiled_functions(holder)
 
 
 class AdaptedContainer:
@@ -195,9 +246,9 @@ def _signature(function):
     return inspect.signature(function)
 
 
-def _find_targets(model, layers, target_layer_names):
+def _find_targets(model, target_layer_names):
     """The layers to adapt, or an error that lists what there is."""
-    candidates = [lyr for lyr in layers if type(lyr) in ADAPTED_CLASSES]
+    candidates = adaptable_layers(model)
     if not candidates:
         raise ValueError(
             f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
@@ -206,7 +257,7 @@ def _find_targets(model, layers, target_layer_names):
     if target_layer_names is not None:
         targets = _match(target_layer_names, candidates, "target_layer_names")
     else:
-        targets = _default_targets(layers, candidates)
+        targets = _default_targets(model, candidates)
     if not targets:
         raise ValueError(
             f"There is nothing to adapt in model '{model.name}'. Received: "
@@ -216,10 +267,10 @@ def _find_targets(model, layers, target_layer_names):
     return targets
 
 
-def _default_targets(layers, candidates):
+def _default_targets(model, candidates):
     own_names = [
         name
-        for layer in layers
+        for layer in keras_internals.flatten_layers(model)
         if hasattr(layer, "default_lora_layer_names")
         for name in layer.default_lora_layer_names()
     ]
@@ -295,45 +346,55 @@ def _containers(model, targets):
     ]
 
 
-def _freeze_all_but(model, trainable_layers):
+def _freeze_all_but(model, layers):
     model.trainable = True
     for layer in keras_internals.flatten_layers(model)[1:]:
         layer.trainable = False
-    # Weights that belong to the model itself.
+    # The weights that the model itself owns.
     for weight in model.weights:
         weight.trainable = False
-    for layer in trainable_layers:
+    for layer in layers:
         layer.trainable = True
 
 
-def _forget_compiled_functions(layers):
-    """Makes every living model that holds the layers compile anew.
+def _living_models_with(layers):
+    """Every model that holds one of the layers, such as a backbone's task.
 
-    A model keeps its compiled step functions, which would go on running the
-    layers as they were. Layers don't know the models that they are part of,
-    such as the task around a backbone, so these are looked for.
+    Layers don't know what they are part of, so the models are looked for
+    among all objects that there are.
     """
     layer_ids = {id(layer) for layer in layers}
-    models = [
-        obj for obj in gc.get_objects() if issubclass(type(obj), keras.Model)
+    return [
+        obj
+        for obj in gc.get_objects()
+        # Some may be half made, by a constructor that raised.
+        if issubclass(type(obj), keras.Model)
+        and hasattr(obj, "_layers")
+        and any(
+            id(layer) in layer_ids
+            for layer in keras_internals.flatten_layers(obj)
+        )
     ]
-    for model in models:
-        inner_layers = keras_internals.flatten_layers(model)
-        if not any(id(layer) in layer_ids for layer in inner_layers):
-            continue
-        for kind in ("train", "test", "predict", "generate"):
-            if getattr(model, f"{kind}_function", None) is not None:
-                setattr(model, f"{kind}_function", None)
-        optimizer = getattr(model, "optimizer", None)
-        if optimizer is not None and optimizer.built:
-            # It was built for the weights that trained until now.
-            model.compiled = False
-            warnings.warn(
-                f"Model '{model.name}' was compiled and trained before "
-                "FVAE-LoRA changed which of its weights train. Call "
-                "`compile()` again before you call `fit()`.",
-                stacklevel=3,
-            )
+
+
+def _forget_compiled_functions(model):
+    """Makes a model compile its steps anew, for its layers as they are now."""
+    for kind in ("train", "test", "predict", "generate"):
+        if getattr(model, f"{kind}_function", None) is not None:
+            setattr(model, f"{kind}_function", None)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return
+    # It was built for the weights that trained until now.
+    if int(optimizer.iterations) == 0:
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+    else:
+        model.compiled = False
+        warnings.warn(
+            f"Model '{model.name}' was trained before FVAE-LoRA changed which "
+            "of its weights train. Call `compile()` again before `fit()`.",
+            stacklevel=4,
+        )
 
 
 def _summarize(model, config, targets):
@@ -348,10 +409,8 @@ def _summarize(model, config, targets):
         ),
         total_parameters=_count(model.weights),
         trainable_parameters=_count(model.trainable_weights),
-        inference_parameters=_count(
-            weight
-            for layer in targets
-            for weight in layer.adapter.inference_weights
+        inference_parameters=sum(
+            layer.adapter.num_inference_parameters for layer in targets
         ),
     )
 

@@ -12,48 +12,51 @@ class Contraction(NamedTuple):
     """An einsum equation, seen as a linear map of each token's vector.
 
     Args:
-        input_order: Tuple of integers, the permutation of the input's axes
-            that puts the token axes first and the contracted axes last.
+        token_axes: Tuple of integers, the input's axes that count tokens.
+        contracted_axes: Tuple of integers, the input's other axes, in the
+            order of the kernel's.
+        kernel_contracted_axes: Tuple of integers, the kernel's axes that are
+            contracted.
+        kernel_carried_axes: Tuple of integers, the kernel's axes that are
+            carried to the output.
         output_order: Tuple of integers, the permutation that takes the token
             axes followed by the carried axes to the output's order.
-        contracted: Tuple of integers, the kernel axes that are contracted.
-        carried: Tuple of integers, the kernel axes that the output keeps.
-        num_token_axes: Integer, how many token axes there are.
-        num_leading_token_axes: Integer, how many of them come first in the
-            input.
     """
 
-    input_order: tuple
+    token_axes: tuple
+    contracted_axes: tuple
+    kernel_contracted_axes: tuple
+    kernel_carried_axes: tuple
     output_order: tuple
-    contracted: tuple
-    carried: tuple
-    num_token_axes: int
-    num_leading_token_axes: int
+
+    @property
+    def num_leading_token_axes(self):
+        """How many token axes come first in the input."""
+        return sum(i == axis for i, axis in enumerate(self.token_axes))
 
     def width(self, kernel_shape):
         """The width of a token's vector."""
-        return math.prod(kernel_shape[axis] for axis in self.contracted)
+        return math.prod(kernel_shape[i] for i in self.kernel_contracted_axes)
 
     def units(self, kernel_shape):
-        """The number of outputs of a token."""
-        return math.prod(kernel_shape[axis] for axis in self.carried)
+        """The number of outputs for each token."""
+        return math.prod(kernel_shape[i] for i in self.kernel_carried_axes)
 
-    def to_tokens(self, inputs):
-        """From the layer's input to tensors of shape `(*tokens, width)`."""
-        x = _transpose(inputs, self.input_order)
-        if len(self.contracted) == 1:
-            return x
-        shape = ops.shape(x)[: self.num_token_axes]
-        width = math.prod(x.shape[self.num_token_axes :])
-        return ops.reshape(x, (*shape, width))
+    def token_shape(self, inputs):
+        """The shape of the token axes of a layer's input."""
+        shape = ops.shape(inputs)
+        return tuple(shape[axis] for axis in self.token_axes)
 
-    def from_tokens(self, outputs, kernel_shape):
-        """From shape `(*tokens, units)` to the layer's output."""
-        if len(self.carried) != 1:
-            units_shape = [kernel_shape[axis] for axis in self.carried]
-            shape = (*ops.shape(outputs)[: self.num_token_axes], *units_shape)
-            outputs = ops.reshape(outputs, shape)
-        return _transpose(outputs, self.output_order)
+    def to_tokens(self, inputs, kernel_shape):
+        """From a layer's input to one row for each token."""
+        x = _transpose(inputs, self.token_axes + self.contracted_axes)
+        return ops.reshape(x, (-1, self.width(kernel_shape)))
+
+    def from_tokens(self, rows, inputs, kernel_shape):
+        """From one row for each token to the layer's output."""
+        units_shape = [kernel_shape[i] for i in self.kernel_carried_axes]
+        shape = (*self.token_shape(inputs), *units_shape)
+        return _transpose(ops.reshape(rows, shape), self.output_order)
 
 
 @functools.cache
@@ -88,6 +91,7 @@ def analyze_equation(equation, input_rank):
         sorted(contracted + carried) != sorted(kernel)
         or sorted(tokens + contracted) != sorted(inputs)
         or sorted(tokens + carried) != sorted(outputs)
+        or any(len({*axes}) < len(axes) for axes in (inputs, kernel, outputs))
     ):
         raise ValueError(
             f"FVAE-LoRA cannot adapt the einsum equation '{equation}'. Each "
@@ -95,14 +99,12 @@ def analyze_equation(equation, input_rank):
             "carried to the output, and each other axis of the input must be "
             "kept in the output, as in 'abc,cde->abde' or 'btnh,nhd->btd'."
         )
-    is_leading = [c in tokens for c in inputs] + [False]
     return Contraction(
-        input_order=tuple(inputs.index(c) for c in tokens + contracted),
+        token_axes=tuple(inputs.index(c) for c in tokens),
+        contracted_axes=tuple(inputs.index(c) for c in contracted),
+        kernel_contracted_axes=tuple(kernel.index(c) for c in contracted),
+        kernel_carried_axes=tuple(kernel.index(c) for c in carried),
         output_order=tuple((tokens + carried).index(c) for c in outputs),
-        contracted=tuple(kernel.index(c) for c in contracted),
-        carried=tuple(kernel.index(c) for c in carried),
-        num_token_axes=len(tokens),
-        num_leading_token_axes=is_leading.index(False),
     )
 
 

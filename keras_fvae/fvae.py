@@ -1,6 +1,7 @@
 """The variational autoencoder with two latents that takes the place of A."""
 
 import itertools
+import math
 from typing import Any
 from typing import NamedTuple
 
@@ -8,13 +9,16 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae import masking
 from keras_fvae import objective
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
+from keras_fvae.packing import Packing
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
 # The smallest standard deviation of the decoder, as in the authors' code.
 SCALE_FLOOR = 1e-5
+REFERENCE_SCALE = "views_conditionalGaussianDecoders.scale_tril"
 
 
 class FVAEOutput(NamedTuple):
@@ -50,13 +54,6 @@ class Posterior(NamedTuple):
 
     mean: Any
     log_variance: Any
-
-
-class Affine(NamedTuple):
-    """The variables of `x @ kernel + bias`."""
-
-    kernel: keras.Variable
-    bias: keras.Variable
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
@@ -101,52 +98,93 @@ class FVAE(keras.Layer):
         super().__init__(**kwargs)
         self.config = resolve_config(config=config)
         self.seed_generator = keras.random.SeedGenerator(self.config.seed)
-        options = {"seed": self.seed_generator, "dtype": self.dtype_policy}
-        self.z1_encoder = _Encoder(self.config, name="z1_encoder", **options)
-        self.z2_encoder = _Encoder(self.config, name="z2_encoder", **options)
-        self.decoder = _Decoder(self.config, name="decoder", **options)
 
     def build(self, input_shape):
-        self.z1_encoder.build(input_shape)
-        self.z2_encoder.build(input_shape)
-        self.decoder.build(input_shape)
+        self._feature_packing, self._latent_packing = _layout(
+            self.config, input_shape[-1]
+        )
+        # A row for each feature of the input.
+        self.feature_weights = self._add_packed_weight(
+            "feature_weights", self._feature_packing
+        )
+        # All that does not grow with the input.
+        self.latent_weights = self._add_packed_weight(
+            "latent_weights", self._latent_packing
+        )
 
     def call(self, x, training=None, mask=None, noise=None):
+        token_shape = ops.shape(x)[:-1]
+        _check_mask(mask, x)
+        mask = masking.flatten_mask(mask, token_shape)
+        rank = self.config.rank
+        if noise is not None:
+            noise = [ops.reshape(eps, self._draws_shape(-1)) for eps in noise]
         q1, q2, z1, z2, negative_log_likelihood, loss = self.encode_and_score(
-            x, training=training, mask=mask, noise=noise
+            ops.reshape(x, (-1, x.shape[-1])), training, mask, noise
         )
-        mask = _expand_mask(mask, x)
         terms = {"negative_log_likelihood": negative_log_likelihood}
         for name, values in self._latent_terms(q1, q2, z1, z2).items():
             terms[name] = objective.token_mean(values, mask)
-        return FVAEOutput(z1, *q1, z2, *q2, terms, loss)
+
+        def restore(rows):
+            draws = tuple(rows.shape[:-2])
+            return ops.reshape(rows, (*draws, *token_shape, rank))
+
+        return FVAEOutput(
+            restore(z1),
+            *map(restore, q1),
+            restore(z2),
+            *map(restore, q2),
+            terms,
+            loss,
+        )
 
     def compute_mask(self, inputs, previous_mask):
         return None
+
+    @property
+    def num_inference_parameters(self):
+        """Integer, the parameters that the mean of q1 depends on."""
+        widths = (
+            self.feature_weights.shape[0],
+            *self.config.hidden_units,
+            self.config.rank,
+        )
+        return sum(
+            (before + 1) * after for before, after in itertools.pairwise(widths)
+        )
 
     def posterior_mean(self, x):
         """The mean of q1 alone: all that an update needs at inference.
 
         Args:
-            x: Tensor of shape `(..., d)`.
+            x: Tensor of shape `(tokens, d)`.
 
         Returns:
-            Float32 tensor of shape `(..., rank)`.
+            Float32 tensor of shape `(tokens, rank)`.
         """
-        for layer in self.z1_encoder.trunks[0]:
-            x = ops.relu(_affine(x, layer))
-        return ops.cast(_affine(x, self.z1_encoder.mean), "float32")
+        weights = self._weights("encoder")
+        widths = (*self.config.hidden_units, self.config.rank)
+        for level, width in enumerate(widths):
+            if level > 0:
+                x = ops.relu(x)
+            # The first trunk's first head is the mean of q1.
+            kernel = weights[f"encoder_kernel_{level}"][:, 0, :width]
+            bias = weights[f"encoder_bias_{level}"][0, :width]
+            x = _affine(x, kernel, bias)
+        return ops.cast(x, "float32")
 
     def sample_z1(self, x):
         """A draw from q1 alone, for `config.sample_at_inference`.
 
         Args:
-            x: Tensor of shape `(..., d)`.
+            x: Tensor of shape `(tokens, d)`.
 
         Returns:
-            Float32 tensor shaped like `z1`.
+            Float32 tensor of shape `(tokens, rank)`, or with several draws
+            `(num_samples, tokens, rank)`.
         """
-        (q1,) = self._encode(x, [self.z1_encoder], training=False)
+        q1, _ = self._encode(x, self._weights("encoder"), training=False)
         (z1,) = self._sample(q1)
         return z1
 
@@ -154,18 +192,16 @@ class FVAE(keras.Layer):
         """The latents and the loss: `call` without the diagnostics.
 
         Args:
-            x: Tensor of shape `(..., d)`.
+            x: Tensor of shape `(tokens, d)`.
             training: Boolean, as in `call`.
-            mask: Optional tensor, as in `call`.
-            noise: Optional pair of tensors, as in `call`.
+            mask: Optional tensor of shape `(tokens,)`.
+            noise: Optional pair of tensors shaped like `z1` and `z2`.
 
         Returns:
             Tuple `(q1, q2, z1, z2, negative_log_likelihood, loss)`.
         """
-        mask = _expand_mask(mask, x)
-        q1, q2 = self._encode(
-            x, [self.z1_encoder, self.z2_encoder], training=training
-        )
+        weights = self._weights()
+        q1, q2 = self._encode(x, weights, training)
         if noise is not None:
             z1 = _reparameterize(q1, noise[0])
             z2 = _reparameterize(q2, noise[1])
@@ -173,14 +209,14 @@ class FVAE(keras.Layer):
             z1, z2 = self._sample(q1, q2)
         else:
             z1, z2 = q1.mean, q2.mean
-        residual = x - self._decode(z1, z2, x.dtype, training)
+        residual = x - self._decode(z1, z2, weights, x.dtype, training)
         # The scale is the same for every token, so the squared error is
         # averaged over the tokens before it is divided by the scale.
         negative_log_likelihood = objective.negative_log_likelihood(
             objective.token_mean(
                 ops.square(ops.cast(residual, "float32")), mask, feature_axes=1
             ),
-            self.decoder.scale,
+            ops.exp(weights["log_scale"]) + SCALE_FLOOR,
         )
         value = self._objective(negative_log_likelihood, q1, q2, z1, z2, mask)
         return q1, q2, z1, z2, negative_log_likelihood, -value
@@ -195,19 +231,11 @@ class FVAE(keras.Layer):
         Raises:
             ValueError: If the layer is not built.
         """
-        if not self.built:
-            raise ValueError(
-                f"FVAE '{self.name}' has no weights yet. Call it on data, or "
-                "call `build(input_shape)`, before you exchange its weights."
-            )
-        weights = {}
-        for name, layer in self._reference_layers():
-            weights[f"{name}.weight"] = ops.convert_to_numpy(layer.kernel).T
-            weights[f"{name}.bias"] = ops.convert_to_numpy(layer.bias)
+        views = self._reference_views(*self._packed_values())
+        weights = {name: view.copy() for name, view in views.items()}
         # The standard deviation is `scale_tril + 1e-5` there, and
         # `exp(log_scale) + SCALE_FLOOR` here.
-        log_scale = ops.convert_to_numpy(self.decoder.log_scale)
-        weights[_REFERENCE_SCALE] = np.exp(log_scale)
+        weights[REFERENCE_SCALE] = np.exp(weights[REFERENCE_SCALE])
         return weights
 
     def set_reference_weights(self, weights):
@@ -221,28 +249,29 @@ class FVAE(keras.Layer):
             ValueError: If the layer is not built, a name is missing or
                 unknown, or a shape differs. No weight is changed then.
         """
-        current = self.get_reference_weights()
-        for name in [*current, *weights]:
-            if name not in weights or name not in current:
-                problem = "Missing" if name in current else "Unknown"
+        packed = self._packed_values()
+        views = self._reference_views(*packed)
+        for name in [*views, *weights]:
+            if name not in weights or name not in views:
+                problem = "Missing" if name in views else "Unknown"
                 raise ValueError(
                     f"{problem} weight: '{name}'. This FVAE's config calls "
-                    f"for these names: {list(current)}."
+                    f"for these names: {list(views)}."
                 )
-            if np.shape(weights[name]) != current[name].shape:
+            if np.shape(weights[name]) != views[name].shape:
                 raise ValueError(
-                    f"Weight '{name}' must have shape {current[name].shape} "
-                    "in an FVAE with this config and input width. "
+                    f"Weight '{name}' must have shape {views[name].shape} in "
+                    "an FVAE with this config and input width. "
                     f"Received: {np.shape(weights[name])}."
                 )
-        for name, layer in self._reference_layers():
-            layer.kernel.assign(np.transpose(weights[f"{name}.weight"]))
-            layer.bias.assign(weights[f"{name}.bias"])
+            views[name][...] = weights[name]
         # Nothing keeps theirs positive, and the density sees only its size.
-        scale_tril = np.asarray(weights[_REFERENCE_SCALE])
+        scale_tril = views[REFERENCE_SCALE]
         mirrored = np.abs(scale_tril + SCALE_FLOOR) - SCALE_FLOOR
         positive = np.where(scale_tril > 0, scale_tril, mirrored)
-        self.decoder.log_scale.assign(np.log(np.maximum(positive, 1e-12)))
+        scale_tril[...] = np.log(np.maximum(positive, 1e-12))
+        self.feature_weights.assign(packed[0])
+        self.latent_weights.assign(packed[1])
 
     def get_config(self):
         return {**super().get_config(), "config": self.config.get_config()}
@@ -251,33 +280,83 @@ class FVAE(keras.Layer):
     def from_config(cls, config):
         return cls(**{**config, "config": FVAELoRAConfig(**config["config"])})
 
-    def _encode(self, x, encoders, training):
-        """The posteriors of x, one from each encoder."""
-        trunks = [trunk for encoder in encoders for trunk in encoder.trunks]
-        heads = [head for encoder in encoders for head in encoder.heads]
-        states = [x] * len(trunks)
-        for layers in zip(*trunks):
-            states = _apply_affine(
-                layers, states, lambda h: self._activate(h, training)
+    def _add_packed_weight(self, name, packing):
+        def initializer(shape, dtype=None):
+            return packing.pack(
+                {
+                    name: self._initial_value(name, shape)
+                    for name, shape in packing.shapes.items()
+                }
             )
-        # A shared trunk serves two heads.
-        states = [s for s in states for _ in range(len(heads) // len(states))]
-        outputs = _apply_affine(heads, states, lambda h: ops.cast(h, "float32"))
-        return [
-            Posterior(mean, ops.clip(log_variance, *LOG_VARIANCE_LIMITS))
-            for mean, log_variance in zip(outputs[::2], outputs[1::2])
-        ]
 
-    def _decode(self, z1, z2, dtype, training):
+        return self.add_weight(
+            name=name,
+            shape=packing.shape,
+            initializer=initializer,
+            dtype="float32",
+            autocast=False,
+        )
+
+    def _initial_value(self, name, shape):
+        if name == "log_scale":
+            return ops.full(shape, math.log1p(-SCALE_FLOOR), dtype="float32")
+        is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
+        if "bias" in name or is_head:
+            # With heads of zero, the update is zero and q1 is p1.
+            return ops.zeros(shape, dtype="float32")
+        glorot_uniform = keras.initializers.GlorotUniform(
+            seed=self.seed_generator
+        )
+        if name.startswith("encoder"):
+            width, num_trunks, units = shape
+            kernels = [
+                glorot_uniform((width, units)) for _ in range(num_trunks)
+            ]
+            return ops.stack(kernels, axis=1)
+        return glorot_uniform(shape)
+
+    def _weights(self, prefix=""):
+        """The weights by name, all or those of the encoders or decoder."""
+        feature_weights = ops.convert_to_tensor(self.feature_weights)
+        latent_weights = ops.convert_to_tensor(self.latent_weights)
+        return {
+            **self._feature_packing.unpack(feature_weights, prefix),
+            **self._latent_packing.unpack(latent_weights, prefix),
+        }
+
+    def _encode(self, x, weights, training):
+        """The posteriors q1 and q2; their trunks run side by side."""
+        for level in range(len(self.config.hidden_units) + 1):
+            kernel = weights[f"encoder_kernel_{level}"]
+            if level == 0:
+                # Every trunk reads x.
+                kernel = ops.reshape(kernel, (kernel.shape[0], -1))
+            else:
+                x = self._activate(x, training)
+                kernel = _block_diagonal(kernel)
+            bias = ops.reshape(weights[f"encoder_bias_{level}"], (-1,))
+            x = _affine(x, kernel, bias)
+        z1_mean, z1_log_variance, z2_mean, z2_log_variance = ops.split(
+            ops.cast(x, "float32"), 4, axis=-1
+        )
+        return (
+            Posterior(z1_mean, ops.clip(z1_log_variance, *LOG_VARIANCE_LIMITS)),
+            Posterior(z2_mean, ops.clip(z2_log_variance, *LOG_VARIANCE_LIMITS)),
+        )
+
+    def _decode(self, z1, z2, weights, dtype, training):
         """The mean of p(x | z1, z2)."""
         if self.config.latent_fusion == "concat":
-            state = ops.concatenate([z1, z2], axis=-1)
+            x = ops.concatenate([z1, z2], axis=-1)
         else:
-            state = (z1 + z2) / 2
-        state = ops.cast(state, dtype)
-        for layer in self.decoder.hidden:
-            state = self._activate(_affine(state, layer), training)
-        return _affine(state, self.decoder.output_layer)
+            x = (z1 + z2) / 2
+        x = ops.cast(x, dtype)
+        for level in range(len(self.config.decoder_units)):
+            kernel = weights[f"decoder_kernel_{level}"]
+            x = _affine(x, kernel, weights[f"decoder_bias_{level}"])
+            x = self._activate(x, training)
+        kernel = ops.transpose(weights["decoder_output_kernel"])
+        return _affine(x, kernel, weights["decoder_output_bias"])
 
     def _activate(self, x, training):
         x = ops.relu(x)
@@ -288,17 +367,22 @@ class FVAE(keras.Layer):
         return x
 
     def _sample(self, *posteriors):
-        """One draw, or `num_samples` of them, from each posterior."""
-        rank = self.config.rank
-        shape = (*ops.shape(posteriors[0].mean)[:-1], rank * len(posteriors))
-        if self.config.num_samples > 1:
-            shape = (self.config.num_samples, *shape)
-        # A single call to the generator: it costs more than the numbers do.
+        """Draws from each posterior."""
+        num_tokens = ops.shape(posteriors[0].mean)[0]
+        # One call to the generator: it costs more than the numbers do.
         noise = keras.random.normal(
-            shape, dtype="float32", seed=self.seed_generator
+            self._draws_shape(num_tokens, len(posteriors)),
+            dtype="float32",
+            seed=self.seed_generator,
         )
         noise = ops.split(noise, len(posteriors), axis=-1)
         return [_reparameterize(q, eps) for q, eps in zip(posteriors, noise)]
+
+    def _draws_shape(self, num_tokens, num_latents=1):
+        shape = (num_tokens, num_latents * self.config.rank)
+        if self.config.num_samples > 1:
+            shape = (self.config.num_samples, *shape)
+        return shape
 
     def _objective(self, negative_log_likelihood, q1, q2, z1, z2, mask):
         config = self.config
@@ -347,131 +431,109 @@ class FVAE(keras.Layer):
             "wasserstein": objective.wasserstein(*q1, *q2),
         }
 
-    def _reference_layers(self):
-        """Pairs of the authors' name and our layer, in their order."""
-        for index, encoder in enumerate([self.z1_encoder, self.z2_encoder]):
+    def _packed_values(self):
+        if not self.built:
+            raise ValueError(
+                f"FVAE '{self.name}' has no weights yet. Call it on data, or "
+                "call `build(input_shape)`, before you exchange its weights."
+            )
+        return (
+            np.array(ops.convert_to_numpy(self.feature_weights)),
+            np.array(ops.convert_to_numpy(self.latent_weights)),
+        )
+
+    def _reference_views(self, feature_weights, latent_weights):
+        """Views of the packed NumPy arrays, by the authors' names."""
+        weights = {
+            **self._feature_packing.unpack(feature_weights),
+            **self._latent_packing.unpack(latent_weights),
+        }
+        views = {}
+
+        def add_affine(name, kernel, bias):
+            views.update({f"{name}.weight": kernel.T, f"{name}.bias": bias})
+
+        rank, depth = self.config.rank, len(self.config.hidden_units)
+        heads_per_trunk = 4 // _num_trunks(self.config)
+        for head, (index, trunk_name, head_name) in enumerate(
+            [
+                (0, "layers_mean", "mean"),
+                (0, "layers_logvar", "logvar"),
+                (1, "layers_mean", "mean"),
+                (1, "layers_logvar", "logvar"),
+            ]
+        ):
+            if self.config.encoder_shared_trunk:
+                trunk_name = "layers"
             prefix = f"views_conditionalGaussianEncoders_list.{index}"
-            trunk_names = ["layers"]
-            if not self.config.encoder_shared_trunk:
-                trunk_names = ["layers_mean", "layers_logvar"]
-            for trunk_name, trunk in zip(trunk_names, encoder.trunks):
-                for depth, layer in enumerate(trunk):
-                    yield f"{prefix}.{trunk_name}.{depth}", layer
-            yield f"{prefix}.mean", encoder.mean
-            yield f"{prefix}.logvar", encoder.log_variance
+            trunk, position = divmod(head, heads_per_trunk)
+            for level in range(depth):
+                add_affine(
+                    f"{prefix}.{trunk_name}.{level}",
+                    weights[f"encoder_kernel_{level}"][:, trunk],
+                    weights[f"encoder_bias_{level}"][trunk],
+                )
+            columns = slice(position * rank, (position + 1) * rank)
+            add_affine(
+                f"{prefix}.{head_name}",
+                weights[f"encoder_kernel_{depth}"][:, trunk, columns],
+                weights[f"encoder_bias_{depth}"][trunk, columns],
+            )
         prefix = "views_conditionalGaussianDecoders"
-        for depth, layer in enumerate(self.decoder.hidden):
-            yield f"{prefix}.layers.{depth}", layer
-        yield f"{prefix}.output_layer", self.decoder.output_layer
-
-
-_REFERENCE_SCALE = "views_conditionalGaussianDecoders.scale_tril"
-
-
-class _Network(keras.Layer):
-    """Holds the weights of one of the FVAE's networks; the FVAE runs them."""
-
-    def __init__(self, config, seed, **kwargs):
-        super().__init__(**kwargs)
-        self.config = config
-        self._initializer = keras.initializers.GlorotUniform(seed=seed)
-
-    def add_affine(self, name, input_width, width, initializer=None):
-        """Adds a kernel of shape `(input_width, width)` and its bias."""
-        return Affine(
-            self.add_weight(
-                name=f"{name}_kernel",
-                shape=(input_width, width),
-                initializer=initializer or self._initializer,
-                dtype="float32",
-            ),
-            self.add_weight(
-                name=f"{name}_bias",
-                shape=(width,),
-                initializer="zeros",
-                dtype="float32",
-            ),
+        for level in range(len(self.config.decoder_units)):
+            add_affine(
+                f"{prefix}.layers.{level}",
+                weights[f"decoder_kernel_{level}"],
+                weights[f"decoder_bias_{level}"],
+            )
+        add_affine(
+            f"{prefix}.output_layer",
+            weights["decoder_output_kernel"].T,
+            weights["decoder_output_bias"],
         )
-
-    def add_hidden(self, name, input_width, units):
-        """Adds the affine layers of an MLP's hidden layers."""
-        widths = [input_width, *units]
-        return [
-            self.add_affine(f"{name}_{depth}", *widths[depth : depth + 2])
-            for depth in range(len(units))
-        ]
+        views[REFERENCE_SCALE] = weights["log_scale"]
+        return views
 
 
-class _Encoder(_Network):
-    """q(z | x): one or two trunks of hidden layers, and the two heads."""
-
-    def build(self, input_shape):
-        width, units = input_shape[-1], self.config.hidden_units
-        names = ["hidden"]
-        if not self.config.encoder_shared_trunk:
-            names = ["mean_hidden", "log_variance_hidden"]
-        self.trunks = [self.add_hidden(name, width, units) for name in names]
-        head_width = units[-1] if units else width
-        self.mean, self.log_variance = (
-            # Zero at the start, so that adapted and base model agree.
-            self.add_affine(name, head_width, self.config.rank, "zeros")
-            for name in ("mean", "log_variance")
-        )
-
-    @property
-    def heads(self):
-        return [self.mean, self.log_variance]
-
-    @property
-    def mean_weights(self):
-        """The weights that the mean depends on."""
-        return [v for layer in (*self.trunks[0], self.mean) for v in layer]
+def _num_trunks(config):
+    """How many MLPs the encoders are, each with its share of four heads."""
+    return 2 if config.encoder_shared_trunk else 4
 
 
-class _Decoder(_Network):
-    """p(x | z1, z2): hidden layers, the reconstruction, one scale a feature."""
-
-    def build(self, input_shape):
-        width, units = input_shape[-1], self.config.decoder_units
-        latent_width = self.config.rank
-        if self.config.latent_fusion == "concat":
-            latent_width *= 2
-        self.hidden = self.add_hidden("hidden", latent_width, units)
-        self.output_layer = self.add_affine(
-            "output", units[-1] if units else latent_width, width
-        )
-        self.log_scale = self.add_weight(
-            name="log_scale",
-            shape=(width,),
-            initializer=keras.initializers.Constant(np.log1p(-SCALE_FLOOR)),
-            dtype="float32",
-            autocast=False,
-        )
-
-    @property
-    def scale(self):
-        return ops.exp(self.log_scale) + SCALE_FLOOR
+def _layout(config, width):
+    """How the weights lie in the layer's two variables."""
+    num_trunks = _num_trunks(config)
+    feature_shapes, latent_shapes = {}, {}
+    widths = [width, *config.hidden_units, 4 * config.rank // num_trunks]
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
+        shapes = feature_shapes if level == 0 else latent_shapes
+        shapes[f"encoder_kernel_{level}"] = (before, num_trunks, after)
+        latent_shapes[f"encoder_bias_{level}"] = (num_trunks, after)
+    latent_width = config.rank * (2 if config.latent_fusion == "concat" else 1)
+    widths = [latent_width, *config.decoder_units]
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
+        latent_shapes[f"decoder_kernel_{level}"] = (before, after)
+        latent_shapes[f"decoder_bias_{level}"] = (after,)
+    feature_shapes["decoder_output_kernel"] = (width, widths[-1])
+    feature_shapes["decoder_output_bias"] = (width,)
+    feature_shapes["log_scale"] = (width,)
+    return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
 
 
-def _affine(x, *layers):
-    """`x @ kernel + bias`; several layers side by side, as one product."""
-    kernels, biases = zip(*layers)
-    kernel = kernels[0] if len(layers) == 1 else ops.concatenate(kernels, -1)
-    bias = biases[0] if len(layers) == 1 else ops.concatenate(biases, -1)
-    return ops.add(
-        ops.matmul(x, ops.cast(kernel, x.dtype)), ops.cast(bias, x.dtype)
-    )
+def _affine(x, kernel, bias):
+    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
+    return ops.add(ops.matmul(x, kernel), bias)
 
 
-def _apply_affine(layers, states, function):
-    """`function(affine(state))`; layers on one state run as one product."""
-    outputs = []
-    pairs = zip(layers, states)
-    for _, group in itertools.groupby(pairs, key=lambda pair: id(pair[1])):
-        group_layers, (state, *_) = zip(*group)
-        output = function(_affine(state, *group_layers))
-        outputs.extend(ops.split(output, len(group_layers), axis=-1))
-    return outputs
+def _block_diagonal(kernels):
+    """One matrix from kernels `(in, n, out)`, for n inputs side by side.
+
+    Half or more of it is zeros, but these products are small, and one runs
+    faster than n.
+    """
+    width, count, units = kernels.shape
+    blocks = ops.reshape(ops.eye(count), (count, 1, count, 1)) * kernels
+    return ops.reshape(blocks, (count * width, count * units))
 
 
 def _reparameterize(q, noise):
@@ -480,20 +542,16 @@ def _reparameterize(q, noise):
     return q.mean + ops.exp(0.5 * q.log_variance) * noise
 
 
-def _expand_mask(mask, x):
-    """The mask with an axis for each token axis of x."""
+def _check_mask(mask, x):
     if mask is None:
-        return None
-    token_shape, mask_shape = x.shape[:-1], mask.shape
+        return
+    token_shape, mask_shape = tuple(x.shape[:-1]), tuple(mask.shape)
     if len(mask_shape) > len(token_shape) or any(
         None not in (given, needed) and given != needed
         for given, needed in zip(mask_shape, token_shape)
     ):
         raise ValueError(
             "`mask` must have the shape of the tokens, or of their first "
-            f"axes: {tuple(token_shape)}. Received a mask of shape "
-            f"{tuple(mask_shape)} for x of shape {tuple(x.shape)}."
+            f"axes. Received: a mask of shape {mask_shape} for x of shape "
+            f"{tuple(x.shape)}, whose tokens have shape {token_shape}."
         )
-    missing = len(token_shape) - len(mask_shape)
-    mask = ops.reshape(mask, ops.shape(mask) + (1,) * missing)
-    return ops.broadcast_to(mask, ops.shape(x)[:-1])

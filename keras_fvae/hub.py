@@ -1,6 +1,7 @@
 """FVAE-LoRA as methods of every KerasHub backbone."""
 
 from keras_fvae import adapt
+from keras_fvae import saving
 
 
 def add_backbone_methods():
@@ -13,3 +14,5 @@ def add_backbone_methods():
     except ImportError:
         return
     Backbone.enable_fvae_lora = adapt.enable_fvae_lora
+    Backbone.save_fvae_lora_weights = saving.save_fvae_lora_weights
+    Backbone.load_fvae_lora_weights = saving.load_fvae_lora_weights

@@ -33,6 +33,14 @@ def unlocked(layer):
         layer._tracker.lock()
 
 
+def publish_weights(layer):
+    """Makes new weights known to what a backend keeps beside Keras's lists.
+
+    A `torch.nn.Module` has parameters of its own, which `zero_grad` clears.
+    """
+    layer._post_build()
+
+
 def get_keras_mask(x):
     """The Keras mask that travels with a tensor, or `None`."""
     return backend.get_keras_mask(x)

@@ -55,10 +55,11 @@ class Adapter(keras.Layer):
     def call(self, inputs, training=None, mask=None):
         config = self.config
         contraction = analyze_equation(self.equation, len(inputs.shape))
-        x = contraction.to_tokens(inputs)
+        x = contraction.to_tokens(inputs, self.kernel_shape)
         if training:
+            token_shape = contraction.token_shape(inputs)
             _, _, z1, _, _, loss = self.fvae.encode_and_score(
-                x, training=True, mask=mask
+                x, training=True, mask=masking.flatten_mask(mask, token_shape)
             )
             self.add_loss(config.elbo_weight * loss)
         elif config.sample_at_inference:
@@ -70,15 +71,25 @@ class Adapter(keras.Layer):
             z1 = ops.mean(z1, axis=0)
         kernel_b = ops.cast(config.scale * self.kernel_b, x.dtype)
         update = ops.matmul(ops.cast(z1, x.dtype), kernel_b)
-        return contraction.from_tokens(update, self.kernel_shape)
+        return contraction.from_tokens(update, inputs, self.kernel_shape)
 
     def compute_mask(self, inputs, previous_mask):
         return None
 
     @property
-    def inference_weights(self):
-        """The weights that inference needs: B and the way to z1's mean."""
-        return [self.kernel_b, *self.fvae.z1_encoder.mean_weights]
+    def named_weights(self):
+        """Dict of the adapter's weights by name."""
+        return {
+            "kernel_b": self.kernel_b,
+            "feature_weights": self.fvae.feature_weights,
+            "latent_weights": self.fvae.latent_weights,
+        }
+
+    @property
+    def num_inference_parameters(self):
+        """Integer, the parameters that inference needs: B, the way to z1."""
+        rank, units = self.kernel_b.shape
+        return rank * units + self.fvae.num_inference_parameters
 
 
 class FVAELoRAMixin:

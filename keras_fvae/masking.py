@@ -9,6 +9,8 @@ time of their call, which masks they were called with.
 import contextlib
 import contextvars
 
+from keras import ops
+
 from keras_fvae import keras_internals
 
 # From the outermost layer being called to the innermost: its masks by name.
@@ -85,6 +87,26 @@ def find_token_mask(inputs, num_token_axes, layer_name):
         if fitting:
             return next(iter(fitting.values()))
     return None
+
+
+def flatten_mask(mask, token_shape):
+    """A mask of the first token axes, as one value for each token.
+
+    Args:
+        mask: Tensor of the shape of the first axes of `token_shape`, or
+            `None`.
+        token_shape: Tuple of integers or scalar tensors.
+
+    Returns:
+        Tensor of shape `(number of tokens,)`, or `None`.
+    """
+    if mask is None:
+        return None
+    missing_axes = len(token_shape) - len(mask.shape)
+    if missing_axes > 0:
+        mask = ops.reshape(mask, (*ops.shape(mask), *[1] * missing_axes))
+        mask = ops.broadcast_to(mask, token_shape)
+    return ops.reshape(mask, (-1,))
 
 
 def _is_token_mask(name):

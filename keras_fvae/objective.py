@@ -109,27 +109,24 @@ def token_mean(values, mask=None, feature_axes=0):
     """Mean over the tokens that count.
 
     Args:
-        values: Tensor of shape `(..., *token_shape, *feature_shape)`. Axes
-            before those of the mask, such as one of several draws, are
-            averaged too.
-        mask: Optional tensor of shape `token_shape`, 1 or `True` for the
-            tokens that count. `None` counts them all. If no token counts,
-            the mean is 0.
-        feature_axes: Integer, how many trailing axes of `values` to keep.
+        values: Tensor of shape `(tokens, ...)`, or `(draws, tokens, ...)`
+            for the mean over several draws too.
+        mask: Optional tensor of shape `(tokens,)`, 1 or `True` for the tokens
+            that count. `None` counts them all. If none counts, the mean is 0.
+        feature_axes: Integer, how many axes follow that of the tokens; they
+            are kept.
 
     Returns:
-        Float32 tensor of shape `feature_shape`.
+        Float32 tensor of the shape of the kept axes.
     """
     values = _float32(values)
     axes = tuple(range(len(values.shape) - feature_axes))
     if mask is None:
         return ops.mean(values, axis=axes)
-    mask = ops.reshape(_float32(mask), ops.shape(mask) + (1,) * feature_axes)
-    # Spread over the axes before the mask's, so that its sum counts them too.
-    mask = ops.broadcast_to(
-        mask, ops.shape(values)[: len(axes)] + (1,) * feature_axes
-    )
-    return ops.divide_no_nan(ops.sum(values * mask, axis=axes), ops.sum(mask))
+    mask = _float32(mask)
+    total = ops.sum(mask) * math.prod(values.shape[: len(axes) - 1])
+    mask = ops.reshape(mask, (-1, *[1] * feature_axes))
+    return ops.divide_no_nan(ops.sum(values * mask, axis=axes), total)
 
 
 def fvae(

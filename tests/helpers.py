@@ -1,0 +1,128 @@
+"""What the tests share, beside fixtures."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_fvae
+
+BACKEND = keras.config.backend()
+# Keras runs PyTorch eagerly by default.
+JIT_COMPILE = [False] if BACKEND == "torch" else [False, True]
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def to_numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def dtype_of(x):
+    return keras.backend.standardize_dtype(x.dtype)
+
+
+def value_and_gradients(function, variables, arrays=()):
+    """`function(*arrays)` and its gradients, as NumPy.
+
+    Args:
+        function: Function of tensors that returns a scalar.
+        variables: List of `keras.Variable`.
+        arrays: List of NumPy arrays.
+
+    Returns:
+        The value, the gradients of the variables, those of the arrays.
+    """
+    tensors = [ops.convert_to_tensor(array) for array in arrays]
+    if BACKEND == "jax":
+        import jax
+
+        def stateless(values, tensors):
+            mapping = zip(variables, values)
+            with keras.StatelessScope(state_mapping=mapping):
+                return function(*tensors)
+
+        value, gradients = jax.value_and_grad(stateless, argnums=(0, 1))(
+            [v.value for v in variables], tensors
+        )
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            value = function(*tensors)
+        gradients = tape.gradient(
+            value, [[v.value for v in variables], tensors]
+        )
+    else:
+        import torch
+
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        value = function(*tensors)
+        values = [v.value for v in variables]
+        flat = torch.autograd.grad(value, [*values, *tensors])
+        gradients = flat[: len(values)], flat[len(values) :]
+    to_numpys = [[to_numpy(g) for g in group] for group in gradients]
+    return to_numpy(value), *to_numpys
+
+
+def snapshot(model):
+    """Everything that must not change when a call raises."""
+    return [
+        (type(layer), layer.path, layer.trainable)
+        for layer in model._flatten_layers()
+    ], [(v.path, v.trainable, to_numpy(v).tolist()) for v in model.variables]
+
+
+def run_python(*arguments, backend=BACKEND, check=True):
+    """Runs a fresh Python process at the root of the project."""
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": str(ROOT),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    if check and result.returncode != 0:
+        raise AssertionError(result.stdout + result.stderr)
+    return result
+
+
+def text_inputs(rng, shape=(4, 8), vocabulary_size=50):
+    """Token ids for a KerasHub text model, without padding."""
+    token_ids = rng.integers(1, vocabulary_size, shape)
+    return {
+        "token_ids": token_ids,
+        "segment_ids": np.zeros(shape, "int32"),
+        "padding_mask": np.ones(shape, "int32"),
+    }
+
+
+def quieten(model):
+    """Takes the variance out of the latents, so that draws are the means."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras_fvae.FVAE):
+            weights = layer.get_reference_weights()
+            for index in (0, 1):
+                encoder = f"views_conditionalGaussianEncoders_list.{index}"
+                name = f"{encoder}.logvar.bias"
+                weights[name] = np.full_like(weights[name], -40.0)
+            layer.set_reference_weights(weights)
+
+
+def move_adapters(model, rng, scale=0.3):
+    """Moves the adapters' weights, so that no update is zero."""
+    for layer in model._flatten_layers():
+        if hasattr(layer, "adapter"):
+            for weight in layer.adapter.weights:
+                noise = rng.normal(scale=scale, size=weight.shape)
+                weight.assign(to_numpy(weight) + noise)

@@ -1,0 +1,80 @@
+"""Notices when Keras changes the private parts that the package uses."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+
+from keras_fvae import keras_internals
+
+
+class Block(keras.layers.Layer):
+    """Layers as attributes, in a list and in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.Dense(2, name="first")
+        self.listed = [keras.layers.Dense(2, name="listed")]
+        self.mapped = {"key": keras.layers.Dense(2, name="mapped")}
+        self.shared = self.first
+
+    def call(self, x):
+        return self.mapped["key"](self.listed[0](self.first(x)))
+
+
+def test_flatten_layers_finds_every_layer_once_and_in_order():
+    inputs = keras.Input((3,))
+    attention = keras.layers.MultiHeadAttention(1, 2, name="attention")
+    x = keras.layers.Reshape((1, 3), name="reshape")(inputs)
+    x = attention(x, x)
+    model = keras.Model(inputs, Block()(x))
+    names = [layer.name for layer in keras_internals.flatten_layers(model)]
+    assert [n for n in names if not n.startswith(("input", "functional"))] == [
+        "reshape",
+        "attention",
+        "query",
+        "key",
+        "value",
+        "softmax",
+        "dropout",
+        "attention_output",
+        "block",
+        "first",
+        "listed",
+        "mapped",
+    ]
+
+
+def test_a_built_layer_is_locked_and_can_be_unlocked():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    with pytest.raises(ValueError, match="already built"):
+        layer.extra = keras.layers.Dense(1)
+    with keras_internals.unlocked(layer):
+        layer.other = keras.layers.Dense(1)
+    assert layer.other in keras_internals.flatten_layers(layer)
+    with pytest.raises(ValueError, match="already built"):
+        layer.third = keras.layers.Dense(1)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="what only PyTorch has")
+def test_new_weights_become_torch_parameters():
+    inputs = keras.Input((3,))
+    layer = keras.layers.Dense(2)
+    model = keras.Model(inputs, layer(inputs))
+    with keras_internals.unlocked(layer):
+        layer.extra = layer.add_weight(shape=(2,), name="extra")
+    keras_internals.publish_weights(model)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    assert id(layer.extra.value) in parameters
+
+
+def test_the_keras_mask_of_a_tensor():
+    embedded = keras.layers.Embedding(5, 2, mask_zero=True)(
+        np.array([[1, 2, 0]])
+    )
+    mask = keras_internals.get_keras_mask(embedded)
+    assert keras.ops.convert_to_numpy(mask).tolist() == [[True, True, False]]
+    assert keras_internals.get_keras_mask(np.ones(2)) is None
+    assert keras_internals.get_keras_mask(None) is None
+    assert keras_internals.get_keras_mask({"x": 1}) is None

@@ -1,0 +1,194 @@
+import keras
+import numpy as np
+import pytest
+from helpers import JIT_COMPILE
+from helpers import move_adapters
+from helpers import quieten
+from helpers import text_inputs
+from helpers import to_numpy
+from keras import ops
+
+import keras_fvae
+from keras_fvae import masking
+
+SMALL = {"rank": 2, "decoder_units": (4,), "dropout": 0.0, "elbo_weight": 1.0}
+
+
+def elbo(model, inputs):
+    model(inputs, training=True)
+    return sum(to_numpy(loss) for loss in model.losses)
+
+
+def adapt(model, rng, **options):
+    keras_fvae.enable_fvae_lora(model, **SMALL, **options)
+    # A weight moved at random, and latents without noise: what differs then,
+    # differs because of the padding.
+    move_adapters(model, rng)
+    quieten(model)
+
+
+def pad(inputs, length):
+    """Fills up with token 0, which the mask leaves out."""
+    missing = length - inputs["token_ids"].shape[1]
+    return {
+        name: np.pad(value, [(0, 0), (0, missing)])
+        for name, value in inputs.items()
+    }
+
+
+def test_padding_of_a_kerashub_model_counts_for_nothing(bert, rng):
+    inputs = text_inputs(rng, (3, 12))
+    for row, length in enumerate([12, 5, 9]):
+        inputs["token_ids"][row, length:] = 0
+        inputs["padding_mask"][row, length:] = 0
+    adapt(bert.backbone, rng)
+    # The task around the backbone passes the mask on, too.
+    for model in (bert.backbone, bert):
+        short, long = (elbo(model, pad(inputs, n)) for n in (16, 64))
+        np.testing.assert_allclose(long, short, rtol=1e-5)
+    everything = dict(inputs, padding_mask=np.ones_like(inputs["token_ids"]))
+    assert not np.isclose(elbo(bert, everything), short, rtol=1e-4)
+
+
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+def test_padding_counts_for_nothing_in_fit(make_bert, jit_compile, rng):
+    inputs = text_inputs(rng, (4, 6))
+    inputs["padding_mask"][1, 3:] = 0
+    losses = []
+    for length in (16, 64):
+        keras.utils.set_random_seed(1)
+        bert = make_bert()
+        adapt(bert.backbone, np.random.default_rng(0), seed=0)
+        bert.compile(
+            "sgd",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=jit_compile,
+        )
+        history = bert.fit(
+            pad(inputs, length), np.arange(4) % 3, epochs=2, verbose=0
+        ).history
+        losses.append(history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_keras_mask_reaches_into_attention(attention_model, rng):
+    tokens = rng.integers(1, 50, (3, 6))
+    tokens[1, 2:] = 0
+    adapt(attention_model, rng)
+    short = elbo(attention_model, np.pad(tokens, [(0, 0), (0, 2)]))
+    long = elbo(attention_model, np.pad(tokens, [(0, 0), (0, 20)]))
+    np.testing.assert_allclose(long, short, rtol=1e-5)
+
+
+def test_cross_attention_takes_the_mask_of_each_side(rng):
+    embedding = keras.layers.Embedding(50, 8, mask_zero=True)
+    queries = keras.Input((None,), dtype="int32")
+    values = keras.Input((None,), dtype="int32")
+    attention = keras.layers.MultiHeadAttention(2, 4)
+    outputs = attention(embedding(queries), embedding(values))
+    model = keras.Model([queries, values], outputs)
+    adapt(model, rng, target_layer_names=["query", "key", "value"])
+    tokens = rng.integers(1, 50, (2, 2, 5))
+    reference = elbo(model, list(tokens))
+    # As long as each other, so that only the names tell the masks apart.
+    for padded in [((0, 3), (0, 3)), ((0, 0), (0, 3)), ((0, 3), (0, 0))]:
+        inputs = [
+            np.pad(side, [(0, 0), width]) for side, width in zip(tokens, padded)
+        ]
+        np.testing.assert_allclose(elbo(model, inputs), reference, rtol=1e-5)
+
+
+class Block(keras.layers.Layer):
+    """Loses the mask on the way to its projection."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.query = keras.layers.Dense(8, name="query")
+
+    def build(self, input_shape):
+        self.query.build(input_shape)
+
+    def call(self, x):
+        return self.query(ops.multiply(x, 2.0))
+
+
+def test_a_layer_knows_the_mask_of_its_own_input(rng):
+    inputs = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(50, 8, mask_zero=True)(inputs)
+    model = keras.Model(inputs, Block()(x))
+    adapt(model, rng)
+    tokens = rng.integers(1, 50, (2, 5))
+    np.testing.assert_allclose(
+        elbo(model, np.pad(tokens, [(0, 0), (0, 7)])),
+        elbo(model, tokens),
+        rtol=1e-5,
+    )
+
+
+def test_every_row_counts_where_the_mask_is_of_other_tokens(bert, rng):
+    inputs = text_inputs(rng)
+    inputs["padding_mask"][:, 4:] = 0
+    keras_fvae.enable_fvae_lora(bert, target_layer_names="logits", **SMALL)
+    quieten(bert)
+    pooled = bert.backbone(inputs)["pooled_output"]
+    logits = bert.get_layer("logits")
+    expected = to_numpy(logits.adapter.fvae(pooled).loss)
+    np.testing.assert_allclose(elbo(bert, inputs), expected, rtol=1e-5)
+
+
+def test_a_model_inside_a_model_has_other_tokens(rng):
+    """As an image encoder in a language model, with as many patches."""
+    patches = keras.Input((5, 8))
+    encoder = keras.Model(patches, keras.layers.Dense(8, name="query")(patches))
+    images = keras.Input((5, 8), name="images")
+    padding_mask = keras.Input((5,), name="padding_mask")
+    outputs = encoder(images) * padding_mask[..., None]
+    model = keras.Model(
+        {"images": images, "padding_mask": padding_mask}, outputs
+    )
+    adapt(model, rng)
+    x = rng.normal(size=(2, 5, 8)).astype("float32")
+    mask = np.ones((2, 5), "float32")
+    whole = elbo(model, {"images": x, "padding_mask": mask})
+    mask[:, 2:] = 0
+    np.testing.assert_allclose(
+        elbo(model, {"images": x, "padding_mask": mask}), whole, rtol=1e-5
+    )
+
+
+def test_find_masks():
+    embedded = keras.layers.Embedding(5, 2, mask_zero=True)(
+        np.array([[1, 2, 0]])
+    )
+    mask, other = np.ones((1, 3)), np.ones((1, 3, 3))
+    found = masking.find_masks(
+        {
+            "inputs": embedded,
+            "decoder_padding_mask": mask,
+            "attention_mask": other,
+            "padding_mask": None,
+            "training": True,
+        }
+    )
+    assert found.keys() == {"mask", "decoder_padding_mask"}
+    assert to_numpy(found["mask"]).tolist() == [[True, True, False]]
+    found = masking.find_masks(
+        {"inputs": {"token_ids": mask, "padding_mask": mask}}
+    )
+    assert found.keys() == {"padding_mask"}
+    assert masking.find_masks({}) == {}
+
+
+def test_find_token_mask_takes_the_innermost_that_fits():
+    outer, inner = np.ones((2, 5)), np.ones((2, 7))
+    with masking.known_masks({"padding_mask": outer}):
+        with masking.known_masks({"mask": inner}):
+            inputs = np.ones((2, 7, 3))
+            assert masking.find_token_mask(inputs, 2, "query") is inner
+            inputs = np.ones((2, 5, 3))
+            assert masking.find_token_mask(inputs, 2, "query") is outer
+            assert masking.find_token_mask(inputs, 1, "query") is None
+        with masking.known_masks({}, inherit=False):
+            assert masking.find_token_mask(inputs, 2, "query") is None
+    assert masking.find_token_mask(inputs, 2, "query") is None
