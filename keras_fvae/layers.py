@@ -194,7 +194,7 @@ class FVAELoRADense(FVAELoRAMixin, keras.layers.Dense):
     Example:
 
     >>> layer = keras_fvae.FVAELoRADense(8, rank=4, activation="relu")
-    >>> layer(np.ones((2, 10, 32))).shape
+    >>> tuple(layer(np.ones((2, 10, 32))).shape)
     (2, 10, 8)
 
     Reference: [Latent Space Factorization in LoRA](
@@ -236,7 +236,7 @@ class FVAELoRAEinsumDense(FVAELoRAMixin, keras.layers.EinsumDense):
     >>> layer = keras_fvae.FVAELoRAEinsumDense(
     ...     "abc,cde->abde", output_shape=(None, 2, 8), rank=4, bias_axes="de"
     ... )
-    >>> layer(np.ones((2, 10, 32))).shape
+    >>> tuple(layer(np.ones((2, 10, 32))).shape)
     (2, 10, 2, 8)
 
     Reference: [Latent Space Factorization in LoRA](

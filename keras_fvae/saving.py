@@ -32,6 +32,10 @@ def save_fvae_lora_weights(model, filepath):
 
     Example:
 
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
     >>> keras_fvae.save_fvae_lora_weights(model, "task.fvae_lora.h5")
     """
     filepath = _check_filepath(filepath)
@@ -75,7 +79,13 @@ def load_fvae_lora_weights(model, filepath):
 
     Example:
 
-    >>> keras_fvae.load_fvae_lora_weights(model, "task.fvae_lora.h5")
+    >>> def make_model():
+    ...     layer = keras.layers.Dense(3, name="query")
+    ...     return keras.Sequential([keras.Input((4,)), layer], name="model")
+    >>> model = make_model()
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> keras_fvae.save_fvae_lora_weights(model, "task.fvae_lora.h5")
+    >>> keras_fvae.load_fvae_lora_weights(make_model(), "task.fvae_lora.h5")
     """
     filepath = _check_filepath(filepath)
     configs, adapter_values, other_values = _read(filepath)

