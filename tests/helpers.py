@@ -42,7 +42,7 @@ def value_and_gradients(function, variables, arrays=()):
 
         def stateless(values, tensors):
             mapping = zip(variables, values)
-            with keras.StatelessScope(state_mapping=mapping):
+            with keras.StatelessScope(mapping, collect_losses=True):
                 return function(*tensors)
 
         value, gradients = jax.value_and_grad(stateless, argnums=(0, 1))(
