@@ -16,7 +16,7 @@ test: lint $(addprefix test-,$(BACKENDS))
 
 # One backend: `make test-jax`.
 $(addprefix test-,$(BACKENDS)): test-%: install
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -n 2
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

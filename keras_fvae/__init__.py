@@ -8,8 +8,11 @@ from keras_fvae.layers import FVAELoRADense
 from keras_fvae.layers import FVAELoRAEinsumDense
 from keras_fvae.saving import load_fvae_lora_weights
 from keras_fvae.saving import save_fvae_lora_weights
+from keras_fvae.serving import finalize_fvae_lora
+from keras_fvae.serving import fvae_lora_disabled
+from keras_fvae.serving import merge_fvae_lora
 
-hub.add_backbone_methods()
+hub.extend_keras_hub()
 
 __all__ = [
     "FVAE",
@@ -17,6 +20,9 @@ __all__ = [
     "FVAELoRADense",
     "FVAELoRAEinsumDense",
     "enable_fvae_lora",
+    "finalize_fvae_lora",
+    "fvae_lora_disabled",
     "load_fvae_lora_weights",
+    "merge_fvae_lora",
     "save_fvae_lora_weights",
 ]

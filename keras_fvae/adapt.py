@@ -1,23 +1,20 @@
-"""A whole model: find the layers to adapt, adapt them in place, freeze it."""
+"""Enabling: find the layers to adapt, adapt them in place, freeze the rest."""
 
 import dataclasses
-import functools
-import gc
-import inspect
 import math
 import re
-import warnings
 
 import keras
 
 from keras_fvae import keras_internals
-from keras_fvae import masking
 from keras_fvae.config import DEFAULT_RANK
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
-from keras_fvae.layers import ADAPTED_CLASSES
-from keras_fvae.layers import FVAELoRAMixin
-from keras_fvae.layers import attach_adapter
+from keras_fvae.containers import adaptable_layers
+from keras_fvae.containers import adapted_layers
+from keras_fvae.containers import attach_adapters
+from keras_fvae.containers import forget_training
+from keras_fvae.containers import freeze_all_but
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
 
@@ -148,102 +145,25 @@ def enable_fvae_lora(
             "be enabled only once; start from the base model."
         )
     targets = _find_targets(model, target_layer_names)
+    for layer in targets:
+        check_adaptable(layer)
     trainable_layers = _match(
         trainable_layer_names,
         keras_internals.flatten_layers(model)[1:],
         "trainable_layer_names",
     )
-    adapters = build_adapters(targets, _share(config, len(targets)))
+    adapters = [
+        build_adapter(layer, share)
+        for layer, share in zip(targets, _share(config, len(targets)))
+    ]
     attach_adapters(model, targets, adapters)
+    trainable_weights = [w for a in adapters for w in a.weights]
     for layer in trainable_layers:
         layer.trainable = True
+        trainable_weights += layer.trainable_weights
+    freeze_all_but(model, trainable_weights)
+    forget_training(targets)
     return _summarize(model, config, targets)
-
-
-def adapted_layers(model):
-    """The layers of a model that are adapted by FVAE-LoRA, in their order."""
-    return [
-        layer
-        for layer in keras_internals.flatten_layers(model)
-        if isinstance(layer, FVAELoRAMixin)
-    ]
-
-
-def adaptable_layers(model):
-    """The layers of a model that are of a class that can be adapted."""
-    return [
-        layer
-        for layer in keras_internals.flatten_layers(model)
-        if type(layer) in ADAPTED_CLASSES
-    ]
-
-
-def build_adapters(layers, configs):
-    """Adapters for layers, without a change to the layers.
-
-    Args:
-        layers: List of layers.
-        configs: Iterable of `FVAELoRAConfig`, one for each layer.
-
-    Returns:
-        List of adapters.
-
-    Raises:
-        ValueError: If one of the layers cannot be adapted.
-    """
-    for layer in layers:
-        check_adaptable(layer)
-    return [
-        build_adapter(layer, config) for layer, config in zip(layers, configs)
-    ]
-
-
-def attach_adapters(model, layers, adapters):
-    """Adapts layers of a model, in place, and freezes all the rest of it.
-
-    Args:
-        model: `keras.Model` or layer.
-        layers: List of layers inside it.
-        adapters: List of what `build_adapters` made for them.
-    """
-    containers = _containers(model, layers)
-    holders = _living_models_with(layers)
-    for layer, adapter in zip(layers, adapters):
-        attach_adapter(layer, adapter)
-    for container in containers:
-        container.__class__ = _container_class(type(container))
-    _freeze_all_but(model, layers)
-    for layer in [*layers, *containers, *holders]:
-        keras_internals.publish_weights(layer)
-    for holder in holders:
-        _forget_compiled_functions(holder)
-
-
-class AdaptedContainer:
-    """Tells the adapted layers inside a layer which tokens count."""
-
-    def call(self, *args, **kwargs):
-        call = super().call
-        arguments = _signature(call.__func__).bind(self, *args, **kwargs)
-        del arguments.arguments["self"]
-        is_model = isinstance(self, keras.Model)
-        masks = masking.find_masks(arguments.arguments)
-        with masking.known_masks(
-            masks, inherit=not is_model or isinstance(self, keras.Sequential)
-        ):
-            return call(*args, **kwargs)
-
-
-@functools.cache
-def _container_class(cls):
-    """The class, with what an `AdaptedContainer` does, under its own name."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (AdaptedContainer, cls), names)
-
-
-@functools.cache
-def _signature(function):
-    return inspect.signature(function)
 
 
 def _find_targets(model, target_layer_names):
@@ -329,71 +249,6 @@ def _share(config, num_layers):
             config,
             elbo_weight=config.elbo_weight / num_layers,
             seed=None if config.seed is None else config.seed + index,
-        )
-
-
-def _containers(model, targets):
-    """The model and the layers inside it that hold an adapted layer."""
-    target_ids = {id(layer) for layer in targets}
-    return [
-        layer
-        for layer in keras_internals.flatten_layers(model)
-        if id(layer) not in target_ids
-        and any(
-            id(inner) in target_ids
-            for inner in keras_internals.flatten_layers(layer)
-        )
-    ]
-
-
-def _freeze_all_but(model, layers):
-    model.trainable = True
-    for layer in keras_internals.flatten_layers(model)[1:]:
-        layer.trainable = False
-    # The weights that the model itself owns.
-    for weight in model.weights:
-        weight.trainable = False
-    for layer in layers:
-        layer.trainable = True
-
-
-def _living_models_with(layers):
-    """Every model that holds one of the layers, such as a backbone's task.
-
-    Layers don't know what they are part of, so the models are looked for
-    among all objects that there are.
-    """
-    layer_ids = {id(layer) for layer in layers}
-    return [
-        obj
-        for obj in gc.get_objects()
-        # Some may be half made, by a constructor that raised.
-        if issubclass(type(obj), keras.Model)
-        and hasattr(obj, "_layers")
-        and any(
-            id(layer) in layer_ids
-            for layer in keras_internals.flatten_layers(obj)
-        )
-    ]
-
-
-def _forget_compiled_functions(model):
-    """Makes a model compile its steps anew, for its layers as they are now."""
-    for kind in ("train", "test", "predict", "generate"):
-        if getattr(model, f"{kind}_function", None) is not None:
-            setattr(model, f"{kind}_function", None)
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or not optimizer.built:
-        return
-    # It was built for the weights that trained until now.
-    if int(optimizer.iterations) == 0:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())
-    else:
-        model.compiled = False
-        warnings.warn(
-            f"Model '{model.name}' was trained before FVAE-LoRA changed which "
-            "of its weights train. Call `compile()` again before `fit()`.",
-            stacklevel=4,
         )
 
 

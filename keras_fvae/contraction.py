@@ -42,6 +42,15 @@ class Contraction(NamedTuple):
         """The number of outputs for each token."""
         return math.prod(kernel_shape[i] for i in self.kernel_carried_axes)
 
+    def bias_shape(self, kernel_shape):
+        """The shape of a bias for each unit, added to the output."""
+        num_tokens = len(self.token_axes)
+        sizes = [1] * num_tokens
+        sizes += [kernel_shape[i] for i in self.kernel_carried_axes]
+        is_token = [axis < num_tokens for axis in self.output_order]
+        first_unit = is_token.index(False)
+        return tuple(sizes[axis] for axis in self.output_order[first_unit:])
+
     def token_shape(self, inputs):
         """The shape of the token axes of a layer's input."""
         shape = ops.shape(inputs)

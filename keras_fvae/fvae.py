@@ -67,6 +67,8 @@ class FVAE(keras.Layer):
     Args:
         config: `keras_fvae.FVAELoRAConfig`. `None` (default) means one with
             the default values.
+        finalized: Boolean. Whether to hold only what the mean of q1 needs, as
+            `keras_fvae.finalize_fvae_lora` leaves it. Defaults to `False`.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
             The weights are float32 whatever the `dtype`.
 
@@ -94,14 +96,15 @@ class FVAE(keras.Layer):
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
-    def __init__(self, config=None, **kwargs):
+    def __init__(self, config=None, finalized=False, **kwargs):
         super().__init__(**kwargs)
         self.config = resolve_config(config=config)
+        self.finalized = finalized
         self.seed_generator = keras.random.SeedGenerator(self.config.seed)
 
     def build(self, input_shape):
         self._feature_packing, self._latent_packing = _layout(
-            self.config, input_shape[-1]
+            self.config, input_shape[-1], self.finalized
         )
         # A row for each feature of the input.
         self.feature_weights = self._add_packed_weight(
@@ -145,11 +148,7 @@ class FVAE(keras.Layer):
     @property
     def num_inference_parameters(self):
         """Integer, the parameters that the mean of q1 depends on."""
-        widths = (
-            self.feature_weights.shape[0],
-            *self.config.hidden_units,
-            self.config.rank,
-        )
+        widths = self.feature_weights.shape[0], *self._z1_mean_widths()
         return sum(
             (before + 1) * after for before, after in itertools.pairwise(widths)
         )
@@ -164,8 +163,7 @@ class FVAE(keras.Layer):
             Float32 tensor of shape `(tokens, rank)`.
         """
         weights = self._weights("encoder")
-        widths = (*self.config.hidden_units, self.config.rank)
-        for level, width in enumerate(widths):
+        for level, width in enumerate(self._z1_mean_widths()):
             if level > 0:
                 x = ops.relu(x)
             # The first trunk's first head is the mean of q1.
@@ -184,6 +182,7 @@ class FVAE(keras.Layer):
             Float32 tensor of shape `(tokens, rank)`, or with several draws
             `(num_samples, tokens, rank)`.
         """
+        self.refuse_if_finalized()
         q1, _ = self._encode(x, self._weights("encoder"), training=False)
         (z1,) = self._sample(q1)
         return z1
@@ -200,6 +199,7 @@ class FVAE(keras.Layer):
         Returns:
             Tuple `(q1, q2, z1, z2, negative_log_likelihood, loss)`.
         """
+        self.refuse_if_finalized()
         weights = self._weights()
         q1, q2 = self._encode(x, weights, training)
         if noise is not None:
@@ -220,6 +220,45 @@ class FVAE(keras.Layer):
         )
         value = self._objective(negative_log_likelihood, q1, q2, z1, z2, mask)
         return q1, q2, z1, z2, negative_log_likelihood, -value
+
+    def quantize(self, *args, **kwargs):
+        # Keras would pass an adapted layer over, without a word.
+        raise ValueError(
+            "A model must be quantized before FVAE-LoRA is enabled. To "
+            "quantize the base of a trained model: save the adapters by "
+            "`save_fvae_lora_weights`, quantize a base model without them, "
+            "and load them by `load_fvae_lora_weights`."
+        )
+
+    @property
+    def array_shapes(self):
+        """Dict of name to shape, of the arrays that the variables hold."""
+        return {**self._feature_packing.shapes, **self._latent_packing.shapes}
+
+    def get_arrays(self, finalized=False):
+        """What the variables hold.
+
+        Args:
+            finalized: Boolean. Whether to return only what the mean of q1
+                needs: the arrays of a finalized FVAE.
+
+        Returns:
+            Dict of name to NumPy array.
+        """
+        arrays = self._unpack(*self._packed_values())
+        if not finalized:
+            return arrays
+        selected = {}
+        for level, width in enumerate(self._z1_mean_widths()):
+            kernel, bias = f"encoder_kernel_{level}", f"encoder_bias_{level}"
+            selected[kernel] = arrays[kernel][:, :1, :width]
+            selected[bias] = arrays[bias][:1, :width]
+        return selected
+
+    def set_arrays(self, arrays):
+        """Sets the variables from what `get_arrays` returned."""
+        self.feature_weights.assign(self._feature_packing.pack(arrays))
+        self.latent_weights.assign(self._latent_packing.pack(arrays))
 
     def get_reference_weights(self):
         """The weights, by the names and in the layout of the authors' code.
@@ -273,8 +312,25 @@ class FVAE(keras.Layer):
         self.feature_weights.assign(packed[0])
         self.latent_weights.assign(packed[1])
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        # Keras does not, and a resumed run would draw the same noise again.
+        state = ops.convert_to_numpy(self.seed_generator.state)
+        store["seed_generator_state"] = state
+
+    def load_own_variables(self, store):
+        own = {name: store[name] for name in [*store.keys()]}
+        state = own.pop("seed_generator_state", None)
+        super().load_own_variables(own)
+        if state is not None:
+            self.seed_generator.state.assign(state)
+
     def get_config(self):
-        return {**super().get_config(), "config": self.config.get_config()}
+        return {
+            **super().get_config(),
+            "config": self.config.get_config(),
+            "finalized": self.finalized,
+        }
 
     @classmethod
     def from_config(cls, config):
@@ -317,12 +373,11 @@ class FVAE(keras.Layer):
 
     def _weights(self, prefix=""):
         """The weights by name, all or those of the encoders or decoder."""
-        feature_weights = ops.convert_to_tensor(self.feature_weights)
-        latent_weights = ops.convert_to_tensor(self.latent_weights)
-        return {
-            **self._feature_packing.unpack(feature_weights, prefix),
-            **self._latent_packing.unpack(latent_weights, prefix),
-        }
+        return self._unpack(
+            ops.convert_to_tensor(self.feature_weights),
+            ops.convert_to_tensor(self.latent_weights),
+            prefix,
+        )
 
     def _encode(self, x, weights, training):
         """The posteriors q1 and q2; their trunks run side by side."""
@@ -431,6 +486,20 @@ class FVAE(keras.Layer):
             "wasserstein": objective.wasserstein(*q1, *q2),
         }
 
+    def _z1_mean_widths(self):
+        """The widths of the layers that lead from x to the mean of q1."""
+        return (*self.config.hidden_units, self.config.rank)
+
+    def refuse_if_finalized(self):
+        """Raises a `ValueError` if only what inference needs is left."""
+        if self.finalized:
+            raise ValueError(
+                "This model is finalized: its adapters kept only what "
+                "inference needs, and can neither be trained nor sampled. To "
+                "go on, load the adapters as they were before, from a file "
+                "that `save_fvae_lora_weights` or `model.save` wrote."
+            )
+
     def _packed_values(self):
         if not self.built:
             raise ValueError(
@@ -442,12 +511,16 @@ class FVAE(keras.Layer):
             np.array(ops.convert_to_numpy(self.latent_weights)),
         )
 
+    def _unpack(self, feature_weights, latent_weights, prefix=""):
+        return {
+            **self._feature_packing.unpack(feature_weights, prefix),
+            **self._latent_packing.unpack(latent_weights, prefix),
+        }
+
     def _reference_views(self, feature_weights, latent_weights):
         """Views of the packed NumPy arrays, by the authors' names."""
-        weights = {
-            **self._feature_packing.unpack(feature_weights),
-            **self._latent_packing.unpack(latent_weights),
-        }
+        self.refuse_if_finalized()
+        weights = self._unpack(feature_weights, latent_weights)
         views = {}
 
         def add_affine(name, kernel, bias):
@@ -500,23 +573,25 @@ def _num_trunks(config):
     return 2 if config.encoder_shared_trunk else 4
 
 
-def _layout(config, width):
+def _layout(config, width, finalized):
     """How the weights lie in the layer's two variables."""
-    num_trunks = _num_trunks(config)
+    num_trunks = 1 if finalized else _num_trunks(config)
+    num_heads = 1 if finalized else 4 // num_trunks
     feature_shapes, latent_shapes = {}, {}
-    widths = [width, *config.hidden_units, 4 * config.rank // num_trunks]
+    widths = [width, *config.hidden_units, num_heads * config.rank]
     for level, (before, after) in enumerate(itertools.pairwise(widths)):
         shapes = feature_shapes if level == 0 else latent_shapes
         shapes[f"encoder_kernel_{level}"] = (before, num_trunks, after)
         latent_shapes[f"encoder_bias_{level}"] = (num_trunks, after)
-    latent_width = config.rank * (2 if config.latent_fusion == "concat" else 1)
-    widths = [latent_width, *config.decoder_units]
-    for level, (before, after) in enumerate(itertools.pairwise(widths)):
-        latent_shapes[f"decoder_kernel_{level}"] = (before, after)
-        latent_shapes[f"decoder_bias_{level}"] = (after,)
-    feature_shapes["decoder_output_kernel"] = (width, widths[-1])
-    feature_shapes["decoder_output_bias"] = (width,)
-    feature_shapes["log_scale"] = (width,)
+    if not finalized:
+        num_latents = 2 if config.latent_fusion == "concat" else 1
+        widths = [num_latents * config.rank, *config.decoder_units]
+        for level, (before, after) in enumerate(itertools.pairwise(widths)):
+            latent_shapes[f"decoder_kernel_{level}"] = (before, after)
+            latent_shapes[f"decoder_bias_{level}"] = (after,)
+        feature_shapes["decoder_output_kernel"] = (width, widths[-1])
+        feature_shapes["decoder_output_bias"] = (width,)
+        feature_shapes["log_scale"] = (width,)
     return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
 
 

@@ -33,6 +33,11 @@ def unlocked(layer):
         layer._tracker.lock()
 
 
+def untrack(layer, sublayer):
+    """Makes a layer forget a sublayer that it keeps track of."""
+    layer._tracker.untrack(sublayer)
+
+
 def publish_weights(layer):
     """Makes new weights known to what a backend keeps beside Keras's lists.
 

@@ -1,6 +1,9 @@
 """Dense layers whose update comes from an FVAE."""
 
+import types
+
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fvae import keras_internals
@@ -10,6 +13,10 @@ from keras_fvae.config import resolve_config
 from keras_fvae.contraction import analyze_equation
 from keras_fvae.fvae import FVAE
 
+# Those in which Keras gives the gradient with respect to a layer's input.
+QUANTIZATION_MODES = (None, "int8", "int4")
+ADAPTED_MARK = "keras_fvae"
+
 
 class Adapter(keras.Layer):
     """The update `scale * z1 B`, and the loss of the FVAE that gives z1.
@@ -18,6 +25,7 @@ class Adapter(keras.Layer):
         config: `FVAELoRAConfig`.
         equation: String, the einsum equation of the layer that is adapted.
         regularizer: Optional regularizer of B.
+        finalized: Boolean. Whether to hold only what inference needs.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
 
     Call arguments:
@@ -31,12 +39,18 @@ class Adapter(keras.Layer):
         Tensor of the shape of the adapted layer's output.
     """
 
-    def __init__(self, config, equation, regularizer=None, **kwargs):
+    def __init__(
+        self, config, equation, regularizer=None, finalized=False, **kwargs
+    ):
         super().__init__(**kwargs)
         self.config = config
         self.equation = equation
         self.regularizer = regularizer
-        self.fvae = FVAE(config, dtype=self.dtype_policy, name="fvae")
+        # Turned off by `keras_fvae.fvae_lora_disabled`.
+        self.enabled = True
+        self.fvae = FVAE(
+            config, finalized, dtype=self.dtype_policy, name="fvae"
+        )
 
     def build(self, input_shape, kernel_shape):
         contraction = analyze_equation(self.equation, len(input_shape))
@@ -77,13 +91,25 @@ class Adapter(keras.Layer):
         return None
 
     @property
-    def named_weights(self):
-        """Dict of the adapter's weights by name."""
-        return {
-            "kernel_b": self.kernel_b,
-            "feature_weights": self.fvae.feature_weights,
-            "latent_weights": self.fvae.latent_weights,
-        }
+    def finalized(self):
+        """Boolean, whether only what inference needs is left."""
+        return self.fvae.finalized
+
+    @property
+    def array_shapes(self):
+        """Dict of name to shape, of the arrays that `get_arrays` returns."""
+        kernel_b_shape = tuple(self.kernel_b.shape)
+        return {"kernel_b": kernel_b_shape, **self.fvae.array_shapes}
+
+    def get_arrays(self, finalized=False):
+        """The weights, all or what inference needs: name to NumPy array."""
+        kernel_b = ops.convert_to_numpy(self.kernel_b)
+        return {"kernel_b": kernel_b, **self.fvae.get_arrays(finalized)}
+
+    def set_arrays(self, arrays):
+        """Sets the weights from what `get_arrays` returned."""
+        self.kernel_b.assign(arrays["kernel_b"])
+        self.fvae.set_arrays(arrays)
 
     @property
     def num_inference_parameters(self):
@@ -129,16 +155,10 @@ class FVAELoRAMixin:
         self._freeze_base()
 
     def call(self, inputs, training=None):
-        contraction = analyze_equation(self.adapter.equation, len(inputs.shape))
-        mask = masking.find_token_mask(
-            inputs, contraction.num_leading_token_axes, self.name
-        )
-        update = self.adapter(inputs, training=training, mask=mask)
-        if self.activation in (None, keras.activations.linear):
-            return super().call(inputs, training=training) + update
-        base_call = super().call.__func__
-        outputs = base_call(_WithoutActivation(self), inputs, training=training)
-        return self.activation(outputs + update)
+        return self._add_update(super().call, inputs, training)
+
+    def quantized_call(self, inputs, training=None):
+        return self._add_update(super().quantized_call, inputs, training)
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
@@ -146,13 +166,45 @@ class FVAELoRAMixin:
             "takes either LoRA or FVAE-LoRA, not both."
         )
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        # A layer without an adapter would load the base weights and pass the
+        # adapter's over. One more entry than it expects makes it refuse.
+        store[ADAPTED_MARK] = np.ones((), "int8")
+
+    def load_own_variables(self, store):
+        own = {name: store[name] for name in [*store.keys()]}
+        own.pop(ADAPTED_MARK, None)
+        super().load_own_variables(own)
+
     def get_config(self):
-        return {**super().get_config(), "config": self.config.get_config()}
+        return {
+            **super().get_config(),
+            "config": self.config.get_config(),
+            "finalized": self.adapter.finalized,
+        }
 
     @classmethod
     def from_config(cls, config):
         config = {**config, "config": FVAELoRAConfig(**config["config"])}
-        return super().from_config(config)
+        finalized = config.pop("finalized")
+        layer = super().from_config(config)
+        layer.adapter.fvae.finalized = finalized
+        return layer
+
+    def _add_update(self, base_call, inputs, training):
+        if not self.adapter.enabled:
+            return base_call(inputs, training=training)
+        contraction = analyze_equation(self.adapter.equation, len(inputs.shape))
+        mask = masking.find_token_mask(
+            inputs, contraction.num_leading_token_axes, self.name
+        )
+        update = self.adapter(inputs, training=training, mask=mask)
+        if self.activation in (None, keras.activations.linear):
+            return base_call(inputs, training=training) + update
+        linear_layer = _WithoutActivation(self)
+        outputs = base_call.__func__(linear_layer, inputs, training=training)
+        return self.activation(outputs + update)
 
     def _freeze_base(self):
         """Keeps every weight but the adapter's from training."""
@@ -252,6 +304,7 @@ ADAPTED_CLASSES = {
     keras.layers.Dense: FVAELoRADense,
     keras.layers.EinsumDense: FVAELoRAEinsumDense,
 }
+BASE_CLASSES = {adapted: base for base, adapted in ADAPTED_CLASSES.items()}
 
 
 def check_adaptable(layer):
@@ -262,8 +315,8 @@ def check_adaptable(layer):
 
     Raises:
         ValueError: If the layer is of another class, not built, adapted
-            already, or has LoRA, a kernel constraint, a quantized kernel or
-            an equation that cannot be adapted.
+            already, or has LoRA, a kernel constraint, an equation that cannot
+            be adapted, or was quantized in other modes than int8 and int4.
     """
     what = f"layer '{layer.path or layer.name}'"
     if isinstance(layer, FVAELoRAMixin):
@@ -289,20 +342,21 @@ def check_adaptable(layer):
             "kernel and the update together. Remove the `kernel_constraint`, "
             "or leave the layer out of `target_layer_names`."
         )
-    if layer.quantization_mode is not None:
+    if layer.quantization_mode not in QUANTIZATION_MODES:
         raise ValueError(
-            f"The {what} is quantized ('{layer.quantization_mode}'), which "
-            "FVAE-LoRA does not support. Enable it on a model that is not."
+            f"The {what} is quantized in the mode '{layer.quantization_mode}'. "
+            "FVAE-LoRA adapts quantized layers of the modes 'int8' and 'int4'."
         )
     analyze_equation(_equation(layer), _input_rank(layer))
 
 
-def new_adapter(layer, config):
+def new_adapter(layer, config, finalized=False):
     """An adapter for a layer, neither built nor attached.
 
     Args:
         layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
         config: `FVAELoRAConfig`.
+        finalized: Boolean. Whether to hold only what inference needs.
 
     Returns:
         An `Adapter`.
@@ -311,14 +365,15 @@ def new_adapter(layer, config):
         config,
         equation=_equation(layer),
         regularizer=layer.kernel_regularizer,
+        finalized=finalized,
         dtype=layer.compute_dtype,
         name="adapter",
     )
 
 
-def build_adapter(layer, config):
+def build_adapter(layer, config, finalized=False):
     """A built adapter for a built layer, not attached to it yet."""
-    adapter = new_adapter(layer, config)
+    adapter = new_adapter(layer, config, finalized)
     # The adapter's variables get the paths that they will have in the layer.
     with keras.name_scope(layer.name, caller=layer):
         adapter.build((None,) * _input_rank(layer), layer.kernel.shape)
@@ -335,6 +390,89 @@ def attach_adapter(layer, adapter):
     with keras_internals.unlocked(layer):
         layer.adapter = adapter
     layer.__class__ = ADAPTED_CLASSES[type(layer)]
+
+
+def detach_adapter(layer):
+    """Turns an adapted layer back into a plain one; the reverse of attaching.
+
+    Args:
+        layer: Adapted layer, whose base weights stay frozen.
+    """
+    keras_internals.untrack(layer, layer.adapter)
+    del layer.adapter
+    layer.__class__ = BASE_CLASSES[type(layer)]
+
+
+def merge_adapter(layer, affine_map):
+    """Folds an update that is linear in the input into a layer's weights.
+
+    Args:
+        layer: Layer that `detach_adapter` made plain.
+        affine_map: What `linear_update` returned for it before.
+    """
+    matrix, offset = affine_map
+    contraction = analyze_equation(_equation(layer), _input_rank(layer))
+    shape = tuple(layer.kernel.shape)
+    axes = contraction.kernel_contracted_axes + contraction.kernel_carried_axes
+    update = matrix.reshape([shape[axis] for axis in axes])
+    update = update.transpose(np.argsort(axes))
+    layer.kernel.assign(ops.convert_to_numpy(layer.kernel) + update)
+    widen_bias(layer)
+    offset = offset.reshape(layer.bias.shape)
+    layer.bias.assign(ops.convert_to_numpy(layer.bias) + offset)
+
+
+def linear_update(adapter):
+    """The matrix and offset of the update of an adapter with linear encoders.
+
+    Args:
+        adapter: Built `Adapter` whose encoders have no hidden layers.
+
+    Returns:
+        Pair of NumPy arrays, of shapes `(d, k)` and `(k,)`.
+    """
+    arrays = adapter.get_arrays(finalized=True)
+    kernel_b = adapter.config.scale * arrays["kernel_b"].astype("float64")
+    return (
+        arrays["encoder_kernel_0"][:, 0] @ kernel_b,
+        arrays["encoder_bias_0"][0] @ kernel_b,
+    )
+
+
+def widen_bias(layer):
+    """Gives a layer a bias for each unit, if it has none or a narrower one.
+
+    Args:
+        layer: Built `keras.layers.Dense` or `keras.layers.EinsumDense`.
+    """
+    contraction = analyze_equation(_equation(layer), _input_rank(layer))
+    shape = contraction.bias_shape(layer.kernel.shape)
+    if layer.bias is not None and tuple(layer.bias.shape) == shape:
+        return
+    previous = layer.bias
+    with (
+        keras_internals.unlocked(layer),
+        keras.name_scope(layer.name, caller=layer),
+    ):
+        if previous is not None:
+            keras_internals.untrack(layer, previous)
+        layer.bias = layer.add_weight(
+            name="bias", shape=shape, initializer="zeros", trainable=False
+        )
+    if previous is not None:
+        layer.bias.assign(ops.broadcast_to(previous, shape))
+    if hasattr(layer, "bias_axes"):
+        outputs = layer.equation.split("->")[1]
+        kernel = layer.equation.split("->")[0].split(",")[1]
+        layer.bias_axes = "".join(axis for axis in outputs if axis in kernel)
+    else:
+        layer.use_bias = True
+    layer.has_widened_bias = True
+
+
+def has_widened_bias(layer):
+    """Whether `widen_bias` has changed the layer."""
+    return getattr(layer, "has_widened_bias", False)
 
 
 def _equation(layer):
@@ -354,4 +492,8 @@ class _WithoutActivation:
         self._layer = layer
 
     def __getattr__(self, name):
-        return getattr(self._layer, name)
+        value = getattr(self._layer, name)
+        if getattr(value, "__self__", None) is self._layer:
+            # What a method calls in its turn has no activation either.
+            return types.MethodType(value.__func__, self)
+        return value

@@ -295,7 +295,7 @@ def adapted():
 
 def quantized():
     model = with_dense(name="query")
-    model.quantize("int8")
+    model.quantize("float8")
     return model
 
 
@@ -331,7 +331,7 @@ REFUSED_MODELS = [
     (unbuilt, "not built"),
     (with_lora, "LoRA is enabled on the layer '.*query'"),
     (adapted, "adapted by FVAE-LoRA already: 1 layers"),
-    (quantized, r"quantized \('int8'\)"),
+    (quantized, "quantized in the mode 'float8'"),
     (with_constraint, "has a kernel constraint"),
     (with_equation, "cannot adapt the einsum equation 'ebd,edf->ebf'"),
 ]

@@ -1,0 +1,520 @@
+"""Models with adapted layers inside: attach, detach, describe, restore."""
+
+import contextlib
+import functools
+import gc
+import inspect
+import re
+import warnings
+
+import keras
+
+from keras_fvae import keras_internals
+from keras_fvae import masking
+from keras_fvae.config import FVAELoRAConfig
+from keras_fvae.layers import ADAPTED_CLASSES
+from keras_fvae.layers import FVAELoRAMixin
+from keras_fvae.layers import attach_adapter
+from keras_fvae.layers import build_adapter
+from keras_fvae.layers import check_adaptable
+from keras_fvae.layers import detach_adapter
+from keras_fvae.layers import has_widened_bias
+from keras_fvae.layers import widen_bias
+
+RECORD_VERSION = 1
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class AdaptedContainer:
+    """What a layer with adapted layers inside it can do besides.
+
+    It tells the adapted layers which tokens count, and its config says what is
+    adapted, so that whatever is rebuilt from the config has the adapters too.
+    """
+
+    # Whether the tokens are those of the layers around it, too.
+    knows_outer_masks = True
+
+    def call(self, *args, **kwargs):
+        call = super().call
+        arguments = _signature(call.__func__).bind(self, *args, **kwargs)
+        del arguments.arguments["self"]
+        masks = masking.find_masks(arguments.arguments)
+        with masking.known_masks(masks, inherit=self.knows_outer_masks):
+            return call(*args, **kwargs)
+
+    def get_config(self):
+        with _as_base_class(self):
+            layer = keras.saving.serialize_keras_object(self)
+        # Whoever serializes this layer adds how it was compiled.
+        layer.pop("compile_config", None)
+        return {
+            "layer": layer,
+            "layer_build_config": layer.pop("build_config", None),
+            "adapters": describe_adapters(self),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        layer = keras.saving.deserialize_keras_object(
+            config["layer"], custom_objects
+        )
+        if not layer.built and config["layer_build_config"]:
+            layer.build_from_config(config["layer_build_config"])
+        restore_adapters(layer, config["adapters"])
+        return layer
+
+    @classmethod
+    def registration(cls, base):
+        """As what an adapted container of class `base` is saved.
+
+        Returns:
+            Name, and the class that Keras is to make for it on loading.
+        """
+        return "keras_fvae>AdaptedContainer", AdaptedContainer
+
+
+class AdaptedModel(AdaptedContainer):
+    """A `keras.Model` with adapted layers inside it."""
+
+    knows_outer_masks = False
+
+    # What cannot be done is refused here, before any weight is touched.
+
+    def fit(self, *args, **kwargs):
+        refuse_training_if_finalized(self)
+        return super().fit(*args, **kwargs)
+
+    def train_on_batch(self, *args, **kwargs):
+        refuse_training_if_finalized(self)
+        return super().train_on_batch(*args, **kwargs)
+
+    def quantize(self, *args, **kwargs):
+        refuse_quantization(self)
+        return super().quantize(*args, **kwargs)
+
+
+class AdaptedSequential(AdaptedModel):
+    """A `keras.Sequential`, often a part of a model rather than a model."""
+
+    knows_outer_masks = True
+
+
+# Of which base classes the containers are of a class of their own.
+_container_mixins = {
+    keras.Model: AdaptedModel,
+    keras.Sequential: AdaptedSequential,
+}
+
+
+def register_container(base, mixin):
+    """Makes `mixin` what containers that derive from `base` can do besides.
+
+    Args:
+        base: Class that derives from `keras.Layer`.
+        mixin: Class that derives from `AdaptedContainer`.
+    """
+    _container_mixins[base] = mixin
+
+
+def adapted_layers(model):
+    """The layers of a model that are adapted by FVAE-LoRA, in their order."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if isinstance(layer, FVAELoRAMixin)
+    ]
+
+
+def adaptable_layers(model):
+    """The layers of a model that are of a class that can be adapted."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if type(layer) in ADAPTED_CLASSES
+    ]
+
+
+def refuse_training_if_finalized(model):
+    """Raises a `ValueError` if a model is finalized."""
+    for layer in adapted_layers(model):
+        layer.adapter.fvae.refuse_if_finalized()
+
+
+def refuse_quantization(model):
+    """Raises a `ValueError` if a model has adapters."""
+    for layer in adapted_layers(model):
+        layer.adapter.fvae.quantize()
+
+
+def attach_adapters(model, layers, adapters):
+    """Adapts layers of a model, in place.
+
+    Args:
+        model: `keras.Model` or layer.
+        layers: List of layers inside it.
+        adapters: List of what `build_adapter` returned for them.
+    """
+    for layer, adapter in zip(layers, adapters):
+        attach_adapter(layer, adapter)
+    _make_containers(model, layers)
+
+
+def replace_adapters(model, layers, adapters):
+    """Puts other adapters in the place of those that the layers have."""
+    for layer in layers:
+        detach_adapter(layer)
+    attach_adapters(model, layers, adapters)
+
+
+def detach_adapters(model, layers):
+    """Makes adapted layers of a model plain ones; attaching, reversed.
+
+    Args:
+        model: `keras.Model` or layer.
+        layers: List of all adapted layers inside it.
+    """
+    containers = _containers(model, layers)
+    for layer in layers:
+        detach_adapter(layer)
+    for container in containers:
+        if not any(
+            isinstance(layer, FVAELoRAMixin) or has_widened_bias(layer)
+            for layer in keras_internals.flatten_layers(container)
+        ):
+            container.__class__ = _base_class(type(container))
+    for layer in [*layers, *containers]:
+        keras_internals.publish_weights(layer)
+
+
+def freeze_all_but(model, weights):
+    """Makes the given weights of a model train, and no others."""
+    kept_ids = {id(weight) for weight in weights}
+    for layer in keras_internals.flatten_layers(model):
+        layer.trainable = any(id(w) in kept_ids for w in layer.weights)
+    for weight in model.weights:
+        weight.trainable = id(weight) in kept_ids
+
+
+def living_models_with(layers):
+    """Every model that holds one of the layers, such as a backbone's task.
+
+    Layers don't know what they are part of, so the models are looked for
+    among all objects that there are.
+    """
+    layer_ids = {id(layer) for layer in layers}
+    return [
+        obj
+        for obj in gc.get_objects()
+        # Some may be half made, by a constructor that raised.
+        if issubclass(type(obj), keras.Model)
+        and hasattr(obj, "_layers")
+        and any(
+            id(layer) in layer_ids
+            for layer in keras_internals.flatten_layers(obj)
+        )
+    ]
+
+
+def forget_training(layers, keep_optimizer=True):
+    """Makes the models that hold the layers start anew, for other weights.
+
+    Their steps are compiled again, and their optimizers have slots for the
+    weights that train now.
+
+    Args:
+        layers: List of layers whose weights were added, removed or frozen.
+        keep_optimizer: Boolean. Whether a model whose optimizer has run is
+            left to its user to compile again, who is warned.
+    """
+    for model in living_models_with(layers):
+        keras_internals.publish_weights(model)
+        forget_compiled_functions(model)
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None or not optimizer.built:
+            continue
+        if int(optimizer.iterations) == 0 or not keep_optimizer:
+            config = optimizer.get_config()
+            model.optimizer = type(optimizer).from_config(config)
+        else:
+            model.compiled = False
+            warnings.warn(
+                f"Model '{model.name}' was trained before FVAE-LoRA changed "
+                "which of its weights train. Call `compile()` again before "
+                "`fit()`.",
+                stacklevel=3,
+            )
+
+
+def forget_compiled_functions(
+    model, kinds=("train", "test", "predict", "generate")
+):
+    """Makes a model compile its steps anew, for its layers as they are now."""
+    for kind in kinds:
+        if getattr(model, f"{kind}_function", None) is not None:
+            setattr(model, f"{kind}_function", None)
+
+
+def describe_adapters(container):
+    """What `restore_adapters` needs to know, as JSON can hold it.
+
+    Args:
+        container: `keras.Model` or layer with adapted layers inside.
+
+    Returns:
+        Dict: the paths, relative to the container, of all layers and weights,
+        which of them are adapted and how, and which train.
+    """
+    layers = _layers_by_path(container)
+    weights = _base_weights_by_path(container)
+    return {
+        "version": RECORD_VERSION,
+        "layer_paths": list(layers),
+        "adapted": {
+            path: {
+                "config": layer.config.get_config(),
+                "finalized": layer.adapter.finalized,
+                "trainable": container.trainable and layer.adapter.trainable,
+            }
+            for path, layer in layers.items()
+            if isinstance(layer, FVAELoRAMixin)
+        },
+        "widened_biases": [
+            path for path, layer in layers.items() if has_widened_bias(layer)
+        ],
+        "weight_paths": list(weights),
+        "trainable": [
+            path
+            for path, weight in weights.items()
+            if container.trainable and weight.trainable
+        ],
+    }
+
+
+def restore_adapters(container, record):
+    """Adapts and freezes a model as `describe_adapters` said it was.
+
+    Layers that are adapted already, by what was restored inside the container
+    before, stay as they are.
+
+    Args:
+        container: `keras.Model` or layer, built.
+        record: Dict that `describe_adapters` returned.
+
+    Raises:
+        ValueError: If the record does not fit the container, which is then
+            as it was.
+    """
+    widened = _find_layers(container, record, record["widened_biases"])
+    for layer in widened.values():
+        widen_bias(layer)
+    _make_containers(container, widened.values())
+    layers = {
+        path: layer
+        for path, layer in find_recorded_layers(container, record).items()
+        if not isinstance(layer, FVAELoRAMixin)
+    }
+    adapters = build_recorded_adapters(layers, record)
+    attach_recorded_adapters(container, layers, adapters, record)
+
+
+def find_recorded_layers(container, record):
+    """The layers that a record says are adapted, by recorded path.
+
+    Raises:
+        ValueError: If the record is of a newer version, or a layer is missing.
+    """
+    return _find_layers(container, record, record["adapted"])
+
+
+def find_recorded_weights(container, record):
+    """The weights beside the adapters' that train, by recorded path.
+
+    Raises:
+        ValueError: If a weight is missing.
+    """
+    weights = _base_weights_by_path(container)
+    weights = _recorded(record["weight_paths"], weights)
+    for path in record["trainable"]:
+        if path not in weights:
+            raise ValueError(
+                f"the weight '{path}' was trainable when it was saved. The "
+                "model has no such weight."
+            )
+    return {path: weights[path] for path in record["trainable"]}
+
+
+def build_recorded_adapters(layers, record):
+    """Adapters for recorded layers, neither attached nor loaded.
+
+    Args:
+        layers: Dict of recorded path to layer.
+        record: Dict that `describe_adapters` returned.
+
+    Returns:
+        Dict of recorded path to adapter.
+
+    Raises:
+        ValueError: If one of the layers cannot be adapted.
+    """
+    for layer in layers.values():
+        check_adaptable(layer)
+    return {
+        path: build_adapter(
+            layer,
+            FVAELoRAConfig(**record["adapted"][path]["config"]),
+            record["adapted"][path]["finalized"],
+        )
+        for path, layer in layers.items()
+    }
+
+
+def attach_recorded_adapters(container, layers, adapters, record):
+    """Attaches what `build_recorded_adapters` built, and freezes the rest."""
+    trainable_weights = [*find_recorded_weights(container, record).values()]
+    attach_adapters(container, layers.values(), adapters.values())
+    recorded = find_recorded_layers(container, record)
+    # Also where all layers were restored already, by what is inside.
+    _make_containers(container, recorded.values())
+    for path, entry in record["adapted"].items():
+        if entry["trainable"]:
+            trainable_weights += recorded[path].adapter.weights
+    freeze_all_but(container, trainable_weights)
+
+
+def _find_layers(container, record, paths):
+    if record["version"] > RECORD_VERSION:
+        raise ValueError(
+            "it was saved by a newer version of keras_fvae, in format "
+            f"{record['version']}. This one reads formats up to "
+            f"{RECORD_VERSION}. Install a newer keras_fvae."
+        )
+    layers = _recorded(record["layer_paths"], _layers_by_path(container))
+    for path in paths:
+        if path not in layers:
+            raise ValueError(
+                f"the layer '{path}' was adapted when it was saved. The model "
+                f"has no such layer, only these: {list(layers)}."
+            )
+    return {path: layers[path] for path in paths}
+
+
+def _layers_by_path(container):
+    """The adapted and the adaptable layers of a container, by relative path."""
+    chosen = {
+        id(layer)
+        for layer in [*adapted_layers(container), *adaptable_layers(container)]
+    }
+    return _by_path(
+        container,
+        (
+            layer
+            for layer in keras_internals.flatten_layers(container)
+            if id(layer) in chosen
+        ),
+    )
+
+
+def _base_weights_by_path(container):
+    """The weights of a container beside the adapters', by relative path."""
+    adapter_ids = {
+        id(weight)
+        for layer in adapted_layers(container)
+        for weight in layer.adapter.weights
+    }
+    return _by_path(
+        container, (w for w in container.weights if id(w) not in adapter_ids)
+    )
+
+
+def _by_path(container, objects):
+    """Objects by path; one whose path is taken gets a number behind it."""
+    root = f"{container.path or container.name}/"
+    by_path = {}
+    for obj in objects:
+        relative_path = (obj.path or obj.name).removeprefix(root)
+        path, number = relative_path, 2
+        while path in by_path:
+            path, number = f"{relative_path}:{number}", number + 1
+        by_path[path] = obj
+    return by_path
+
+
+def _recorded(recorded_paths, objects):
+    """Objects by the paths that they were recorded with.
+
+    Where a layer has no name, Keras gives it a number that depends on what
+    was made before it, so the numbers may have changed.
+    """
+
+    def without_numbers(paths):
+        return [re.sub(r"_\d+(?=/|:|$)", "", path) for path in paths]
+
+    is_renumbered = set(recorded_paths) != set(objects) and without_numbers(
+        recorded_paths
+    ) == without_numbers(objects)
+    if is_renumbered:
+        return dict(zip(recorded_paths, objects.values()))
+    return objects
+
+
+def _containers(model, layers):
+    """The model and the layers inside it that hold one of the layers."""
+    layer_ids = {id(layer) for layer in layers}
+    return [
+        container
+        for container in keras_internals.flatten_layers(model)
+        if id(container) not in layer_ids
+        and any(
+            id(inner) in layer_ids
+            for inner in keras_internals.flatten_layers(container)
+        )
+    ]
+
+
+def _make_containers(model, layers):
+    """Makes the layers that hold one of the layers adapted containers."""
+    containers = _containers(model, layers)
+    for container in containers:
+        if not isinstance(container, AdaptedContainer):
+            container.__class__ = _container_class(type(container))
+    for layer in [*layers, *containers]:
+        keras_internals.publish_weights(layer)
+
+
+@functools.cache
+def _container_class(base):
+    """The class of containers that are of class `base` otherwise."""
+    mixin = next(
+        (_container_mixins[c] for c in base.__mro__ if c in _container_mixins),
+        AdaptedContainer,
+    )
+    container_class = type(
+        base.__name__, (mixin, base), {"__module__": mixin.__module__}
+    )
+    registered_name, loaded_class = mixin.registration(base)
+    package, name = registered_name.split(">")
+    register = keras.saving.register_keras_serializable(package, name)
+    register(container_class)
+    keras.saving.get_custom_objects()[registered_name] = loaded_class
+    return container_class
+
+
+def _base_class(container_class):
+    return container_class.__bases__[-1]
+
+
+@contextlib.contextmanager
+def _as_base_class(container):
+    """Makes a container for a while what it would be without adapters."""
+    container_class = type(container)
+    container.__class__ = _base_class(container_class)
+    try:
+        yield
+    finally:
+        container.__class__ = container_class
+
+
+@functools.cache
+def _signature(function):
+    return inspect.signature(function)
