@@ -4,6 +4,8 @@ from keras_fvae import hub
 from keras_fvae.adapt import enable_fvae_lora
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.fvae import FVAE
+from keras_fvae.interop import load_peft_adapter
+from keras_fvae.interop import save_peft_adapter
 from keras_fvae.layers import FVAELoRADense
 from keras_fvae.layers import FVAELoRAEinsumDense
 from keras_fvae.saving import load_fvae_lora_weights
@@ -23,6 +25,8 @@ __all__ = [
     "finalize_fvae_lora",
     "fvae_lora_disabled",
     "load_fvae_lora_weights",
+    "load_peft_adapter",
     "merge_fvae_lora",
     "save_fvae_lora_weights",
+    "save_peft_adapter",
 ]

@@ -154,7 +154,7 @@ def enable_fvae_lora(
     )
     adapters = [
         build_adapter(layer, share)
-        for layer, share in zip(targets, _share(config, len(targets)))
+        for layer, share in zip(targets, share_config(config, len(targets)))
     ]
     attach_adapters(model, targets, adapters)
     trainable_weights = [w for a in adapters for w in a.weights]
@@ -163,7 +163,7 @@ def enable_fvae_lora(
         trainable_weights += layer.trainable_weights
     freeze_all_but(model, trainable_weights)
     forget_training(targets)
-    return _summarize(model, config, targets)
+    return summarize(model, config, targets)
 
 
 def _find_targets(model, target_layer_names):
@@ -242,7 +242,7 @@ def _list_names(candidates):
     return f"The layers that it can name are: {names}."
 
 
-def _share(config, num_layers):
+def share_config(config, num_layers):
     """One config for each adapted layer: its share of the weight, its seed."""
     for index in range(num_layers):
         yield dataclasses.replace(
@@ -252,7 +252,7 @@ def _share(config, num_layers):
         )
 
 
-def _summarize(model, config, targets):
+def summarize(model, config, targets):
     adapter_ids = {
         id(weight) for layer in targets for weight in layer.adapter.weights
     }

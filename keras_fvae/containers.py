@@ -265,7 +265,7 @@ def describe_adapters(container):
         Dict: the paths, relative to the container, of all layers and weights,
         which of them are adapted and how, and which train.
     """
-    layers = _layers_by_path(container)
+    layers = layers_by_path(container)
     weights = _base_weights_by_path(container)
     return {
         "version": RECORD_VERSION,
@@ -389,7 +389,7 @@ def _find_layers(container, record, paths):
             f"{record['version']}. This one reads formats up to "
             f"{RECORD_VERSION}. Install a newer keras_fvae."
         )
-    layers = _recorded(record["layer_paths"], _layers_by_path(container))
+    layers = _recorded(record["layer_paths"], layers_by_path(container))
     for path in paths:
         if path not in layers:
             raise ValueError(
@@ -399,7 +399,7 @@ def _find_layers(container, record, paths):
     return {path: layers[path] for path in paths}
 
 
-def _layers_by_path(container):
+def layers_by_path(container):
     """The adapted and the adaptable layers of a container, by relative path."""
     chosen = {
         id(layer)

@@ -274,7 +274,9 @@ class FVAE(keras.Layer):
         weights = {name: view.copy() for name, view in views.items()}
         # The standard deviation is `scale_tril + 1e-5` there, and
         # `exp(log_scale) + SCALE_FLOOR` here.
-        weights[REFERENCE_SCALE] = np.exp(weights[REFERENCE_SCALE])
+        # In float64, so that no rounding is left after going there and back.
+        log_scale = weights[REFERENCE_SCALE].astype("float64")
+        weights[REFERENCE_SCALE] = np.exp(log_scale).astype("float32")
         return weights
 
     def set_reference_weights(self, weights):
@@ -305,10 +307,10 @@ class FVAE(keras.Layer):
                 )
             views[name][...] = weights[name]
         # Nothing keeps theirs positive, and the density sees only its size.
-        scale_tril = views[REFERENCE_SCALE]
+        scale_tril = views[REFERENCE_SCALE].astype("float64")
         mirrored = np.abs(scale_tril + SCALE_FLOOR) - SCALE_FLOOR
         positive = np.where(scale_tril > 0, scale_tril, mirrored)
-        scale_tril[...] = np.log(np.maximum(positive, 1e-12))
+        views[REFERENCE_SCALE][...] = np.log(np.maximum(positive, 1e-12))
         self.feature_weights.assign(packed[0])
         self.latent_weights.assign(packed[1])
 

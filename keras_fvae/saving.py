@@ -1,5 +1,6 @@
 """Adapter files: what was trained, apart from the base model."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -182,22 +183,33 @@ def _check_filepath(filepath):
     return pathlib.Path(filepath)
 
 
-def _write(filepath, header, arrays):
-    """Writes a new file, and puts it in the old one's place when complete."""
+@contextlib.contextmanager
+def replaced_when_complete(filepath):
+    """A name to write a file to, which takes the place of `filepath` after.
+
+    Whatever happens inside the block, an old file of that name stays whole.
+    """
     unfinished = filepath.with_name(f".{filepath.name}.{os.getpid()}.part")
     try:
-        with h5py.File(unfinished, "w") as file:
-            # Not as an attribute: those have room for 64 KB alone.
-            file.create_dataset(HEADER, data=json.dumps(header))
-            for name, array in arrays.items():
-                # With a checksum, so that damage does not go unseen.
-                options = {"fletcher32": True} if array.ndim else {}
-                file.create_dataset(name, data=array, **options)
+        yield unfinished
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, filepath)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _write(filepath, header, arrays):
+    with (
+        replaced_when_complete(filepath) as unfinished,
+        h5py.File(unfinished, "w") as file,
+    ):
+        # Not as an attribute: those have room for 64 KB alone.
+        file.create_dataset(HEADER, data=json.dumps(header))
+        for name, array in arrays.items():
+            # With a checksum, so that damage does not go unseen.
+            options = {"fletcher32": True} if array.ndim else {}
+            file.create_dataset(name, data=array, **options)
 
 
 def _read(filepath):

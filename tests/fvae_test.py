@@ -12,6 +12,7 @@ from keras import ops
 import keras_fvae
 from keras_fvae import objective
 from keras_fvae.fvae import REFERENCE_SCALE
+from keras_fvae.interop import config_from_peft
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 CASES = sorted(path.stem for path in REFERENCE.glob("fvae_*.npz"))
@@ -23,28 +24,8 @@ class ReferenceCase:
     def __init__(self, name):
         self.arrays = dict(np.load(REFERENCE / f"{name}.npz"))
         theirs = json.loads(str(self.arrays["config"]))
-        rank, prior_std = theirs["latent_dim"], theirs["z2_latent_std"]
-        self.config = keras_fvae.FVAELoRAConfig(
-            rank=rank,
-            encoder_units=[theirs["enc_hidden_layer"]]
-            * theirs["enc_num_of_layer"],
-            encoder_shared_trunk=theirs["encoder_use_common_hidden_layer"],
-            decoder_units=[theirs["dec_hidden_layer"]]
-            * theirs["dec_num_of_layer"],
-            dropout=0.0,
-            latent_fusion=theirs["latent_fusion"],
-            prior_mean=theirs["z2_latent_mean"],
-            prior_std=prior_std,
-            reconstruction_weight=theirs["lambda_reconstruction"],
-            kl_weight=theirs["lambda_kl_z1"],
-            gamma_weight=(
-                2 * theirs["lambda_z1_l2"] / rank,
-                2
-                * theirs["lambda_z2_l2"]
-                * theirs["z2_latent_std"] ** 2
-                / rank,
-            ),
-            gamma_estimator="monte_carlo",
+        self.config = config_from_peft(
+            {"lora_alpha": 1, "num_of_z_sampled": 1, **theirs}
         )
         self.fvae = keras_fvae.FVAE(self.config)
         self.fvae.build(self.arrays["x"].shape)

@@ -1,0 +1,374 @@
+"""From training to use: finalize, merge, switch off, export."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import zoo
+from helpers import BACKEND
+from helpers import move_adapters
+from helpers import snapshot
+from helpers import to_numpy
+
+import keras_fvae
+from keras_fvae import containers
+
+SMALL = {"rank": 2, "decoder_units": (4,)}
+NAMES = [*zoo.MODELS]
+
+
+def make_adapted(name, rng, **options):
+    """A model with adapters that matter, and what it predicts."""
+    model = zoo.MODELS[name]()
+    base_predictions = zoo.predict(model, name)
+    keras_fvae.enable_fvae_lora(
+        getattr(model, "backbone", model), **{**SMALL, **options}
+    )
+    move_adapters(model, rng, scale=0.5)
+    predictions = zoo.predict(model, name)
+    assert np.abs(predictions - base_predictions).max() > 0.1
+    return model, base_predictions, predictions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finalizing_changes_no_prediction(name, rng):
+    model, _, predictions = make_adapted(name, rng)
+    keras_fvae.finalize_fvae_lora(model)
+    np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-6)
+    for layer in containers.adapted_layers(model):
+        parameters = sum(to_numpy(w).size for w in layer.adapter.weights)
+        assert parameters == layer.adapter.num_inference_parameters
+        assert layer.adapter.trainable_weights == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("encoder_units", [(), (3,), (4, 3)])
+def test_every_kind_of_encoder_can_be_finalized(shared, encoder_units, rng):
+    model, _, predictions = make_adapted(
+        "sequential",
+        rng,
+        encoder_units=encoder_units,
+        encoder_shared_trunk=shared,
+        latent_fusion="average",
+    )
+    keras_fvae.finalize_fvae_lora(model)
+    np.testing.assert_allclose(
+        zoo.predict(model, "sequential"), predictions, atol=1e-6
+    )
+
+
+def test_what_remains_of_vit_b():
+    """24 adapted layers of width 768, as in ViT-B/16."""
+    inputs = keras.Input((768,))
+    x = inputs
+    for index in range(24):
+        x = keras.layers.Dense(768, name=f"query_{index}")(x)
+    model = keras.Model(inputs, x)
+    base_parameters = model.count_params()
+    keras_fvae.enable_fvae_lora(model, 16, lambda layer: True)
+    keras_fvae.finalize_fvae_lora(model)
+    assert model.count_params() - base_parameters == 596_736
+
+
+@pytest.mark.parametrize("name", ["functional", "text_classifier"])
+def test_a_finalized_model_refuses_to_train(name, rng):
+    model, _, predictions = make_adapted(name, rng)
+    zoo.compile_model(model, name)
+    zoo.fit(model, name)
+    predictions = zoo.predict(model, name)
+    keras_fvae.finalize_fvae_lora(model)
+    x, y = zoo.data(name)
+    for call in (
+        lambda: zoo.fit(model, name),
+        lambda: model.train_on_batch(x, y),
+        lambda: model(x, training=True),
+    ):
+        with pytest.raises(ValueError, match="This model is finalized"):
+            call()
+    # And all is as it was.
+    np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-6)
+    assert np.isfinite(model.evaluate(x, y, verbose=0))
+
+
+def test_finalizing_twice_is_finalizing_once(rng):
+    model, _, predictions = make_adapted("sequential", rng)
+    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_fvae_lora(model)
+    np.testing.assert_allclose(
+        zoo.predict(model, "sequential"), predictions, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_leaves_plain_layers(name, rng):
+    model, _, predictions = make_adapted(name, rng, encoder_units=(), alpha=3.0)
+    layers = containers.adapted_layers(model)
+    keras_fvae.merge_fvae_lora(model)
+    np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-5)
+    assert {type(layer) for layer in layers} <= {
+        keras.layers.Dense,
+        keras.layers.EinsumDense,
+    }
+    assert not any("adapter" in weight.path for weight in model.weights)
+    if name in ("text_classifier", "functional"):
+        # All had a bias for each unit before: nothing of ours is left.
+        module = type(getattr(model, "backbone", model)).__module__
+        assert not module.startswith("keras_fvae")
+
+
+@pytest.mark.parametrize("name", ["functional", "causal_lm", "backbone"])
+def test_a_merged_model_can_be_saved(name, rng, tmp_path):
+    """Also where the update needs a bias, which a Llama has not."""
+    model, _, _ = make_adapted(name, rng, encoder_units=())
+    keras_fvae.merge_fvae_lora(model)
+    predictions = zoo.predict(model, name)
+    model.save(tmp_path / "model.keras")
+    for _ in range(2):
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(
+            zoo.predict(model, name), predictions, atol=1e-6
+        )
+        model.save(tmp_path / "model.keras")
+
+
+EQUATIONS = [
+    ("abc,cde->abde", (None, 2, 3), "e", (2, 5, 4)),
+    ("abc,cde->abde", (None, 2, 3), None, (2, 5, 4)),
+    ("abc,cde->abde", (None, 2, 3), "de", (2, 5, 4)),
+    ("bqm,muh->bquh", (None, 2, 3), None, (2, 5, 4)),
+    ("btd,ndh->btnh", (None, 2, 3), None, (2, 5, 4)),
+    ("btnh,nhd->btd", (None, 3), "d", (2, 5, 2, 4)),
+    ("abc,dc->adb", (3, None), None, (2, 5, 4)),
+    ("...x,xy->...y", (5, 3), "y", (2, 5, 4)),
+]
+
+
+@pytest.mark.parametrize("equation, output_shape, bias_axes, shape", EQUATIONS)
+def test_merging_einsum_layers(equation, output_shape, bias_axes, shape, rng):
+    inputs = keras.Input(shape[1:])
+    layer = keras.layers.EinsumDense(
+        equation, output_shape, bias_axes=bias_axes, activation="tanh"
+    )
+    model = keras.Model(inputs, layer(inputs))
+    keras_fvae.enable_fvae_lora(
+        model, 2, layer.name, encoder_units=(), decoder_units=(4,)
+    )
+    move_adapters(model, rng, scale=0.5)
+    x = rng.normal(size=shape).astype("float32")
+    expected = to_numpy(model(x))
+    keras_fvae.merge_fvae_lora(model)
+    np.testing.assert_allclose(to_numpy(model(x)), expected, atol=1e-5)
+    # What the layer is now is in its config.
+    clone = keras.layers.EinsumDense.from_config(layer.get_config())
+    clone.build(shape)
+    clone.set_weights(layer.get_weights())
+    np.testing.assert_allclose(to_numpy(clone(x)), expected, atol=1e-5)
+
+
+def test_a_merged_model_can_be_adapted_again(rng):
+    model, _, _ = make_adapted("causal_lm", rng, encoder_units=())
+    keras_fvae.merge_fvae_lora(model)
+    predictions = zoo.predict(model, "causal_lm")
+    model.backbone.enable_fvae_lora(**SMALL)
+    np.testing.assert_allclose(
+        zoo.predict(model, "causal_lm"), predictions, atol=1e-6
+    )
+    zoo.compile_model(model, "causal_lm")
+    assert np.isfinite(zoo.fit(model, "causal_lm").history["loss"][0])
+
+
+def quantized(model):
+    model.quantize("int8")
+    keras_fvae.enable_fvae_lora(model, encoder_units=(), **SMALL)
+
+
+def adapted(**options):
+    return lambda model: keras_fvae.enable_fvae_lora(
+        model, **{**SMALL, **options}
+    )
+
+
+def untouched(model):
+    pass
+
+
+REFUSALS = [
+    (keras_fvae.finalize_fvae_lora, untouched, "no layer adapted"),
+    (keras_fvae.merge_fvae_lora, untouched, "no layer adapted"),
+    (
+        keras_fvae.finalize_fvae_lora,
+        adapted(sample_at_inference=True),
+        "samples at inference",
+    ),
+    (
+        keras_fvae.merge_fvae_lora,
+        adapted(sample_at_inference=True, encoder_units=()),
+        "samples at inference",
+    ),
+    (
+        keras_fvae.merge_fvae_lora,
+        adapted(),
+        r"hidden layers \(encoder_units=\(2,\)\).*finalize_fvae_lora",
+    ),
+    (keras_fvae.merge_fvae_lora, quantized, "quantized"),
+]
+
+
+@pytest.mark.parametrize("call, prepare, message", REFUSALS)
+def test_refusals_change_nothing(call, prepare, message):
+    model = zoo.make_sequential()
+    prepare(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["functional", "text_classifier"])
+def test_disabled_adapters_give_the_base_predictions(name, rng):
+    model, base_predictions, predictions = make_adapted(name, rng)
+    x, _ = zoo.data(name)
+    with keras_fvae.fvae_lora_disabled(getattr(model, "backbone", model)):
+        # The model has a compiled `predict` already.
+        np.testing.assert_array_equal(
+            zoo.predict(model, name), base_predictions
+        )
+        np.testing.assert_allclose(
+            to_numpy(model(x)), base_predictions, atol=1e-6
+        )
+        with keras_fvae.fvae_lora_disabled(model):
+            pass
+        np.testing.assert_array_equal(
+            zoo.predict(model, name), base_predictions
+        )
+    np.testing.assert_array_equal(zoo.predict(model, name), predictions)
+
+
+def test_disabled_adapters_come_back_when_the_body_raises(rng):
+    model, _, predictions = make_adapted("sequential", rng)
+    with pytest.raises(KeyError), keras_fvae.fvae_lora_disabled(model):
+        raise KeyError
+    np.testing.assert_array_equal(zoo.predict(model, "sequential"), predictions)
+
+
+def test_base_predictions_during_fit(rng):
+    """As a callback that compares with the base model would."""
+    model, base_predictions, _ = make_adapted("sequential", rng)
+    zoo.compile_model(model, "sequential")
+    x, y = zoo.data("sequential")
+
+    class Compare(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with keras_fvae.fvae_lora_disabled(self.model):
+                self.seen = zoo.predict(self.model, "sequential")
+
+    compare = Compare()
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[compare])
+    np.testing.assert_allclose(compare.seen, base_predictions, atol=1e-6)
+
+
+def test_disabling_needs_adapters():
+    with (
+        pytest.raises(ValueError, match="no layer adapted"),
+        keras_fvae.fvae_lora_disabled(zoo.make_sequential()),
+    ):
+        pass
+
+
+@pytest.fixture
+def finalized(rng):
+    """An image classifier with finalized adapters, and what it predicts."""
+    model, _, _ = make_adapted("image_classifier", rng)
+    keras_fvae.finalize_fvae_lora(model)
+    return model, zoo.predict(model, "image_classifier")
+
+
+@pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch"
+)
+def test_export_to_saved_model(finalized, tmp_path):
+    import tensorflow as tf
+
+    model, predictions = finalized
+    model.export(tmp_path / "model", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    x, _ = zoo.data("image_classifier")
+    np.testing.assert_allclose(served.serve(x).numpy(), predictions, atol=1e-5)
+
+
+def test_export_to_onnx(finalized, tmp_path):
+    import onnxruntime
+
+    model, predictions = finalized
+    path = tmp_path / "model.onnx"
+    model.export(path, format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    x, _ = zoo.data("image_classifier")
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(outputs, predictions, atol=1e-5)
+
+
+def greedy(causal_lm, prompt, length):
+    """Greedy decoding by whole forward passes, without a cache."""
+    tokens = np.zeros((len(prompt), length), "int32")
+    tokens[:, : prompt.shape[1]] = prompt
+    for position in range(prompt.shape[1], length):
+        inputs = {
+            "token_ids": tokens,
+            "padding_mask": (np.arange(length) < position)[None]
+            * np.ones_like(tokens),
+        }
+        logits = to_numpy(causal_lm(inputs))
+        tokens[:, position] = logits[:, position - 1].argmax(axis=-1)
+    return tokens
+
+
+CAUSAL_LMS = {
+    "Gemma": {
+        "num_query_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    },
+    "Llama": {"num_query_heads": 2, "num_key_value_heads": 1},
+    "GPT2": {"num_heads": 2, "max_sequence_length": 16},
+}
+
+
+@pytest.mark.parametrize("family", CAUSAL_LMS)
+def test_generation_with_a_cache(family, rng):
+    backbone = getattr(keras_hub.models, f"{family}Backbone")(
+        vocabulary_size=30,
+        num_layers=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        **CAUSAL_LMS[family],
+    )
+    for weight in backbone.weights:
+        weight.assign(rng.normal(scale=0.7, size=weight.shape))
+    model = getattr(keras_hub.models, f"{family}CausalLM")(
+        backbone, preprocessor=None
+    )
+    model.compile(sampler="greedy")
+    prompt = rng.integers(1, 30, (3, 4))
+    inputs = {
+        "token_ids": np.pad(prompt, [(0, 0), (0, 8)]),
+        "padding_mask": np.pad(np.ones_like(prompt), [(0, 0), (0, 8)]),
+    }
+
+    def generate():
+        return to_numpy(
+            model.generate(inputs, stop_token_ids=None)["token_ids"]
+        )
+
+    base = generate()
+    backbone.enable_fvae_lora(**SMALL)
+    np.testing.assert_array_equal(generate(), base)
+    move_adapters(model, rng, scale=0.7)
+    # The compiled `generate` sees the weights of now.
+    tokens = generate()
+    assert (tokens != base).any()
+    np.testing.assert_array_equal(tokens, greedy(model, prompt, 12))
+    with keras_fvae.fvae_lora_disabled(model):
+        np.testing.assert_array_equal(generate(), base)
+    keras_fvae.finalize_fvae_lora(model)
+    np.testing.assert_array_equal(generate(), tokens)
