@@ -6,6 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# The tests compile the same steps in many processes.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
 .PHONY: demo test lint notebooks install clean $(addprefix test-,$(BACKENDS))
 

@@ -19,6 +19,7 @@ from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
 from keras_fvae.layers import detach_adapter
 from keras_fvae.layers import has_widened_bias
+from keras_fvae.layers import merge_update
 from keras_fvae.layers import widen_bias
 
 RECORD_VERSION = 1
@@ -89,9 +90,9 @@ class AdaptedModel(AdaptedContainer):
         refuse_training_if_finalized(self)
         return super().train_on_batch(*args, **kwargs)
 
-    def quantize(self, *args, **kwargs):
+    def _check_quantize_args(self, *args):
+        # What Keras calls first: it binds `quantize` when a model is made.
         refuse_quantization(self)
-        return super().quantize(*args, **kwargs)
 
 
 class AdaptedSequential(AdaptedModel):
@@ -144,7 +145,7 @@ def refuse_training_if_finalized(model):
 def refuse_quantization(model):
     """Raises a `ValueError` if a model has adapters."""
     for layer in adapted_layers(model):
-        layer.adapter.fvae.quantize()
+        layer.adapter.fvae.refuse_quantization()
 
 
 def attach_adapters(model, layers, adapters):
@@ -160,28 +161,31 @@ def attach_adapters(model, layers, adapters):
     _make_containers(model, layers)
 
 
-def replace_adapters(model, layers, adapters):
+def replace_adapters(layers, adapters):
     """Puts other adapters in the place of those that the layers have."""
-    for layer in layers:
+    for layer, adapter in zip(layers, adapters):
         detach_adapter(layer)
-    attach_adapters(model, layers, adapters)
+        attach_adapter(layer, adapter)
 
 
-def detach_adapters(model, layers):
-    """Makes adapted layers of a model plain ones; attaching, reversed.
+def merge_adapters(model, layers, updates):
+    """Makes adapted layers plain ones, with their updates in their weights.
 
     Args:
         model: `keras.Model` or layer.
         layers: List of all adapted layers inside it.
+        updates: List of what `linear_update` returned for their adapters.
     """
     containers = _containers(model, layers)
-    for layer in layers:
+    for layer, update in zip(layers, updates):
         detach_adapter(layer)
+        merge_update(layer, update)
     for container in containers:
-        if not any(
+        is_changed = any(
             isinstance(layer, FVAELoRAMixin) or has_widened_bias(layer)
             for layer in keras_internals.flatten_layers(container)
-        ):
+        )
+        if isinstance(container, AdaptedContainer) and not is_changed:
             container.__class__ = _base_class(type(container))
     for layer in [*layers, *containers]:
         keras_internals.publish_weights(layer)
@@ -279,6 +283,16 @@ def describe_adapters(container):
             for path, layer in layers.items()
             if isinstance(layer, FVAELoRAMixin)
         },
+        "quantized": {
+            path: {
+                "mode": layer.quantization_mode,
+                "config": keras.saving.serialize_keras_object(
+                    getattr(layer, "quantization_config", None)
+                ),
+            }
+            for path, layer in layers.items()
+            if layer.quantization_mode is not None
+        },
         "widened_biases": [
             path for path, layer in layers.items() if has_widened_bias(layer)
         ],
@@ -305,6 +319,9 @@ def restore_adapters(container, record):
         ValueError: If the record does not fit the container, which is then
             as it was.
     """
+    quantized = _find_layers(container, record, record["quantized"])
+    for path, layer in quantized.items():
+        _quantize(layer, **record["quantized"][path])
     widened = _find_layers(container, record, record["widened_biases"])
     for layer in widened.values():
         widen_bias(layer)
@@ -382,6 +399,23 @@ def attach_recorded_adapters(container, layers, adapters, record):
     freeze_all_but(container, trainable_weights)
 
 
+def _quantize(layer, mode, config):
+    """Quantizes a layer, if the one that it is in has not done so.
+
+    Keras keeps the quantization of a layer that it rebuilds from a config, and
+    not of the layers inside, such as those of `MultiHeadAttention`.
+    """
+    has_own_policy = not isinstance(
+        layer.dtype_policy, keras.dtype_policies.DTypePolicyMap
+    )
+    if layer.quantization_mode is None and has_own_policy:
+        if config is None:
+            layer.quantize(mode)
+        else:
+            config = keras.saving.deserialize_keras_object(config)
+            layer.quantize(config=config)
+
+
 def _find_layers(container, record, paths):
     if record["version"] > RECORD_VERSION:
         raise ValueError(
@@ -394,25 +428,31 @@ def _find_layers(container, record, paths):
         if path not in layers:
             raise ValueError(
                 f"the layer '{path}' was adapted when it was saved. The model "
-                f"has no such layer, only these: {list(layers)}."
+                f"has no such layer, only these: {_adaptable_paths(layers)}."
             )
     return {path: layers[path] for path in paths}
 
 
 def layers_by_path(container):
-    """The adapted and the adaptable layers of a container, by relative path."""
-    chosen = {
+    """The layers inside a container, but for adapters, by relative path."""
+    adapter_layer_ids = {
         id(layer)
-        for layer in [*adapted_layers(container), *adaptable_layers(container)]
+        for adapted in adapted_layers(container)
+        for layer in keras_internals.flatten_layers(adapted.adapter)
     }
-    return _by_path(
-        container,
-        (
-            layer
-            for layer in keras_internals.flatten_layers(container)
-            if id(layer) in chosen
-        ),
+    return _unique(
+        (path, layer)
+        for path, layer in keras_internals.walk_layers(container)[1:]
+        if id(layer) not in adapter_layer_ids
     )
+
+
+def _adaptable_paths(layers):
+    return [
+        path
+        for path, layer in layers.items()
+        if isinstance(layer, (*ADAPTED_CLASSES, FVAELoRAMixin))
+    ]
 
 
 def _base_weights_by_path(container):
@@ -422,21 +462,27 @@ def _base_weights_by_path(container):
         for layer in adapted_layers(container)
         for weight in layer.adapter.weights
     }
-    return _by_path(
-        container, (w for w in container.weights if id(w) not in adapter_ids)
+    # The innermost layer that has a weight comes last.
+    owners = {
+        id(weight): path
+        for path, layer in keras_internals.walk_layers(container)
+        for weight in layer.weights
+    }
+    return _unique(
+        (f"{owners[id(weight)]}/{weight.name}".lstrip("/"), weight)
+        for weight in container.weights
+        if id(weight) not in adapter_ids
     )
 
 
-def _by_path(container, objects):
-    """Objects by path; one whose path is taken gets a number behind it."""
-    root = f"{container.path or container.name}/"
+def _unique(pairs):
+    """A dict of pairs; where a path is taken, it gets a number behind it."""
     by_path = {}
-    for obj in objects:
-        relative_path = (obj.path or obj.name).removeprefix(root)
-        path, number = relative_path, 2
-        while path in by_path:
-            path, number = f"{relative_path}:{number}", number + 1
-        by_path[path] = obj
+    for path, value in pairs:
+        unique_path, number = path, 2
+        while unique_path in by_path:
+            unique_path, number = f"{path}:{number}", number + 1
+        by_path[unique_path] = value
     return by_path
 
 

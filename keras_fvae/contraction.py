@@ -57,15 +57,19 @@ class Contraction(NamedTuple):
         return tuple(shape[axis] for axis in self.token_axes)
 
     def to_tokens(self, inputs, kernel_shape):
-        """From a layer's input to one row for each token."""
+        """From a layer's input to a vector for each token, on the last axis."""
         x = _transpose(inputs, self.token_axes + self.contracted_axes)
-        return ops.reshape(x, (-1, self.width(kernel_shape)))
+        if len(self.contracted_axes) == 1:
+            return x
+        return ops.reshape(
+            x, (*self.token_shape(inputs), self.width(kernel_shape))
+        )
 
-    def from_tokens(self, rows, inputs, kernel_shape):
-        """From one row for each token to the layer's output."""
+    def from_tokens(self, outputs, inputs, kernel_shape):
+        """From outputs for each token, on the last axis, to the layer's."""
         units_shape = [kernel_shape[i] for i in self.kernel_carried_axes]
         shape = (*self.token_shape(inputs), *units_shape)
-        return _transpose(ops.reshape(rows, shape), self.output_order)
+        return _transpose(ops.reshape(outputs, shape), self.output_order)
 
 
 @functools.cache

@@ -121,7 +121,9 @@ class FVAE(keras.Layer):
         mask = masking.flatten_mask(mask, token_shape)
         rank = self.config.rank
         if noise is not None:
-            noise = [ops.reshape(eps, self._draws_shape(-1)) for eps in noise]
+            noise = [
+                ops.reshape(eps, self._draws_shape((-1,))) for eps in noise
+            ]
         q1, q2, z1, z2, negative_log_likelihood, loss = self.encode_and_score(
             ops.reshape(x, (-1, x.shape[-1])), training, mask, noise
         )
@@ -157,10 +159,10 @@ class FVAE(keras.Layer):
         """The mean of q1 alone: all that an update needs at inference.
 
         Args:
-            x: Tensor of shape `(tokens, d)`.
+            x: Tensor of shape `(..., d)`.
 
         Returns:
-            Float32 tensor of shape `(tokens, rank)`.
+            Float32 tensor of shape `(..., rank)`.
         """
         weights = self._weights("encoder")
         for level, width in enumerate(self._z1_mean_widths()):
@@ -176,11 +178,11 @@ class FVAE(keras.Layer):
         """A draw from q1 alone, for `config.sample_at_inference`.
 
         Args:
-            x: Tensor of shape `(tokens, d)`.
+            x: Tensor of shape `(..., d)`.
 
         Returns:
-            Float32 tensor of shape `(tokens, rank)`, or with several draws
-            `(num_samples, tokens, rank)`.
+            Float32 tensor of shape `(..., rank)`, or with several draws
+            `(num_samples, ..., rank)`.
         """
         self.refuse_if_finalized()
         q1, _ = self._encode(x, self._weights("encoder"), training=False)
@@ -223,12 +225,7 @@ class FVAE(keras.Layer):
 
     def quantize(self, *args, **kwargs):
         # Keras would pass an adapted layer over, without a word.
-        raise ValueError(
-            "A model must be quantized before FVAE-LoRA is enabled. To "
-            "quantize the base of a trained model: save the adapters by "
-            "`save_fvae_lora_weights`, quantize a base model without them, "
-            "and load them by `load_fvae_lora_weights`."
-        )
+        self.refuse_quantization()
 
     @property
     def array_shapes(self):
@@ -425,18 +422,18 @@ class FVAE(keras.Layer):
 
     def _sample(self, *posteriors):
         """Draws from each posterior."""
-        num_tokens = ops.shape(posteriors[0].mean)[0]
+        token_shape = ops.shape(posteriors[0].mean)[:-1]
         # One call to the generator: it costs more than the numbers do.
         noise = keras.random.normal(
-            self._draws_shape(num_tokens, len(posteriors)),
+            self._draws_shape(token_shape, len(posteriors)),
             dtype="float32",
             seed=self.seed_generator,
         )
         noise = ops.split(noise, len(posteriors), axis=-1)
         return [_reparameterize(q, eps) for q, eps in zip(posteriors, noise)]
 
-    def _draws_shape(self, num_tokens, num_latents=1):
-        shape = (num_tokens, num_latents * self.config.rank)
+    def _draws_shape(self, token_shape, num_latents=1):
+        shape = (*token_shape, num_latents * self.config.rank)
         if self.config.num_samples > 1:
             shape = (self.config.num_samples, *shape)
         return shape
@@ -491,6 +488,15 @@ class FVAE(keras.Layer):
     def _z1_mean_widths(self):
         """The widths of the layers that lead from x to the mean of q1."""
         return (*self.config.hidden_units, self.config.rank)
+
+    def refuse_quantization(self):
+        """Raises a `ValueError` that says in which order to go."""
+        raise ValueError(
+            "A model must be quantized before FVAE-LoRA is enabled. To "
+            "quantize the base of a trained model: save the adapters by "
+            "`save_fvae_lora_weights`, quantize a base model without them, "
+            "and load them by `load_fvae_lora_weights`."
+        )
 
     def refuse_if_finalized(self):
         """Raises a `ValueError` if only what inference needs is left."""

@@ -58,12 +58,26 @@ def extend_keras_hub():
         containers.register_container(cls, AdaptedHubModel)
         cls.__init__ = _restore_adapters_after(cls.__init__)
     # A task is not a container where its backbone alone is adapted.
-    for name, check in (
-        ("fit", containers.refuse_training_if_finalized),
-        ("train_on_batch", containers.refuse_training_if_finalized),
-        ("quantize", containers.refuse_quantization),
-    ):
-        setattr(Task, name, _check_before(getattr(Task, name), check))
+    Task.get_config = _with_adapters(Task.get_config)
+    refuse_training = containers.refuse_training_if_finalized
+    Task.fit = _check_before(Task.fit, refuse_training)
+    Task.train_on_batch = _check_before(Task.train_on_batch, refuse_training)
+    Task._check_quantize_args = _check_before(
+        Task._check_quantize_args, containers.refuse_quantization
+    )
+
+
+def _with_adapters(get_config):
+    """A `get_config` that says what is adapted, if anything is."""
+
+    @functools.wraps(get_config)
+    def get_config_with_adapters(self):
+        config = get_config(self)
+        if containers.adapted_layers(self):
+            config[CONFIG_KEY] = containers.describe_adapters(self)
+        return config
+
+    return get_config_with_adapters
 
 
 def _restore_adapters_after(init):

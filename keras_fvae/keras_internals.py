@@ -11,16 +11,26 @@ from keras.src import backend
 
 def flatten_layers(layer):
     """The layer and all layers inside it, each once, in their order."""
-    layers = {}
+    return [layer for _, layer in walk_layers(layer)]
 
-    def visit(layer):
-        if id(layer) not in layers:
-            layers[id(layer)] = layer
+
+def walk_layers(layer):
+    """Pairs of a path and a layer, for the layer and all layers inside it.
+
+    The path is made of the names of the layers that a layer is in. Unlike
+    `layer.path`, it does not depend on what was being built at the time.
+    """
+    pairs, seen = [], set()
+
+    def visit(layer, path):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            pairs.append((path, layer))
             for sublayer in layer._layers:
-                visit(sublayer)
+                visit(sublayer, f"{path}/{sublayer.name}".lstrip("/"))
 
-    visit(layer)
-    return list(layers.values())
+    visit(layer, "")
+    return pairs
 
 
 @contextlib.contextmanager

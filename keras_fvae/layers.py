@@ -71,6 +71,7 @@ class Adapter(keras.Layer):
         contraction = analyze_equation(self.equation, len(inputs.shape))
         x = contraction.to_tokens(inputs, self.kernel_shape)
         if training:
+            x = ops.reshape(x, (-1, x.shape[-1]))
             token_shape = contraction.token_shape(inputs)
             _, _, z1, _, _, loss = self.fvae.encode_and_score(
                 x, training=True, mask=masking.flatten_mask(mask, token_shape)
@@ -403,20 +404,20 @@ def detach_adapter(layer):
     layer.__class__ = BASE_CLASSES[type(layer)]
 
 
-def merge_adapter(layer, affine_map):
+def merge_update(layer, update):
     """Folds an update that is linear in the input into a layer's weights.
 
     Args:
         layer: Layer that `detach_adapter` made plain.
-        affine_map: What `linear_update` returned for it before.
+        update: What `linear_update` returned for its adapter before.
     """
-    matrix, offset = affine_map
+    matrix, offset = update
     contraction = analyze_equation(_equation(layer), _input_rank(layer))
     shape = tuple(layer.kernel.shape)
     axes = contraction.kernel_contracted_axes + contraction.kernel_carried_axes
-    update = matrix.reshape([shape[axis] for axis in axes])
-    update = update.transpose(np.argsort(axes))
-    layer.kernel.assign(ops.convert_to_numpy(layer.kernel) + update)
+    matrix = matrix.reshape([shape[axis] for axis in axes])
+    matrix = matrix.transpose(np.argsort(axes))
+    layer.kernel.assign(ops.convert_to_numpy(layer.kernel) + matrix)
     widen_bias(layer)
     offset = offset.reshape(layer.bias.shape)
     layer.bias.assign(ops.convert_to_numpy(layer.bias) + offset)

@@ -43,7 +43,7 @@ def finalize_fvae_lora(model):
         adapter.enabled = layer.adapter.enabled
         adapter.trainable = False
         adapters.append(adapter)
-    containers.replace_adapters(model, layers, adapters)
+    containers.replace_adapters(layers, adapters)
     containers.forget_training(layers, keep_optimizer=False)
 
 
@@ -94,9 +94,7 @@ def merge_fvae_lora(model):
                 "Call `finalize_fvae_lora` instead."
             )
     updates = [adapted.linear_update(layer.adapter) for layer in layers]
-    containers.detach_adapters(model, layers)
-    for layer, update in zip(layers, updates):
-        adapted.merge_adapter(layer, update)
+    containers.merge_adapters(model, layers, updates)
     containers.forget_training(layers, keep_optimizer=False)
 
 

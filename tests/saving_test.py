@@ -40,7 +40,7 @@ def make_pair(name, rng, **options):
     adapted, plain = zoo.MODELS[name](), zoo.MODELS[name]()
     enable(adapted, name, **options)
     before = zoo.predict(adapted, name)
-    move_adapters(adapted, rng, scale=0.5)
+    move_adapters(adapted, rng, scale=1.0)
     assert np.abs(zoo.predict(adapted, name) - before).max() > 0.1
     set_base_weights(plain, adapted.weights)
     return adapted, plain
@@ -152,24 +152,32 @@ np.save(directory + "/peft.npy", zoo.predict(other, "text_classifier"))
 """
 
 
-@pytest.mark.parametrize("backend", ["jax", "tensorflow", "torch"])
-def test_trained_here_and_loaded_on_every_backend(backend, tmp_path):
+@pytest.fixture(scope="module")
+def trained_here(tmp_path_factory):
+    """A directory with a trained adapter, and what it predicts."""
+    directory = tmp_path_factory.mktemp("trained")
+    keras.utils.set_random_seed(0)
     model = zoo.make_text_classifier()
+    model.get_layer("logits").trainable = False
     base_predictions = zoo.predict(model, "text_classifier")
-    model.save_weights(tmp_path / "base.weights.h5")
+    model.save_weights(directory / "base.weights.h5")
     model.backbone.enable_fvae_lora(**SMALL)
-    model.logits = model.get_layer("logits")
-    model.logits.trainable = False
     zoo.compile_model(model, "text_classifier")
     zoo.fit(model, "text_classifier", epochs=15)
     predictions = zoo.predict(model, "text_classifier")
     assert np.abs(predictions - base_predictions).max() > 0.1
-    model.backbone.save_fvae_lora_weights(tmp_path / FILE)
-    keras_fvae.save_peft_adapter(model, tmp_path / "peft")
-    run_python("-c", LOAD, tmp_path, backend=backend)
+    model.backbone.save_fvae_lora_weights(directory / FILE)
+    keras_fvae.save_peft_adapter(model, directory / "peft")
+    return directory, predictions
+
+
+@pytest.mark.parametrize("backend", ["jax", "tensorflow", "torch"])
+def test_trained_here_and_loaded_on_every_backend(backend, trained_here):
+    directory, predictions = trained_here
+    run_python("-c", LOAD, directory, backend=backend)
     for name in ("loaded", "peft"):
         np.testing.assert_allclose(
-            np.load(tmp_path / f"{name}.npy"), predictions, atol=1e-5
+            np.load(directory / f"{name}.npy"), predictions, atol=1e-5
         )
 
 

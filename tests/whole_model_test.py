@@ -218,7 +218,7 @@ class Die(keras.callbacks.Callback):
 
 directory, die = sys.argv[1], sys.argv[2] == "die"
 keras.utils.set_random_seed(0)
-model = zoo.make_functional()
+model = zoo.make_sequential()
 keras_fvae.enable_fvae_lora(
     model,
     2,
@@ -226,14 +226,14 @@ keras_fvae.enable_fvae_lora(
     trainable_layer_names=["head"],
     dropout=0.0,
 )
-zoo.compile_model(model, "functional")
-x, y = zoo.data("functional")
+zoo.compile_model(model, "sequential")
+x, y = zoo.data("sequential")
 callbacks = [keras.callbacks.BackupAndRestore(directory + "/backup")]
 model.fit(
     x, y, batch_size=4, epochs=4, shuffle=False, verbose=0,
     callbacks=callbacks + [Die()] * die,
 )
-np.save(directory + "/predictions.npy", zoo.predict(model, "functional"))
+np.save(directory + "/predictions.npy", zoo.predict(model, "sequential"))
 """
 
 
