@@ -164,6 +164,27 @@ np.testing.assert_allclose(
 )
 
 # %% [markdown]
+# `classifier.save("classifier.keras")` and `classifier.save_to_preset(...)` keep
+# the adapters as well, for whoever imports `keras_fvae` before loading.
+#
+# ## Use it
+#
+# What the base model says, with the head that was trained:
+
+# %%
+with keras_fvae.fvae_lora_disabled(classifier):
+    base = classifier.predict(test, verbose=0)
+print("moved by the adapters:", np.abs(plain.predict(test) - base).max())
+
+# %% [markdown]
+# For use alone, the second latent, the decoder and the variance can go.
+
+# %%
+parameters = plain.count_params()
+keras_fvae.finalize_fvae_lora(plain)
+print(f"{parameters:,} parameters before, {plain.count_params():,} now")
+
+# %% [markdown]
 # ## Look inside
 #
 # The pieces are ordinary Keras layers, for models of your own as well. An

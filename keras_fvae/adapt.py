@@ -4,19 +4,18 @@ import dataclasses
 import math
 import re
 
-import keras
-
 from keras_fvae import keras_internals
 from keras_fvae.config import DEFAULT_RANK
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
-from keras_fvae.containers import adaptable_layers
-from keras_fvae.containers import adapted_layers
 from keras_fvae.containers import attach_adapters
-from keras_fvae.containers import forget_training
-from keras_fvae.containers import freeze_all_but
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
+from keras_fvae.lookup import adaptable_layers
+from keras_fvae.lookup import adapted_layers
+from keras_fvae.lookup import check_model
+from keras_fvae.training import forget_training
+from keras_fvae.training import freeze_all_but
 
 # What the query and value projections of attention layers are called, in
 # models that do not say themselves what to adapt.
@@ -131,11 +130,7 @@ def enable_fvae_lora(
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. "
-            f"Received: model={model!r} (of type {type(model)})"
-        )
+    check_model(model)
     config = resolve_config(rank, config, **config_options)
     adapted = adapted_layers(model)
     if adapted:

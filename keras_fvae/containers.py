@@ -1,11 +1,8 @@
-"""Models with adapted layers inside: attach, detach, describe, restore."""
+"""Models with adapted layers inside: attach, merge, describe, restore."""
 
 import contextlib
 import functools
-import gc
 import inspect
-import re
-import warnings
 
 import keras
 
@@ -21,6 +18,11 @@ from keras_fvae.layers import detach_adapter
 from keras_fvae.layers import has_widened_bias
 from keras_fvae.layers import merge_update
 from keras_fvae.layers import widen_bias
+from keras_fvae.lookup import adapted_layers
+from keras_fvae.lookup import base_weights_by_path
+from keras_fvae.lookup import by_recorded_paths
+from keras_fvae.lookup import layers_by_path
+from keras_fvae.training import freeze_all_but
 
 RECORD_VERSION = 1
 
@@ -118,24 +120,6 @@ def register_container(base, mixin):
     _container_mixins[base] = mixin
 
 
-def adapted_layers(model):
-    """The layers of a model that are adapted by FVAE-LoRA, in their order."""
-    return [
-        layer
-        for layer in keras_internals.flatten_layers(model)
-        if isinstance(layer, FVAELoRAMixin)
-    ]
-
-
-def adaptable_layers(model):
-    """The layers of a model that are of a class that can be adapted."""
-    return [
-        layer
-        for layer in keras_internals.flatten_layers(model)
-        if type(layer) in ADAPTED_CLASSES
-    ]
-
-
 def refuse_training_if_finalized(model):
     """Raises a `ValueError` if a model is finalized."""
     for layer in adapted_layers(model):
@@ -191,74 +175,6 @@ def merge_adapters(model, layers, updates):
         keras_internals.publish_weights(layer)
 
 
-def freeze_all_but(model, weights):
-    """Makes the given weights of a model train, and no others."""
-    kept_ids = {id(weight) for weight in weights}
-    for layer in keras_internals.flatten_layers(model):
-        layer.trainable = any(id(w) in kept_ids for w in layer.weights)
-    for weight in model.weights:
-        weight.trainable = id(weight) in kept_ids
-
-
-def living_models_with(layers):
-    """Every model that holds one of the layers, such as a backbone's task.
-
-    Layers don't know what they are part of, so the models are looked for
-    among all objects that there are.
-    """
-    layer_ids = {id(layer) for layer in layers}
-    return [
-        obj
-        for obj in gc.get_objects()
-        # Some may be half made, by a constructor that raised.
-        if issubclass(type(obj), keras.Model)
-        and hasattr(obj, "_layers")
-        and any(
-            id(layer) in layer_ids
-            for layer in keras_internals.flatten_layers(obj)
-        )
-    ]
-
-
-def forget_training(layers, keep_optimizer=True):
-    """Makes the models that hold the layers start anew, for other weights.
-
-    Their steps are compiled again, and their optimizers have slots for the
-    weights that train now.
-
-    Args:
-        layers: List of layers whose weights were added, removed or frozen.
-        keep_optimizer: Boolean. Whether a model whose optimizer has run is
-            left to its user to compile again, who is warned.
-    """
-    for model in living_models_with(layers):
-        keras_internals.publish_weights(model)
-        forget_compiled_functions(model)
-        optimizer = getattr(model, "optimizer", None)
-        if optimizer is None or not optimizer.built:
-            continue
-        if int(optimizer.iterations) == 0 or not keep_optimizer:
-            config = optimizer.get_config()
-            model.optimizer = type(optimizer).from_config(config)
-        else:
-            model.compiled = False
-            warnings.warn(
-                f"Model '{model.name}' was trained before FVAE-LoRA changed "
-                "which of its weights train. Call `compile()` again before "
-                "`fit()`.",
-                stacklevel=3,
-            )
-
-
-def forget_compiled_functions(
-    model, kinds=("train", "test", "predict", "generate")
-):
-    """Makes a model compile its steps anew, for its layers as they are now."""
-    for kind in kinds:
-        if getattr(model, f"{kind}_function", None) is not None:
-            setattr(model, f"{kind}_function", None)
-
-
 def describe_adapters(container):
     """What `restore_adapters` needs to know, as JSON can hold it.
 
@@ -270,7 +186,7 @@ def describe_adapters(container):
         which of them are adapted and how, and which train.
     """
     layers = layers_by_path(container)
-    weights = _base_weights_by_path(container)
+    weights = base_weights_by_path(container)
     return {
         "version": RECORD_VERSION,
         "layer_paths": list(layers),
@@ -350,8 +266,9 @@ def find_recorded_weights(container, record):
     Raises:
         ValueError: If a weight is missing.
     """
-    weights = _base_weights_by_path(container)
-    weights = _recorded(record["weight_paths"], weights)
+    weights = by_recorded_paths(
+        record["weight_paths"], base_weights_by_path(container)
+    )
     for path in record["trainable"]:
         if path not in weights:
             raise ValueError(
@@ -423,85 +340,19 @@ def _find_layers(container, record, paths):
             f"{record['version']}. This one reads formats up to "
             f"{RECORD_VERSION}. Install a newer keras_fvae."
         )
-    layers = _recorded(record["layer_paths"], layers_by_path(container))
+    layers = by_recorded_paths(record["layer_paths"], layers_by_path(container))
     for path in paths:
         if path not in layers:
+            adaptable_paths = [
+                path
+                for path, layer in layers.items()
+                if isinstance(layer, (*ADAPTED_CLASSES, FVAELoRAMixin))
+            ]
             raise ValueError(
                 f"the layer '{path}' was adapted when it was saved. The model "
-                f"has no such layer, only these: {_adaptable_paths(layers)}."
+                f"has no such layer, only these: {adaptable_paths}."
             )
     return {path: layers[path] for path in paths}
-
-
-def layers_by_path(container):
-    """The layers inside a container, but for adapters, by relative path."""
-    adapter_layer_ids = {
-        id(layer)
-        for adapted in adapted_layers(container)
-        for layer in keras_internals.flatten_layers(adapted.adapter)
-    }
-    return _unique(
-        (path, layer)
-        for path, layer in keras_internals.walk_layers(container)[1:]
-        if id(layer) not in adapter_layer_ids
-    )
-
-
-def _adaptable_paths(layers):
-    return [
-        path
-        for path, layer in layers.items()
-        if isinstance(layer, (*ADAPTED_CLASSES, FVAELoRAMixin))
-    ]
-
-
-def _base_weights_by_path(container):
-    """The weights of a container beside the adapters', by relative path."""
-    adapter_ids = {
-        id(weight)
-        for layer in adapted_layers(container)
-        for weight in layer.adapter.weights
-    }
-    # The innermost layer that has a weight comes last.
-    owners = {
-        id(weight): path
-        for path, layer in keras_internals.walk_layers(container)
-        for weight in layer.weights
-    }
-    return _unique(
-        (f"{owners[id(weight)]}/{weight.name}".lstrip("/"), weight)
-        for weight in container.weights
-        if id(weight) not in adapter_ids
-    )
-
-
-def _unique(pairs):
-    """A dict of pairs; where a path is taken, it gets a number behind it."""
-    by_path = {}
-    for path, value in pairs:
-        unique_path, number = path, 2
-        while unique_path in by_path:
-            unique_path, number = f"{path}:{number}", number + 1
-        by_path[unique_path] = value
-    return by_path
-
-
-def _recorded(recorded_paths, objects):
-    """Objects by the paths that they were recorded with.
-
-    Where a layer has no name, Keras gives it a number that depends on what
-    was made before it, so the numbers may have changed.
-    """
-
-    def without_numbers(paths):
-        return [re.sub(r"_\d+(?=/|:|$)", "", path) for path in paths]
-
-    is_renumbered = set(recorded_paths) != set(objects) and without_numbers(
-        recorded_paths
-    ) == without_numbers(objects)
-    if is_renumbered:
-        return dict(zip(recorded_paths, objects.values()))
-    return objects
 
 
 def _containers(model, layers):

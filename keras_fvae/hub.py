@@ -7,6 +7,7 @@ import keras
 
 from keras_fvae import adapt
 from keras_fvae import containers
+from keras_fvae import lookup
 from keras_fvae import saving
 
 CONFIG_KEY = "keras_fvae"
@@ -73,7 +74,7 @@ def _with_adapters(get_config):
     @functools.wraps(get_config)
     def get_config_with_adapters(self):
         config = get_config(self)
-        if containers.adapted_layers(self):
+        if lookup.adapted_layers(self):
             config[CONFIG_KEY] = containers.describe_adapters(self)
         return config
 

@@ -12,6 +12,8 @@ from keras import ops
 
 from keras_fvae import adapt
 from keras_fvae import containers
+from keras_fvae import lookup
+from keras_fvae import training
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
@@ -185,9 +187,10 @@ def load_peft_adapter(model, directory):
     Reference: the format is that of the code published with [Latent Space
     Factorization in LoRA](https://arxiv.org/abs/2510.19640).
     """
+    lookup.check_model(model)
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
-    if containers.adapted_layers(backbone):
+    if lookup.adapted_layers(backbone):
         raise ValueError(
             f"Model '{model.name}' is adapted by FVAE-LoRA already. Load the "
             "adapter onto the base model."
@@ -216,8 +219,8 @@ def load_peft_adapter(model, directory):
     # From here on nothing is refused.
     containers.attach_adapters(backbone, layers, adapters)
     adapter_weights = [w for adapter in adapters for w in adapter.weights]
-    containers.freeze_all_but(backbone, adapter_weights)
-    containers.forget_training(layers)
+    training.freeze_all_but(backbone, adapter_weights)
+    training.forget_training(layers)
     for weight, value in head:
         weight.assign(value)
     return adapt.summarize(backbone, config, layers)
@@ -248,9 +251,10 @@ def save_peft_adapter(model, directory):
     """
     from safetensors.numpy import save_file
 
+    lookup.check_model(model)
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
-    adapted = containers.adapted_layers(backbone)
+    adapted = lookup.adapted_layers(backbone)
     if not adapted:
         raise ValueError(
             f"Model '{model.name}' has no layer adapted by FVAE-LoRA, so there "
@@ -438,7 +442,7 @@ def _find_architecture(backbone):
 def _modules(backbone, architecture):
     """The layers of a backbone by their names in Hugging Face."""
     modules = {}
-    for path, layer in containers.layers_by_path(backbone).items():
+    for path, layer in lookup.layers_by_path(backbone).items():
         name = architecture.module_name(path)
         if name is not None:
             modules[name] = layer

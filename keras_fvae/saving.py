@@ -9,6 +9,8 @@ import h5py
 from keras import ops
 
 from keras_fvae import containers
+from keras_fvae import lookup
+from keras_fvae import training
 from keras_fvae.config import FVAELoRAConfig
 
 SUFFIX = ".fvae_lora.h5"
@@ -41,6 +43,7 @@ def save_fvae_lora_weights(model, filepath, include="all"):
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
     >>> keras_fvae.save_fvae_lora_weights(model, "task.fvae_lora.h5")
     """
+    lookup.check_model(model)
     filepath = _check_filepath(filepath)
     if include not in ("all", "inference"):
         raise ValueError(
@@ -92,6 +95,7 @@ def load_fvae_lora_weights(model, filepath):
     >>> keras_fvae.save_fvae_lora_weights(model, "task.fvae_lora.h5")
     >>> keras_fvae.load_fvae_lora_weights(make_model(), "task.fvae_lora.h5")
     """
+    lookup.check_model(model)
     filepath = _check_filepath(filepath)
     record, arrays = _read(filepath)
     try:
@@ -104,7 +108,7 @@ def load_fvae_lora_weights(model, filepath):
 
 def _load(model, record, arrays):
     layers = containers.find_recorded_layers(model, record)
-    if containers.adapted_layers(model):
+    if lookup.adapted_layers(model):
         _check_same_adapters(model, layers, record)
         adapters = {path: layer.adapter for path, layer in layers.items()}
     else:
@@ -123,9 +127,9 @@ def _load(model, record, arrays):
         },
     )
     # From here on nothing is refused.
-    if not containers.adapted_layers(model):
+    if not lookup.adapted_layers(model):
         containers.attach_recorded_adapters(model, layers, adapters, record)
-        containers.forget_training(layers.values())
+        training.forget_training(layers.values())
     for path, adapter in adapters.items():
         adapter.set_arrays(
             {
@@ -138,7 +142,7 @@ def _load(model, record, arrays):
 
 
 def _check_same_adapters(model, layers, record):
-    for layer in containers.adapted_layers(model):
+    for layer in lookup.adapted_layers(model):
         if not any(layer is recorded for recorded in layers.values()):
             raise ValueError(
                 f"the layer '{layer.path}' is adapted only in the model."

@@ -4,6 +4,8 @@ import contextlib
 
 from keras_fvae import containers
 from keras_fvae import layers as adapted
+from keras_fvae import lookup
+from keras_fvae import training
 
 
 def finalize_fvae_lora(model):
@@ -44,7 +46,7 @@ def finalize_fvae_lora(model):
         adapter.trainable = False
         adapters.append(adapter)
     containers.replace_adapters(layers, adapters)
-    containers.forget_training(layers, keep_optimizer=False)
+    training.forget_training(layers, keep_optimizer=False)
 
 
 def merge_fvae_lora(model):
@@ -95,7 +97,7 @@ def merge_fvae_lora(model):
             )
     updates = [adapted.linear_update(layer.adapter) for layer in layers]
     containers.merge_adapters(model, layers, updates)
-    containers.forget_training(layers, keep_optimizer=False)
+    training.forget_training(layers, keep_optimizer=False)
 
 
 @contextlib.contextmanager
@@ -131,14 +133,15 @@ def _set_enabled(layers, enabled):
         # What was merged inside the block has no adapter any more.
         if hasattr(layer, "adapter"):
             layer.adapter.enabled = value
-    for model in containers.living_models_with(layers):
-        containers.forget_compiled_functions(
+    for model in training.living_models_with(layers):
+        training.forget_compiled_functions(
             model, kinds=("test", "predict", "generate")
         )
 
 
 def _adapted_layers(model):
-    layers = containers.adapted_layers(model)
+    lookup.check_model(model)
+    layers = lookup.adapted_layers(model)
     if not layers:
         raise ValueError(
             f"Model '{model.name}' has no layer adapted by FVAE-LoRA. Call "

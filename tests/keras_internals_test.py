@@ -45,6 +45,34 @@ def test_flatten_layers_finds_every_layer_once_and_in_order():
     ]
 
 
+def test_paths_do_not_depend_on_what_was_being_built():
+    inner = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, name="dense")], name="inner"
+    )
+    inputs = keras.Input((3,))
+    outer = keras.Model(inputs, inner(inputs), name="outer")
+    paths = [path for path, _ in keras_internals.walk_layers(outer)]
+    assert paths[0] == ""
+    assert paths[-1] == "inner/dense"
+    # Built before it was in the model, or after, as Keras does on loading.
+    assert inner.layers[0].path in ("inner/dense", "dense")
+
+
+def test_a_sublayer_can_be_forgotten():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    with keras_internals.unlocked(layer):
+        layer.extra = keras.layers.Dense(1)
+    layer.extra.build((None, 3))
+    keras_internals.untrack(layer, layer.extra)
+    del layer.extra
+    keras_internals.publish_weights(layer)
+    assert keras_internals.flatten_layers(layer) == [layer]
+    assert len(layer.weights) == 2
+    if BACKEND == "torch":
+        assert len(list(layer.parameters())) == 2
+
+
 def test_a_built_layer_is_locked_and_can_be_unlocked():
     layer = keras.layers.Dense(2)
     layer.build((None, 3))

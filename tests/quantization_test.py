@@ -10,7 +10,7 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import containers
+from keras_fvae import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 
@@ -47,7 +47,7 @@ def test_a_quantized_model_is_adapted_trained_and_saved(name, mode, tmp_path):
     assert min(losses) < losses[0]
     for path, value in quantized_weights(model).items():
         np.testing.assert_array_equal(value, before[path])
-    for layer in containers.adapted_layers(model):
+    for layer in lookup.adapted_layers(model):
         assert layer.quantization_mode == mode
         assert {w.dtype for w in layer.adapter.weights} == {"float32"}
     predictions = zoo.predict(model, name)
@@ -57,7 +57,7 @@ def test_a_quantized_model_is_adapted_trained_and_saved(name, mode, tmp_path):
     np.testing.assert_allclose(
         zoo.predict(loaded, name), predictions, atol=1e-6
     )
-    layers = containers.adapted_layers(loaded)
+    layers = lookup.adapted_layers(loaded)
     assert {layer.quantization_mode for layer in layers} == {mode}
 
 

@@ -14,7 +14,7 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import containers
+from keras_fvae import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 FILE = "task.fvae_lora.h5"
@@ -57,7 +57,7 @@ def test_round_trip_onto_a_plain_model(name, include, rng, tmp_path):
         zoo.predict(plain, name), zoo.predict(adapted, name), atol=1e-6
     )
     finalized = [
-        layer.adapter.finalized for layer in containers.adapted_layers(plain)
+        layer.adapter.finalized for layer in lookup.adapted_layers(plain)
     ]
     assert set(finalized) == {include == "inference"}
     if include == "all":
@@ -85,7 +85,7 @@ def test_only_the_adapters_and_what_trains_is_in_the_file(rng, tmp_path):
     backbone.save_fvae_lora_weights(tmp_path / FILE, include="inference")
     assert count_numbers(tmp_path / FILE) == sum(
         layer.adapter.num_inference_parameters
-        for layer in containers.adapted_layers(backbone)
+        for layer in lookup.adapted_layers(backbone)
     )
 
 
@@ -110,7 +110,7 @@ def test_names_that_keras_makes_up_may_have_changed(rng, tmp_path):
     assert paths[0] != paths[1]
     keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
     keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
-    assert len(containers.adapted_layers(plain)) == 3
+    assert len(lookup.adapted_layers(plain)) == 3
 
 
 def test_of_many_layers_the_right_ones(tmp_path):
@@ -307,6 +307,23 @@ def test_a_file_of_another_model_changes_nothing(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: keras_fvae.save_fvae_lora_weights(model, FILE),
+        lambda model: keras_fvae.load_fvae_lora_weights(model, FILE),
+        lambda model: keras_fvae.save_peft_adapter(model, "peft"),
+        lambda model: keras_fvae.load_peft_adapter(model, "peft"),
+        keras_fvae.finalize_fvae_lora,
+        keras_fvae.merge_fvae_lora,
+        lambda model: keras_fvae.fvae_lora_disabled(model).__enter__(),
+    ],
+)
+def test_models_of_another_type(call):
+    with pytest.raises(TypeError, match="`model` must be a Keras model"):
+        call("model")
 
 
 def test_arguments(tmp_path):

@@ -12,7 +12,7 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import containers
+from keras_fvae import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 NAMES = [*zoo.MODELS]
@@ -36,7 +36,7 @@ def test_finalizing_changes_no_prediction(name, rng):
     model, _, predictions = make_adapted(name, rng)
     keras_fvae.finalize_fvae_lora(model)
     np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-6)
-    for layer in containers.adapted_layers(model):
+    for layer in lookup.adapted_layers(model):
         parameters = sum(to_numpy(w).size for w in layer.adapter.weights)
         assert parameters == layer.adapter.num_inference_parameters
         assert layer.adapter.trainable_weights == []
@@ -104,7 +104,7 @@ def test_finalizing_twice_is_finalizing_once(rng):
 @pytest.mark.parametrize("name", NAMES)
 def test_merging_leaves_plain_layers(name, rng):
     model, _, predictions = make_adapted(name, rng, encoder_units=(), alpha=3.0)
-    layers = containers.adapted_layers(model)
+    layers = lookup.adapted_layers(model)
     keras_fvae.merge_fvae_lora(model)
     scale = max(np.abs(predictions).max(), 1)
     np.testing.assert_allclose(
