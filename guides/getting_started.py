@@ -164,8 +164,8 @@ np.testing.assert_allclose(
 )
 
 # %% [markdown]
-# `classifier.save("classifier.keras")` and `classifier.save_to_preset("folder")`
-# keep the adapters as well, for whoever imports `keras_fvae` before loading.
+# `classifier.save("model.keras")` and `classifier.save_to_preset("folder")` keep
+# the adapters as well, for whoever imports `keras_fvae` before loading.
 #
 # ## Use it
 #
@@ -174,7 +174,8 @@ np.testing.assert_allclose(
 # %%
 with keras_fvae.fvae_lora_disabled(classifier):
     base = classifier.predict(test, verbose=0)
-print("moved by the adapters:", np.abs(plain.predict(test) - base).max())
+adapted = plain.predict(test, verbose=0)
+print("moved by the adapters:", np.abs(adapted - base).max())
 
 # %% [markdown]
 # For use alone, the second latent, the decoder and the variance can go.
