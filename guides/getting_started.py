@@ -164,8 +164,8 @@ np.testing.assert_allclose(
 )
 
 # %% [markdown]
-# `classifier.save("model.keras")` and `classifier.save_to_preset("folder")` keep
-# the adapters as well, for whoever imports `keras_fvae` before loading.
+# `classifier.save("model.keras")` and `classifier.save_to_preset("folder")`
+# keep the adapters as well, for whoever imports `keras_fvae` before loading.
 #
 # ## Use it
 #
