@@ -37,7 +37,11 @@ def adaptable_layers(model):
 
 
 def layers_by_path(container):
-    """The layers inside a container, but for adapters, by relative path."""
+    """The layers inside a container that have weights, by relative path.
+
+    Adapters' own layers are left out: they may be there or not. So are layers
+    without weights: the same model may have a preprocessor or not.
+    """
     adapter_layer_ids = {
         id(layer)
         for adapted in adapted_layers(container)
@@ -46,7 +50,7 @@ def layers_by_path(container):
     return _unique(
         (path, layer)
         for path, layer in keras_internals.walk_layers(container)[1:]
-        if id(layer) not in adapter_layer_ids
+        if id(layer) not in adapter_layer_ids and layer.weights
     )
 
 
