@@ -58,17 +58,20 @@ def test_every_kind_of_encoder_can_be_finalized(shared, encoder_units, rng):
     )
 
 
-def test_what_remains_of_vit_b():
-    """24 adapted layers of width 768, as in ViT-B/16."""
-    inputs = keras.Input((768,))
-    x = inputs
-    for index in range(24):
-        x = keras.layers.Dense(768, name=f"query_{index}")(x)
-    model = keras.Model(inputs, x)
-    base_parameters = model.count_params()
-    keras_fvae.enable_fvae_lora(model, 16, lambda layer: True)
-    keras_fvae.finalize_fvae_lora(model)
-    assert model.count_params() - base_parameters == 596_736
+def test_what_remains_of_vit_b_16():
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(224, 224, 3),
+        patch_size=16,
+        num_layers=12,
+        num_heads=12,
+        hidden_dim=768,
+        mlp_dim=3072,
+    )
+    base_parameters = backbone.count_params()
+    summary = backbone.enable_fvae_lora(rank=16)
+    assert len(summary.layer_paths) == 24
+    keras_fvae.finalize_fvae_lora(backbone)
+    assert backbone.count_params() - base_parameters == 596_736
 
 
 @pytest.mark.parametrize("name", ["functional", "text_classifier"])
