@@ -391,6 +391,7 @@ def attach_adapter(layer, adapter):
     with keras_internals.unlocked(layer):
         layer.adapter = adapter
     layer.__class__ = ADAPTED_CLASSES[type(layer)]
+    layer._freeze_base()
 
 
 def detach_adapter(layer):
