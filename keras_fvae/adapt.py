@@ -1,8 +1,9 @@
-"""Enabling: find the layers to adapt, adapt them in place, freeze the rest."""
+"""Enabling: adapt layers of a model in place, and freeze the rest."""
 
 import dataclasses
 import math
-import re
+
+import keras
 
 from keras_fvae import keras_internals
 from keras_fvae.config import DEFAULT_RANK
@@ -11,26 +12,12 @@ from keras_fvae.config import resolve_config
 from keras_fvae.containers import attach_adapters
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
-from keras_fvae.lookup import adaptable_layers
 from keras_fvae.lookup import adapted_layers
 from keras_fvae.lookup import check_model
+from keras_fvae.targets import find_targets
+from keras_fvae.targets import match_layers
 from keras_fvae.training import forget_training
 from keras_fvae.training import freeze_all_but
-
-# What the query and value projections of attention layers are called, in
-# models that do not say themselves what to adapt.
-QUERY_AND_VALUE_NAMES = (
-    "query",
-    "value",
-    "query_dense",
-    "value_dense",
-    "query_proj",
-    "value_proj",
-    "query_projector",
-    "value_projector",
-    "q_proj",
-    "v_proj",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +81,14 @@ def enable_fvae_lora(
         model: `keras.Model` (or layer) that is built. Every `Dense` and
             `EinsumDense` layer inside it, at any depth, can be adapted.
         rank: Positive integer, width of the latents. Defaults to `16`.
-        target_layer_names: Which layers to adapt: a layer name, a compiled
-            regular expression that is searched for in `layer.path`, a list of
-            such, or a function that takes a layer and returns a boolean.
-            `None` (default) means what the `default_lora_layer_names()` of a
-            KerasHub backbone says, else the query and value projections.
+        target_layer_names: Which layers to adapt: a layer name (for a
+            layer without one, the name of the attribute that holds it), a
+            compiled regular expression that is searched for in `layer.path`, a
+            function that takes a layer and returns a boolean, or a list of
+            such. `None` (default) means the
+            query and value projections of attention, whatever they are called
+            in KerasHub, and what a backbone's `default_lora_layer_names()`
+            says.
         trainable_layer_names: Layers to train as well, in the same forms.
             Everything else in `model` is frozen.
         config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
@@ -139,10 +129,12 @@ def enable_fvae_lora(
             f"{len(adapted)} layers, the first is '{adapted[0].path}'. It can "
             "be enabled only once; start from the base model."
         )
-    targets = _find_targets(model, target_layer_names)
+    targets = find_targets(model, target_layer_names)
     for layer in targets:
         check_adaptable(layer)
-    trainable_layers = _match(
+    _refuse_loops(model, targets)
+    trainable_layers = match_layers(
+        model,
         trainable_layer_names,
         keras_internals.flatten_layers(model)[1:],
         "trainable_layer_names",
@@ -161,80 +153,19 @@ def enable_fvae_lora(
     return summarize(model, config, targets)
 
 
-def _find_targets(model, target_layer_names):
-    """The layers to adapt, or an error that lists what there is."""
-    candidates = adaptable_layers(model)
-    if not candidates:
-        raise ValueError(
-            f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
-            "adapt. If it is not built yet, call it on data first."
-        )
-    if target_layer_names is not None:
-        targets = _match(target_layer_names, candidates, "target_layer_names")
-    else:
-        targets = _default_targets(model, candidates)
-    if not targets:
-        raise ValueError(
-            f"There is nothing to adapt in model '{model.name}'. Received: "
-            f"target_layer_names={target_layer_names!r}. "
-            f"{_list_names(candidates)}"
-        )
-    return targets
-
-
-def _default_targets(model, candidates):
-    own_names = [
-        name
-        for layer in keras_internals.flatten_layers(model)
-        if hasattr(layer, "default_lora_layer_names")
-        for name in layer.default_lora_layer_names()
-    ]
-    for names in (own_names, QUERY_AND_VALUE_NAMES):
-        targets = [layer for layer in candidates if layer.name in names]
-        if targets:
-            break
-    return targets
-
-
-def _match(choices, candidates, argument):
-    """The candidates that names, expressions or functions choose."""
-    if isinstance(choices, (str, re.Pattern)) or callable(choices):
-        choices = [choices]
-    if not isinstance(choices, (list, tuple, set)):
-        raise TypeError(
-            f"`{argument}` must be a layer name, a compiled regular "
-            "expression, a function of a layer, or a list of such. "
-            f"Received: {argument}={choices!r}"
-        )
-    chosen_ids = set()
-    for choice in choices:
-        is_chosen = _predicate(choice, argument)
-        chosen = [id(layer) for layer in candidates if is_chosen(layer)]
-        if not chosen:
-            raise ValueError(
-                f"In `{argument}`, {choice!r} matches no layer. "
-                f"{_list_names(candidates)}"
-            )
-        chosen_ids.update(chosen)
-    return [layer for layer in candidates if id(layer) in chosen_ids]
-
-
-def _predicate(choice, argument):
-    if isinstance(choice, str):
-        return lambda layer: layer.name == choice
-    if isinstance(choice, re.Pattern):
-        return lambda layer: choice.search(layer.path or layer.name)
-    if callable(choice):
-        return choice
-    raise TypeError(
-        f"`{argument}` takes layer names, compiled regular expressions and "
-        f"functions of a layer. Received: {choice!r} (of type {type(choice)})"
-    )
-
-
-def _list_names(candidates):
-    names = sorted({layer.name for layer in candidates})
-    return f"The layers that it can name are: {names}."
+def _refuse_loops(model, targets):
+    """Refuses layers in a loop, out of which TensorFlow and JAX let no loss."""
+    target_ids = {id(layer) for layer in targets}
+    for rnn in keras_internals.flatten_layers(model):
+        if isinstance(rnn, keras.layers.RNN) and not rnn.unroll:
+            for layer in keras_internals.flatten_layers(rnn):
+                if id(layer) in target_ids:
+                    raise ValueError(
+                        f"The layer '{layer.path}' is in the loop of the "
+                        f"recurrent layer '{rnn.name}', out of which the loss "
+                        "of an adapter cannot come. Make that layer with "
+                        "`unroll=True`, or choose other `target_layer_names`."
+                    )
 
 
 def share_config(config, num_layers):

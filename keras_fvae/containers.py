@@ -1,6 +1,7 @@
 """Models with adapted layers inside: attach, merge, describe, restore."""
 
 import contextlib
+import contextvars
 import functools
 import inspect
 
@@ -9,6 +10,7 @@ import keras
 from keras_fvae import keras_internals
 from keras_fvae import masking
 from keras_fvae.config import FVAELoRAConfig
+from keras_fvae.fvae import NotRematerialized
 from keras_fvae.layers import ADAPTED_CLASSES
 from keras_fvae.layers import FVAELoRAMixin
 from keras_fvae.layers import attach_adapter
@@ -28,7 +30,7 @@ RECORD_VERSION = 1
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class AdaptedContainer:
+class AdaptedContainer(NotRematerialized):
     """What a layer with adapted layers inside it can do besides.
 
     It tells the adapted layers which tokens count, and its config says what is
@@ -40,8 +42,8 @@ class AdaptedContainer:
 
     def call(self, *args, **kwargs):
         call = super().call
-        arguments = _signature(call.__func__).bind(self, *args, **kwargs)
-        del arguments.arguments["self"]
+        arguments = _signature(call.__func__).bind(*args, **kwargs)
+        arguments.apply_defaults()
         masks = masking.find_masks(arguments.arguments)
         with masking.known_masks(masks, inherit=self.knows_outer_masks):
             return call(*args, **kwargs)
@@ -77,10 +79,28 @@ class AdaptedContainer:
         return "keras_fvae>AdaptedContainer", AdaptedContainer
 
 
-class AdaptedModel(AdaptedContainer):
+# The model that is being called, the innermost of them.
+_called_model = contextvars.ContextVar("called_model", default=None)
+
+
+class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
     """A `keras.Model` with adapted layers inside it."""
 
     knows_outer_masks = False
+
+    def __call__(self, *args, **kwargs):
+        token = _called_model.set(self)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            _called_model.reset(token)
+
+    def call(self, *args, **kwargs):
+        if _called_model.get() is not self:
+            # Keras's trainer for JAX calls `call` itself, which tells the
+            # layers inside nothing of `training`.
+            return self(*args, **kwargs)
+        return super().call(*args, **kwargs)
 
     # What cannot be done is refused here, before any weight is touched.
 
@@ -386,8 +406,16 @@ def _container_class(base):
         (_container_mixins[c] for c in base.__mro__ if c in _container_mixins),
         AdaptedContainer,
     )
+
+    # Keras reads from its signature what it may pass.
+    @functools.wraps(base.call)
+    def call(self, *args, **kwargs):
+        return mixin.call(self, *args, **kwargs)
+
     container_class = type(
-        base.__name__, (mixin, base), {"__module__": mixin.__module__}
+        base.__name__,
+        (mixin, base),
+        {"__module__": mixin.__module__, "call": call},
     )
     registered_name, loaded_class = mixin.registration(base)
     package, name = registered_name.split(">")
@@ -413,5 +441,7 @@ def _as_base_class(container):
 
 
 @functools.cache
-def _signature(function):
-    return inspect.signature(function)
+def _signature(method):
+    signature = inspect.signature(method)
+    _, *parameters = signature.parameters.values()
+    return signature.replace(parameters=parameters)

@@ -56,8 +56,19 @@ class Posterior(NamedTuple):
     log_variance: Any
 
 
+class NotRematerialized:
+    """A layer that `keras.RematScope` does not compute a second time.
+
+    It would draw other noise then, and its losses would count twice, or on JAX
+    be out of reach.
+    """
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
+
+
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class FVAE(keras.Layer):
+class FVAE(NotRematerialized, keras.Layer):
     """Variational autoencoder with two latents: z1 for the task, z2 the rest.
 
     Two encoders give each token x its posteriors q1(z1 | x) and q2(z2 | x),

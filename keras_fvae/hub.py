@@ -7,6 +7,7 @@ import keras
 
 from keras_fvae import adapt
 from keras_fvae import containers
+from keras_fvae import layers
 from keras_fvae import lookup
 from keras_fvae import saving
 
@@ -44,6 +45,7 @@ def extend_keras_hub():
     """
     try:
         from keras_hub.models import Backbone
+        from keras_hub.models import DFineObjectDetector
         from keras_hub.models import Task
     except ImportError:
         return
@@ -51,15 +53,20 @@ def extend_keras_hub():
     Backbone.save_fvae_lora_weights = saving.save_fvae_lora_weights
     Backbone.load_fvae_lora_weights = saving.load_fvae_lora_weights
     custom_objects = keras.saving.get_custom_objects()
-    for cls in [*custom_objects.values()]:
-        if inspect.isclass(cls) and issubclass(cls, (Backbone, Task)):
+    for cls in {*filter(inspect.isclass, custom_objects.values())}:
+        if issubclass(cls, (Backbone, Task)):
             registered_name, _ = AdaptedHubModel.registration(cls)
             custom_objects[registered_name] = cls
+    DFineObjectDetector.compute_loss = _with_losses_of_layers(
+        DFineObjectDetector.compute_loss
+    )
     for cls in (Backbone, Task):
         containers.register_container(cls, AdaptedHubModel)
         cls.__init__ = _restore_adapters_after(cls.__init__)
+        cls._compute_loss = _in_training(cls._compute_loss)
     # A task is not a container where its backbone alone is adapted.
     Task.get_config = _with_adapters(Task.get_config)
+    Task.rematerialized_call = _unless_adapted(Task.rematerialized_call)
     refuse_training = containers.refuse_training_if_finalized
     Task.fit = _check_before(Task.fit, refuse_training)
     Task.train_on_batch = _check_before(Task.train_on_batch, refuse_training)
@@ -79,6 +86,47 @@ def _with_adapters(get_config):
         return config
 
     return get_config_with_adapters
+
+
+def _in_training(compute_loss):
+    """A `_compute_loss` in which adapted layers know whether they train.
+
+    Keras calls it in every step and always says whether it trains; it calls
+    `compute_loss`, which may not be told. SigLIP's and PARSeq's call the model
+    once more, without a word of it.
+    """
+
+    @functools.wraps(compute_loss)
+    def compute_loss_in_training(self, *args, training=True, **kwargs):
+        with layers.training_step(training):
+            return compute_loss(self, *args, training=training, **kwargs)
+
+    return compute_loss_in_training
+
+
+def _with_losses_of_layers(compute_loss):
+    """A `compute_loss` that has the layers' losses, which D-FINE's leaves out.
+
+    Those are what a Keras model's loss has besides.
+    """
+
+    @functools.wraps(compute_loss)
+    def compute_loss_with_losses(self, *args, **kwargs):
+        return compute_loss(self, *args, **kwargs) + sum(self.losses)
+
+    return compute_loss_with_losses
+
+
+def _unless_adapted(rematerialized_call):
+    """A `rematerialized_call` that does nothing if anything is adapted."""
+
+    @functools.wraps(rematerialized_call)
+    def rematerialized_call_unless_adapted(self, layer_call, *args, **kwargs):
+        if lookup.adapted_layers(self):
+            return layer_call
+        return rematerialized_call(self, layer_call, *args, **kwargs)
+
+    return rematerialized_call_unless_adapted
 
 
 def _restore_adapters_after(init):

@@ -59,3 +59,20 @@ def publish_weights(layer):
 def get_keras_mask(x):
     """The Keras mask that travels with a tensor, or `None`."""
     return backend.get_keras_mask(x)
+
+
+class ToldOfTraining:
+    """A model to which Keras's trainers say `training`, whatever `call` takes.
+
+    They leave it out where `call` has no such argument; the layers inside
+    would not know that they train.
+    """
+
+    @property
+    def _call_has_training_arg(self):
+        return True
+
+    @_call_has_training_arg.setter
+    def _call_has_training_arg(self, value):
+        # Keras sets it; it counts again when the model has no adapters.
+        vars(self)["_call_has_training_arg"] = value

@@ -1,5 +1,7 @@
 """Dense layers whose update comes from an FVAE."""
 
+import contextlib
+import contextvars
 import types
 
 import keras
@@ -12,13 +14,32 @@ from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.contraction import analyze_equation
 from keras_fvae.fvae import FVAE
+from keras_fvae.fvae import NotRematerialized
 
 # Those in which Keras gives the gradient with respect to a layer's input.
 QUANTIZATION_MODES = (None, "int8", "int4")
 ADAPTED_MARK = "keras_fvae"
 
 
-class Adapter(keras.Layer):
+# Whether adapted layers train that are told they do not, or nothing.
+_in_training_step = contextvars.ContextVar("in_training_step", default=False)
+
+
+@contextlib.contextmanager
+def training_step(training):
+    """Says whether adapted layers train that are called inside the block.
+
+    That is, for models whose `compute_loss` calls layers once more, and tells
+    them nothing of it.
+    """
+    token = _in_training_step.set(training)
+    try:
+        yield
+    finally:
+        _in_training_step.reset(token)
+
+
+class Adapter(NotRematerialized, keras.Layer):
     """The update `scale * z1 B`, and the loss of the FVAE that gives z1.
 
     Args:
@@ -76,7 +97,7 @@ class Adapter(keras.Layer):
             _, _, z1, _, _, loss = self.fvae.encode_and_score(
                 x, training=True, mask=masking.flatten_mask(mask, token_shape)
             )
-            self.add_loss(config.elbo_weight * loss)
+            self._add_to_mean_loss(config.elbo_weight * loss)
         elif config.sample_at_inference:
             z1 = self.fvae.sample_z1(x)
         else:
@@ -87,6 +108,15 @@ class Adapter(keras.Layer):
         kernel_b = ops.cast(config.scale * self.kernel_b, x.dtype)
         update = ops.matmul(ops.cast(z1, x.dtype), kernel_b)
         return contraction.from_tokens(update, inputs, self.kernel_shape)
+
+    def _add_to_mean_loss(self, loss):
+        """Adds a loss such that those of all calls in a step sum to the mean.
+
+        A layer that is called twice, such as ALBERT's, weighs as much as one
+        that is called once. The FVAE has no other losses.
+        """
+        previous = self.fvae.losses
+        self.fvae.add_loss((loss - sum(previous)) / (len(previous) + 1))
 
     def compute_mask(self, inputs, previous_mask):
         return None
@@ -119,7 +149,7 @@ class Adapter(keras.Layer):
         return rank * units + self.fvae.num_inference_parameters
 
 
-class FVAELoRAMixin:
+class FVAELoRAMixin(NotRematerialized):
     """What the adapted layers share: all but how they contract.
 
     The frozen layer computes what it always did, with Keras's own code for
@@ -196,9 +226,10 @@ class FVAELoRAMixin:
     def _add_update(self, base_call, inputs, training):
         if not self.adapter.enabled:
             return base_call(inputs, training=training)
+        training = training or _in_training_step.get()
         contraction = analyze_equation(self.adapter.equation, len(inputs.shape))
         mask = masking.find_token_mask(
-            inputs, contraction.num_leading_token_axes, self.name
+            inputs, contraction.num_leading_token_axes
         )
         update = self.adapter(inputs, training=training, mask=mask)
         if self.activation in (None, keras.activations.linear):

@@ -8,12 +8,14 @@ time of their call, which masks they were called with.
 
 import contextlib
 import contextvars
+import itertools
 
 from keras import ops
 
 from keras_fvae import keras_internals
 
-# From the outermost layer being called to the innermost: its masks by name.
+# From the outermost layer being called to the innermost: what `find_masks`
+# returned for each.
 _known_masks = contextvars.ContextVar("known_masks", default=())
 
 
@@ -22,7 +24,7 @@ def known_masks(masks, inherit=True):
     """Makes masks known to the adapted layers called inside the block.
 
     Args:
-        masks: Dict of name to tensor, as `find_masks` returns.
+        masks: List of pairs, as `find_masks` returns.
         inherit: Boolean. Whether the masks that are known outside the block
             stay known. Not so in a model inside a model, such as an image
             encoder in a language model: its tokens are others.
@@ -39,53 +41,58 @@ def find_masks(arguments):
     """The masks among a layer's call arguments that say which tokens count.
 
     Args:
-        arguments: Dict of name to value, the arguments of `call`.
+        arguments: Dict of name to value, the arguments of `call` in the order
+            of its signature, with those that are left at their defaults.
 
     Returns:
-        Dict of name to tensor: arguments, or entries of a dict of inputs,
-        that are named `mask`, `query_mask`, `key_mask`, `value_mask` or end
-        in `padding_mask`, and the Keras mask of the first argument.
+        List of pairs of a sequence and its mask, of which one may be `None`.
+        Sequences are the first argument and others of as many axes. Masks are
+        the arguments, or entries of a dict of inputs, that are named `mask`,
+        `query_mask`, `key_mask`, `value_mask` or end in `padding_mask`, else
+        those `attention_mask`s that are the same for each query. Layers take
+        them in the order of the sequences.
     """
-    masks = {}
-    for value in arguments.values():
-        mask = keras_internals.get_keras_mask(value)
-        if mask is not None:
-            masks["mask"] = mask
-        break
+    sequences = _sequences(
+        value for name, value in arguments.items() if not name.endswith("mask")
+    )
+    named = {}
     for name, value in arguments.items():
-        named = value.items() if isinstance(value, dict) else [(name, value)]
-        for name, value in named:
-            if value is not None and _is_token_mask(name):
-                masks[name] = value
-    return masks
+        entries = value if isinstance(value, dict) else {name: value}
+        named |= {str(name): value for name, value in entries.items()}
+    masks = [named[name] for name in named if _is_token_mask(name)]
+    if not masks:
+        masks = [
+            _drop_query_axis(mask)
+            for name, mask in named.items()
+            if name.endswith("attention_mask")
+        ]
+        # A single one of attention between two sequences is of the second.
+        if len(masks) < len(sequences):
+            masks = []
+    pairs = list(itertools.zip_longest(sequences, masks))
+    if sequences and pairs[0][1] is None:
+        keras_mask = keras_internals.get_keras_mask(sequences[0])
+        pairs[0] = sequences[0], keras_mask
+    return pairs
 
 
-def find_token_mask(inputs, num_token_axes, layer_name):
+def find_token_mask(inputs, num_token_axes):
     """The mask for the tokens of an adapted layer's inputs.
 
     Args:
         inputs: Tensor, what the layer is called on.
         num_token_axes: Integer, how many of its first axes are token axes.
-        layer_name: String, the layer's name. Of several masks that fit, the
-            one of that name is taken: `value_mask` for the layer `value`.
 
     Returns:
         A tensor whose shape is that of the first axes of `inputs`, or `None`
         if nothing is known: then every token counts.
     """
-    own_mask = keras_internals.get_keras_mask(inputs)
-    scopes = (*_known_masks.get(), {"mask": own_mask})
-    for masks in reversed(scopes):
-        fitting = {
-            name: mask
-            for name, mask in masks.items()
-            if mask is not None and _fits(mask, inputs, num_token_axes)
-        }
-        for name, mask in fitting.items():
-            if name == f"{layer_name}_mask":
+    own_pair = inputs, keras_internals.get_keras_mask(inputs)
+    for pairs in reversed((*_known_masks.get(), [own_pair])):
+        own_masks = [mask for sequence, mask in pairs if sequence is inputs]
+        for mask in own_masks or [mask for _, mask in pairs]:
+            if mask is not None and _fits(mask, inputs, num_token_axes):
                 return mask
-        if fitting:
-            return next(iter(fitting.values()))
     return None
 
 
@@ -109,6 +116,19 @@ def flatten_mask(mask, token_shape):
     return ops.reshape(mask, (-1,))
 
 
+def _sequences(values):
+    """The tensors among a layer's arguments with as many axes as the first."""
+    sequences = []
+    for value in values:
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            is_sequence = len(getattr(tensor, "shape", ())) >= 2 and (
+                not sequences or len(tensor.shape) == len(sequences[0].shape)
+            )
+            if is_sequence and not any(tensor is s for s in sequences):
+                sequences.append(tensor)
+    return sequences
+
+
 def _is_token_mask(name):
     # Not `attention_mask` and its like, which relate pairs of tokens.
     return name.endswith("padding_mask") or name in (
@@ -117,6 +137,14 @@ def _is_token_mask(name):
         "key_mask",
         "value_mask",
     )
+
+
+def _drop_query_axis(mask):
+    """A mask of keys from one of shape `(batch, 1, keys)`, else `None`."""
+    shape = getattr(mask, "shape", ())
+    if len(shape) == 3 and shape[1] == 1:
+        return ops.squeeze(mask, axis=1)
+    return None
 
 
 def _fits(mask, inputs, num_token_axes):

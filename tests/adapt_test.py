@@ -326,7 +326,7 @@ def with_query():
 
 
 REFUSED_MODELS = [
-    (without_names, r"nothing to adapt.*\['projection'\]"),
+    (without_names, r"no query or value.*\['projection'\]"),
     (with_custom, "no `Dense` or `EinsumDense` layer"),
     (unbuilt, "not built"),
     (with_lora, "LoRA is enabled on the layer '.*query'"),

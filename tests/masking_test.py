@@ -1,4 +1,5 @@
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from helpers import JIT_COMPILE
@@ -157,38 +158,120 @@ def test_a_model_inside_a_model_has_other_tokens(rng):
     )
 
 
+def make_seq2seq(name):
+    sizes = {"vocabulary_size": 50, "hidden_dim": 8, "intermediate_dim": 16}
+    blocks = {"num_layers": 2, "num_heads": 2, "dropout": 0.0}
+    t5gemma = {
+        "hidden_dim": 8,
+        "intermediate_dim": 16,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "layer_types": ["full_attention"],
+    }
+    if name == "BartBackbone":
+        return keras_hub.models.BartBackbone(**sizes, **blocks)
+    if name == "T5Backbone":
+        return keras_hub.models.T5Backbone(**sizes, **blocks)
+    return keras_hub.models.T5GemmaBackbone(
+        vocabulary_size=50,
+        **{f"encoder_{key}": value for key, value in t5gemma.items()},
+        **{f"decoder_{key}": value for key, value in t5gemma.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["BartBackbone", "T5Backbone", "T5GemmaBackbone"]
+)
+def test_sequences_of_equal_length_have_their_own_padding(name, rng):
+    model = make_seq2seq(name)
+    adapt(model, rng)
+
+    def inputs(encoder_length, decoder_length):
+        padded = {}
+        for side, length in [
+            ("encoder", encoder_length),
+            ("decoder", decoder_length),
+        ]:
+            tokens = text_inputs(np.random.default_rng(0), (2, 6))
+            tokens["padding_mask"][0, 2 if side == "encoder" else 4 :] = 0
+            for key in ("token_ids", "padding_mask"):
+                width = [(0, 0), (0, length - 6)]
+                padded[f"{side}_{key}"] = np.pad(tokens[key], width)
+        return padded
+
+    # Here the lengths tell them apart.
+    expected = elbo(model, inputs(9, 6))
+    assert np.isfinite(expected)
+    np.testing.assert_allclose(elbo(model, inputs(9, 9)), expected, rtol=1e-5)
+
+
 def test_find_masks():
     embedded = keras.layers.Embedding(5, 2, mask_zero=True)(
         np.array([[1, 2, 0]])
     )
     mask, other = np.ones((1, 3)), np.ones((1, 3, 3))
-    found = masking.find_masks(
+    [(sequence, found), (_, missing)] = masking.find_masks(
         {
             "inputs": embedded,
-            "decoder_padding_mask": mask,
-            "attention_mask": other,
             "padding_mask": None,
+            "decoder_padding_mask": None,
+            "attention_mask": other,
             "training": True,
         }
     )
-    assert found.keys() == {"mask", "decoder_padding_mask"}
-    assert to_numpy(found["mask"]).tolist() == [[True, True, False]]
-    found = masking.find_masks(
-        {"inputs": {"token_ids": mask, "padding_mask": mask}}
+    assert sequence is embedded
+    assert to_numpy(found).tolist() == [[True, True, False]]
+    assert missing is None
+    inputs = {"token_ids": mask, "padding_mask": mask}
+    assert masking.find_masks({"inputs": inputs}) == [(None, mask)]
+    assert masking.find_masks({}) == []
+
+
+def test_find_masks_in_the_order_of_the_sequences():
+    one, two, cache = np.ones((2, 3, 4)), np.ones((2, 3, 4)), np.ones((2, 3))
+    mask = np.ones((2, 3))
+
+    def find(**arguments):
+        return [
+            (sequence is one, sequence is two, found is mask)
+            for sequence, found in masking.find_masks(arguments)
+        ]
+
+    both = [(True, False, False), (False, True, True)]
+    assert both == find(
+        x=one,
+        cache=cache,
+        encoder_outputs=two,
+        padding_mask=None,
+        encoder_padding_mask=mask,
     )
-    assert found.keys() == {"padding_mask"}
-    assert masking.find_masks({}) == {}
+    assert both == find(
+        inputs=[one, two], self_padding_mask=None, cross_padding_mask=mask
+    )
+    # Nothing is known of the queries where the mask is that of the keys.
+    keys_mask = np.ones((2, 1, 3))
+    assert find(query=one, value=two, attention_mask=keys_mask) == [
+        (True, False, False),
+        (False, True, False),
+    ]
+    [(_, found)] = masking.find_masks({"x": one, "attention_mask": keys_mask})
+    assert found.shape == (2, 3)
 
 
 def test_find_token_mask_takes_the_innermost_that_fits():
     outer, inner = np.ones((2, 5)), np.ones((2, 7))
-    with masking.known_masks({"padding_mask": outer}):
-        with masking.known_masks({"mask": inner}):
+    with masking.known_masks([(None, outer)]):
+        with masking.known_masks([(None, inner)]):
             inputs = np.ones((2, 7, 3))
-            assert masking.find_token_mask(inputs, 2, "query") is inner
+            assert masking.find_token_mask(inputs, 2) is inner
+            # Of this one it is known that there is none.
+            with masking.known_masks([(None, np.ones((2, 7))), (inputs, None)]):
+                assert masking.find_token_mask(inputs, 2) is inner
             inputs = np.ones((2, 5, 3))
-            assert masking.find_token_mask(inputs, 2, "query") is outer
-            assert masking.find_token_mask(inputs, 1, "query") is None
-        with masking.known_masks({}, inherit=False):
-            assert masking.find_token_mask(inputs, 2, "query") is None
-    assert masking.find_token_mask(inputs, 2, "query") is None
+            assert masking.find_token_mask(inputs, 2) is outer
+            assert masking.find_token_mask(inputs, 1) is None
+        with masking.known_masks([], inherit=False):
+            assert masking.find_token_mask(inputs, 2) is None
+    assert masking.find_token_mask(inputs, 2) is None
