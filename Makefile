@@ -11,7 +11,10 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: demo test lint notebooks install clean $(addprefix test-,$(BACKENDS))
+# Nor do their steps run often enough to pay for optimizing them.
+test-%: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+
+.PHONY: demo test lint notebooks table install clean $(addprefix test-,$(BACKENDS))
 
 demo: install
 	$(BIN)/python examples/quickstart.py $(DEMO)
@@ -29,6 +32,11 @@ lint: install
 # The notebooks, from the guides.
 notebooks: install
 	$(BIN)/jupytext --to ipynb guides/*.py
+
+# The table of what is adapted in KerasHub's backbones.
+table: install
+	cd tests && KERAS_BACKEND=tensorflow ../$(BIN)/python -m backbones.table \
+		> ../guides/supported_backbones.md
 
 install: $(VENV)/installed
 

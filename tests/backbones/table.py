@@ -1,0 +1,115 @@
+"""The table of `guides/supported_backbones.md`: what is adapted by default.
+
+To write it anew: `make table`.
+"""
+
+import collections
+import contextlib
+
+import keras
+
+import keras_fvae
+from backbones import BACKBONES
+from keras_fvae import keras_internals
+from keras_fvae import lookup
+from keras_fvae import targets
+
+HEADER = """\
+# KerasHub's backbones
+
+What `backbone.enable_fvae_lora()` adapts, without arguments, in each backbone
+of KerasHub: the projections to queries and values of every attention layer,
+as `attention layer`: `projections`, and how many layers that is in a model of
+two blocks.
+
+A test makes each of these backbones, at the smallest size, and checks that the
+row is true; that predictions are at first what they were; that a step of `fit`
+has a finite loss and moves the adapters alone; and that a file of the adapters,
+loaded onto the base model, gives the same predictions. This runs on PyTorch;
+for rows with a star on JAX and TensorFlow, too; for rows with two stars, which
+PyTorch would need another package for or KerasHub cannot make or train there,
+on TensorFlow.
+
+| Backbone | Adapted by default | Layers |
+|---|---|---:|
+"""
+
+FOOTER = """
+Backbones that adapt nothing by default raise a `ValueError`, which lists the
+layers that `target_layer_names` can take. Convolutions cannot be adapted; the
+`Dense` layers of a task around a convolutional backbone can be named.
+
+- Vision encoders: MobileNetV5's attention, also within Gemma 3n, is made of
+  convolutions. Gemma 4 reads the kernels of its vision encoder's projections
+  past the layers that hold them, so that an adapter there would do nothing.
+- Gemma 4's audio encoder wraps its projections in layers that clip. They can be
+  adapted by `target_layer_names=re.compile("attn_[qv]_proj")`.
+- SAM's mask decoder belongs to the task. Adapt `SAMImageSegmenter` as a whole,
+  by `keras_fvae.enable_fvae_lora(segmenter)`, and it is adapted, too.
+- Where one layer projects to queries, keys and values, the update is of all
+  three. In Flux's single-stream blocks the first layer of the MLP is part of
+  it.
+- RWKV-7 has receptances for queries. FNet mixes tokens by Fourier transforms.
+"""
+
+# On PyTorch KerasHub cannot make T5 encoders for Stable Diffusion, `fit` cannot
+# build Qwen 3.5 with images, and SAM 3 takes `torchvision`.
+TENSORFLOW_ALONE = (
+    "Qwen3_5Backbone",
+    "Qwen3_5MoeBackbone",
+    "SAM3PromptableConceptBackbone",
+    "StableDiffusion3Backbone",
+)
+SAMPLE = (
+    "AlbertBackbone",
+    "BartBackbone",
+    "FluxBackbone",
+    "Gemma3Backbone",
+    "MiTBackbone",
+    "MixtralBackbone",
+    "SwinTransformerBackbone",
+    "WhisperBackbone",
+)
+
+
+def row(name, model):
+    """The row of an adapted model, or of one with nothing to adapt."""
+    holders = {
+        id(inner): layer
+        for layer in keras_internals.flatten_layers(model)
+        for inner in layer._layers
+    }
+    projections = collections.defaultdict(set)
+    adapted = lookup.adapted_layers(model)
+    for layer in adapted:
+        holder = holders[id(layer)]
+        projections[type(holder).__name__].add(_called(layer, holder))
+    cell = "; ".join(
+        f"`{holder}`: {', '.join(f'`{name}`' for name in sorted(names))}"
+        for holder, names in sorted(projections.items())
+    )
+    stars = "*" * (name in SAMPLE) + "**" * (name in TENSORFLOW_ALONE)
+    return f"| `{name}`{stars} | {cell or 'nothing'} | {len(adapted)} |"
+
+
+def _called(layer, holder):
+    """The layer's name, or where it has none that of its attribute."""
+    names = [name.split(".")[-1] for name in targets.QUERY_AND_VALUE_NAMES]
+    if layer.name in names:
+        return layer.name
+    return next(n for n in names if getattr(holder, n, None) is layer)
+
+
+def main():
+    print(HEADER, end="")
+    for name in sorted(BACKBONES, key=str.lower):
+        keras.utils.clear_session()
+        model = BACKBONES[name]()
+        with contextlib.suppress(ValueError):
+            keras_fvae.enable_fvae_lora(model)
+        print(row(name, model))
+    print(FOOTER, end="")
+
+
+if __name__ == "__main__":
+    main()

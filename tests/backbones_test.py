@@ -1,0 +1,142 @@
+import inspect
+import pathlib
+import re
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from backbones import BACKBONES
+from backbones import data
+from backbones import table
+from helpers import BACKEND
+from helpers import ROOT
+from helpers import to_numpy
+
+import keras_fvae
+from keras_fvae import lookup
+
+DOCUMENT = pathlib.Path(ROOT, "guides/supported_backbones.md").read_text()
+SMALL = {"rank": 2, "decoder_units": (4,), "dropout": 0.0}
+
+
+class WithLoss(keras.Model):
+    """A model to train, whatever the outputs of the one inside it are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x, training=None):
+        outputs = keras.tree.flatten(self.inner(x, training=training))
+        for output in outputs:
+            if keras.backend.is_float_dtype(output.dtype):
+                self.add_loss(keras.ops.mean(keras.ops.square(output - 1)))
+        return outputs[0]
+
+
+def make(name):
+    keras.utils.set_random_seed(0)
+    return BACKBONES[name]()
+
+
+def predict(model, x):
+    return [to_numpy(y) for y in keras.tree.flatten(model(x, training=False))]
+
+
+def fit_a_step(model, x):
+    trainer = WithLoss(model)
+    trainer.compile(
+        keras.optimizers.SGD(0.1),
+        jit_compile=BACKEND == "jax",
+        # It reads the sizes of images as Python integers.
+        run_eagerly=type(model).__name__.startswith("Qwen3_5"),
+    )
+    [loss] = trainer.fit(x, batch_size=2, verbose=0).history["loss"]
+    assert np.isfinite(loss)
+
+
+# What takes long to run on all of them runs where it is quickest.
+BACKBONES_HERE = {
+    "torch": sorted({*BACKBONES} - {*table.TENSORFLOW_ALONE}),
+    "tensorflow": table.SAMPLE + table.TENSORFLOW_ALONE,
+    "jax": table.SAMPLE,
+}[BACKEND]
+
+
+@pytest.mark.parametrize("name", BACKBONES_HERE)
+def test_backbone(name, tmp_path):
+    model = make(name)
+    x = data(model)
+    before = predict(model, x)
+    # Some draw at random in inference, too.
+    repeated = [
+        np.array_equal(*pair) for pair in zip(before, predict(model, x))
+    ]
+    try:
+        model.enable_fvae_lora(**SMALL)
+    except ValueError as error:
+        assert table.row(name, model) in DOCUMENT
+        assert "`Dense`" in str(error) or "can name" in str(error)
+        names = {layer.name for layer in lookup.adaptable_layers(model)}
+        if not names:
+            return
+        assert all(name in str(error) for name in names)
+        model.enable_fvae_lora(**SMALL, target_layer_names=list(names))
+    else:
+        assert table.row(name, model) in DOCUMENT
+
+    def assert_same(predictions, others):
+        for one, other, is_repeated in zip(predictions, others, repeated):
+            if is_repeated:
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    assert any(repeated)
+    assert_same(predict(model, x), before)
+
+    weights = {id(w): to_numpy(w) for w in model.weights}
+    fit_a_step(model, x)
+    adapted = lookup.adapted_layers(model)
+    adapter_ids = {id(w) for a in adapted for w in a.adapter.weights}
+    for weight in model.weights:
+        if id(weight) not in adapter_ids:
+            np.testing.assert_array_equal(weight, weights[id(weight)])
+    for layer in adapted:
+        assert any(
+            not np.array_equal(to_numpy(weight), weights[id(weight)])
+            for weight in layer.adapter.trainable_weights
+        ), layer.path
+
+    path = tmp_path / "adapters.fvae_lora.h5"
+    model.save_fvae_lora_weights(path)
+    loaded = make(name)
+    loaded.load_fvae_lora_weights(path)
+    assert_same(predict(loaded, x), predict(model, x))
+
+
+def test_every_backbone_is_in_the_table():
+    backbone_class = keras_hub.models.Backbone
+    classes = {
+        cls
+        for _, cls in inspect.getmembers(keras_hub.models, inspect.isclass)
+        if issubclass(cls, backbone_class)
+    }
+    # The base classes.
+    classes -= {backbone_class, keras_hub.models.FeaturePyramidBackbone}
+    assert {getattr(keras_hub.models, name) for name in BACKBONES} == classes
+    rows = re.findall(r"^\| `(\w+)`", DOCUMENT, re.MULTILINE)
+    assert sorted(rows) == sorted(BACKBONES)
+
+
+def test_a_dense_layer_of_a_convolutional_model_can_be_named():
+    model = keras_hub.models.ResNetImageClassifier(
+        make("ResNetBackbone"), num_classes=3, preprocessor=None
+    )
+    with pytest.raises(ValueError, match=r"can name are: \['predictions'\]"):
+        keras_fvae.enable_fvae_lora(model)
+    summary = keras_fvae.enable_fvae_lora(
+        model, target_layer_names="predictions"
+    )
+    assert len(summary.layer_paths) == 1
+    with pytest.raises(ValueError, match="no `Dense` or `EinsumDense` layer"):
+        model.backbone.enable_fvae_lora()
