@@ -14,6 +14,7 @@ from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
 from keras_fvae.lookup import adapted_layers
 from keras_fvae.lookup import check_model
+from keras_fvae.lookup import holders
 from keras_fvae.targets import find_targets
 from keras_fvae.targets import match_layers
 from keras_fvae.training import forget_training
@@ -85,10 +86,9 @@ def enable_fvae_lora(
             layer without one, the name of the attribute that holds it), a
             compiled regular expression that is searched for in `layer.path`, a
             function that takes a layer and returns a boolean, or a list of
-            such. `None` (default) means the
-            query and value projections of attention, whatever they are called
-            in KerasHub, and what a backbone's `default_lora_layer_names()`
-            says.
+            such. `None` (default) means the query and value projections of
+            attention, whatever they are called in KerasHub, and what a
+            backbone's `default_lora_layer_names()` says.
         trainable_layer_names: Layers to train as well, in the same forms.
             Everything else in `model` is frozen.
         config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
@@ -155,17 +155,15 @@ def enable_fvae_lora(
 
 def _refuse_loops(model, targets):
     """Refuses layers in a loop, out of which TensorFlow and JAX let no loss."""
-    target_ids = {id(layer) for layer in targets}
-    for rnn in keras_internals.flatten_layers(model):
-        if isinstance(rnn, keras.layers.RNN) and not rnn.unroll:
-            for layer in keras_internals.flatten_layers(rnn):
-                if id(layer) in target_ids:
-                    raise ValueError(
-                        f"The layer '{layer.path}' is in the loop of the "
-                        f"recurrent layer '{rnn.name}', out of which the loss "
-                        "of an adapter cannot come. Make that layer with "
-                        "`unroll=True`, or choose other `target_layer_names`."
-                    )
+    for holder in holders(model, targets):
+        if isinstance(holder, keras.layers.RNN) and not holder.unroll:
+            layer = next(t for t in targets if holders(holder, [t]))
+            raise ValueError(
+                f"The layer '{layer.path}' is in the loop of the recurrent "
+                f"layer '{holder.name}', out of which the loss of an adapter "
+                "cannot come. Make that layer with `unroll=True`, or choose "
+                "other `target_layer_names`."
+            )
 
 
 def share_config(config, num_layers):

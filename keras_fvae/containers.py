@@ -23,6 +23,7 @@ from keras_fvae.layers import widen_bias
 from keras_fvae.lookup import adapted_layers
 from keras_fvae.lookup import base_weights_by_path
 from keras_fvae.lookup import by_recorded_paths
+from keras_fvae.lookup import holders
 from keras_fvae.lookup import layers_by_path
 from keras_fvae.training import freeze_all_but
 
@@ -180,7 +181,7 @@ def merge_adapters(model, layers, updates):
         layers: List of all adapted layers inside it.
         updates: List of what `linear_update` returned for their adapters.
     """
-    containers = _containers(model, layers)
+    containers = holders(model, layers)
     for layer, update in zip(layers, updates):
         detach_adapter(layer)
         merge_update(layer, update)
@@ -375,23 +376,9 @@ def _find_layers(container, record, paths):
     return {path: layers[path] for path in paths}
 
 
-def _containers(model, layers):
-    """The model and the layers inside it that hold one of the layers."""
-    layer_ids = {id(layer) for layer in layers}
-    return [
-        container
-        for container in keras_internals.flatten_layers(model)
-        if id(container) not in layer_ids
-        and any(
-            id(inner) in layer_ids
-            for inner in keras_internals.flatten_layers(container)
-        )
-    ]
-
-
 def _make_containers(model, layers):
     """Makes the layers that hold one of the layers adapted containers."""
-    containers = _containers(model, layers)
+    containers = holders(model, layers)
     for container in containers:
         if not isinstance(container, AdaptedContainer):
             container.__class__ = _container_class(type(container))

@@ -36,6 +36,20 @@ def adaptable_layers(model):
     ]
 
 
+def holders(model, layers):
+    """The model and the layers inside it that hold one of the layers."""
+    layer_ids = {id(layer) for layer in layers}
+    return [
+        holder
+        for holder in keras_internals.flatten_layers(model)
+        if id(holder) not in layer_ids
+        and any(
+            id(inner) in layer_ids
+            for inner in keras_internals.flatten_layers(holder)
+        )
+    ]
+
+
 def layers_by_path(container):
     """The layers inside a container that have weights, by relative path.
 

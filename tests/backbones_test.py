@@ -128,6 +128,24 @@ def test_every_backbone_is_in_the_table():
     assert sorted(rows) == sorted(BACKBONES)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="takes long to build elsewhere")
+def test_what_the_table_says_of_gemma_4s_audio_encoder():
+    summary = make("Gemma4Backbone").enable_fvae_lora(
+        target_layer_names=re.compile("attn_[qv]_proj")
+    )
+    assert len(summary.layer_paths) == 4
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="takes long to build elsewhere")
+def test_what_the_table_says_of_sams_mask_decoder():
+    task = keras_hub.models.SAMImageSegmenter(
+        make("SAMBackbone"), preprocessor=None
+    )
+    summary = keras_fvae.enable_fvae_lora(task)
+    in_decoder = [p for p in summary.layer_paths if "mask_decoder" in p]
+    assert (len(in_decoder), len(summary.layer_paths)) == (14, 16)
+
+
 def test_a_dense_layer_of_a_convolutional_model_can_be_named():
     model = keras_hub.models.ResNetImageClassifier(
         make("ResNetBackbone"), num_classes=3, preprocessor=None

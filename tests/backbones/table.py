@@ -19,8 +19,8 @@ HEADER = """\
 
 What `backbone.enable_fvae_lora()` adapts, without arguments, in each backbone
 of KerasHub: the projections to queries and values of every attention layer,
-as `attention layer`: `projections`, and how many layers that is in a model of
-two blocks.
+as `attention layer`: `projections`, and how many layers that is at the size at
+which the test makes the model, mostly two blocks.
 
 A test makes each of these backbones, at the smallest size, and checks that the
 row is true; that predictions are at first what they were; that a step of `fit`
@@ -74,15 +74,11 @@ SAMPLE = (
 
 def row(name, model):
     """The row of an adapted model, or of one with nothing to adapt."""
-    holders = {
-        id(inner): layer
-        for layer in keras_internals.flatten_layers(model)
-        for inner in layer._layers
-    }
     projections = collections.defaultdict(set)
     adapted = lookup.adapted_layers(model)
     for layer in adapted:
-        holder = holders[id(layer)]
+        # The innermost.
+        holder = min(lookup.holders(model, [layer]), key=_num_layers)
         projections[type(holder).__name__].add(_called(layer, holder))
     cell = "; ".join(
         f"`{holder}`: {', '.join(f'`{name}`' for name in sorted(names))}"
@@ -90,6 +86,10 @@ def row(name, model):
     )
     stars = "*" * (name in SAMPLE) + "**" * (name in TENSORFLOW_ALONE)
     return f"| `{name}`{stars} | {cell or 'nothing'} | {len(adapted)} |"
+
+
+def _num_layers(holder):
+    return len(keras_internals.flatten_layers(holder))
 
 
 def _called(layer, holder):
