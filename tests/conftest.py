@@ -1,7 +1,7 @@
 import keras
-import keras_hub
 import numpy as np
 import pytest
+import zoo
 
 import keras_fvae
 
@@ -27,27 +27,7 @@ def config():
 @pytest.fixture
 def make_bert():
     """Makes a BERT classifier of a few units, with a head of three classes."""
-
-    def make():
-        backbone = keras_hub.models.BertBackbone(
-            vocabulary_size=50,
-            num_layers=2,
-            num_heads=2,
-            hidden_dim=8,
-            intermediate_dim=16,
-            max_sequence_length=64,
-            dropout=0.0,
-        )
-        classifier = keras_hub.models.BertTextClassifier(
-            backbone, num_classes=3, preprocessor=None, dropout=0.0
-        )
-        for weight in classifier.weights:
-            # Its initializer is for wide layers: nothing would move here.
-            if weight.name == "kernel":
-                weight.assign(10 * weight)
-        return classifier
-
-    return make
+    return zoo.make_text_classifier
 
 
 @pytest.fixture

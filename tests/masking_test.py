@@ -1,7 +1,7 @@
 import keras
-import keras_hub
 import numpy as np
 import pytest
+from backbones import BACKBONES
 from helpers import JIT_COMPILE
 from helpers import move_adapters
 from helpers import quieten
@@ -158,34 +158,11 @@ def test_a_model_inside_a_model_has_other_tokens(rng):
     )
 
 
-def make_seq2seq(name):
-    sizes = {"vocabulary_size": 50, "hidden_dim": 8, "intermediate_dim": 16}
-    blocks = {"num_layers": 2, "num_heads": 2, "dropout": 0.0}
-    t5gemma = {
-        "hidden_dim": 8,
-        "intermediate_dim": 16,
-        "num_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 4,
-        "layer_types": ["full_attention"],
-    }
-    if name == "BartBackbone":
-        return keras_hub.models.BartBackbone(**sizes, **blocks)
-    if name == "T5Backbone":
-        return keras_hub.models.T5Backbone(**sizes, **blocks)
-    return keras_hub.models.T5GemmaBackbone(
-        vocabulary_size=50,
-        **{f"encoder_{key}": value for key, value in t5gemma.items()},
-        **{f"decoder_{key}": value for key, value in t5gemma.items()},
-    )
-
-
 @pytest.mark.parametrize(
     "name", ["BartBackbone", "T5Backbone", "T5GemmaBackbone"]
 )
 def test_sequences_of_equal_length_have_their_own_padding(name, rng):
-    model = make_seq2seq(name)
+    model = BACKBONES[name]()
     adapt(model, rng)
 
     def inputs(encoder_length, decoder_length):

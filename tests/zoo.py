@@ -3,6 +3,7 @@
 import keras
 import keras_hub
 import numpy as np
+from backbones import BACKBONES
 
 NUM_SAMPLES = 8
 LABELS = np.arange(NUM_SAMPLES) % 3
@@ -86,34 +87,20 @@ def make_sequential():
 
 
 def make_text_classifier():
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=64,
-        dropout=0.0,
-    )
     return _widen(
         keras_hub.models.BertTextClassifier(
-            backbone, num_classes=3, preprocessor=None, dropout=0.0
+            BACKBONES["BertBackbone"](),
+            num_classes=3,
+            preprocessor=None,
+            dropout=0.0,
         )
     )
 
 
 def make_image_classifier():
-    backbone = keras_hub.models.ViTBackbone(
-        image_shape=(16, 16, 3),
-        patch_size=8,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=8,
-        mlp_dim=16,
-    )
     return _widen(
         keras_hub.models.ViTImageClassifier(
-            backbone, num_classes=3, preprocessor=None
+            BACKBONES["ViTBackbone"](), num_classes=3, preprocessor=None
         )
     )
 
@@ -123,17 +110,7 @@ def make_causal_lm():
 
 
 def make_backbone():
-    return _widen(
-        keras_hub.models.LlamaBackbone(
-            vocabulary_size=50,
-            num_layers=2,
-            num_query_heads=2,
-            num_key_value_heads=1,
-            hidden_dim=8,
-            intermediate_dim=16,
-        ),
-        names=["kernel", "embeddings"],
-    )
+    return _widen(BACKBONES["LlamaBackbone"](), names=["kernel", "embeddings"])
 
 
 MODELS = {
