@@ -14,6 +14,7 @@ from keras_fvae import objective
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.packing import Packing
+from keras_fvae.totals import TermTotals
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
 # The smallest standard deviation of the decoder, as in the authors' code.
@@ -67,6 +68,45 @@ class NotRematerialized:
         return layer_call
 
 
+class ObjectiveWeights:
+    """The weights of the objective that may change while a model trains.
+
+    They are state that a compiled step reads, and no weights of the model:
+    neither trained nor saved. At first they are those of the config.
+    """
+
+    def __init__(self, config):
+        self.variable = keras.Variable(
+            self._values(config),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            name="objective_weights",
+        )
+
+    def set(self, config):
+        """Sets them to those of a config."""
+        self.variable.assign(self._values(config))
+
+    @property
+    def elbo_weight(self):
+        """Scalar tensor, the weight of all."""
+        return self.variable[0]
+
+    @property
+    def kl_weight(self):
+        """Scalar tensor, b."""
+        return self.variable[1]
+
+    @property
+    def gamma_weights(self):
+        """Pair of scalar tensors, c for z1 and for z2."""
+        return self.variable[2], self.variable[3]
+
+    def _values(self, config):
+        return [config.elbo_weight, config.kl_weight, *config.gamma_weights]
+
+
 @keras.saving.register_keras_serializable(package="keras_fvae")
 class FVAE(NotRematerialized, keras.Layer):
     """Variational autoencoder with two latents: z1 for the task, z2 the rest.
@@ -112,6 +152,9 @@ class FVAE(NotRematerialized, keras.Layer):
         self.config = resolve_config(config=config)
         self.finalized = finalized
         self.seed_generator = keras.random.SeedGenerator(self.config.seed)
+        self.objective_weights = None
+        # Counted by `keras_fvae.FVAELoRAMonitor`.
+        self.totals = None
 
     def build(self, input_shape):
         self._feature_packing, self._latent_packing = _layout(
@@ -125,6 +168,8 @@ class FVAE(NotRematerialized, keras.Layer):
         self.latent_weights = self._add_packed_weight(
             "latent_weights", self._latent_packing
         )
+        if not self.finalized:
+            self.objective_weights = ObjectiveWeights(self.config)
 
     def call(self, x, training=None, mask=None, noise=None):
         token_shape = ops.shape(x)[:-1]
@@ -138,9 +183,7 @@ class FVAE(NotRematerialized, keras.Layer):
         q1, q2, z1, z2, negative_log_likelihood, loss = self.encode_and_score(
             ops.reshape(x, (-1, x.shape[-1])), training, mask, noise
         )
-        terms = {"negative_log_likelihood": negative_log_likelihood}
-        for name, values in self._latent_terms(q1, q2, z1, z2).items():
-            terms[name] = objective.token_mean(values, mask)
+        terms = self._terms(negative_log_likelihood, q1, q2, z1, z2, mask)
 
         def restore(rows):
             draws = tuple(rows.shape[:-2])
@@ -195,10 +238,22 @@ class FVAE(NotRematerialized, keras.Layer):
             Float32 tensor of shape `(..., rank)`, or with several draws
             `(num_samples, ..., rank)`.
         """
-        self.refuse_if_finalized()
-        q1, _ = self._encode(x, self._weights("encoder"), training=False)
+        q1, _ = self.posteriors(x)
         (z1,) = self._sample(q1)
         return z1
+
+    def posteriors(self, x):
+        """q1 and q2 at inference.
+
+        Args:
+            x: Tensor of shape `(..., d)`.
+
+        Returns:
+            Pair of `Posterior`, each a pair of float32 tensors of shape
+            `(..., rank)`: the mean and the log variance.
+        """
+        self.refuse_if_finalized()
+        return self._encode(x, self._weights("encoder"), training=False)
 
     def encode_and_score(self, x, training=None, mask=None, noise=None):
         """The latents and the loss: `call` without the diagnostics.
@@ -225,14 +280,37 @@ class FVAE(NotRematerialized, keras.Layer):
         residual = x - self._decode(z1, z2, weights, x.dtype, training)
         # The scale is the same for every token, so the squared error is
         # averaged over the tokens before it is divided by the scale.
-        negative_log_likelihood = objective.negative_log_likelihood(
-            objective.token_mean(
-                ops.square(ops.cast(residual, "float32")), mask, feature_axes=1
-            ),
-            ops.exp(weights["log_scale"]) + SCALE_FLOOR,
+        squared_error = objective.token_mean(
+            ops.square(ops.cast(residual, "float32")), mask, feature_axes=1
         )
-        value = self._objective(negative_log_likelihood, q1, q2, z1, z2, mask)
-        return q1, q2, z1, z2, negative_log_likelihood, -value
+        negative_log_likelihood = objective.negative_log_likelihood(
+            squared_error, ops.exp(weights["log_scale"]) + SCALE_FLOOR
+        )
+        loss = -self._objective(negative_log_likelihood, q1, q2, z1, z2, mask)
+        if training and self.totals is not None:
+            terms = self._terms(negative_log_likelihood, q1, q2, z1, z2, mask)
+            terms["fvae_loss"] = loss
+            self.totals.add(terms, x, squared_error, q1.mean, mask)
+        return q1, q2, z1, z2, negative_log_likelihood, loss
+
+    @property
+    def variables(self):
+        """List of all state: the weights, the seed, and what steps keep."""
+        kept = [self.objective_weights, self.totals]
+        return super().variables + [k.variable for k in kept if k is not None]
+
+    def start_totals(self):
+        """Makes every training step add its terms to `self.totals`."""
+        self.totals = TermTotals(self.config.rank)
+
+    def stop_totals(self):
+        """The reverse of `start_totals`."""
+        self.totals = None
+
+    @property
+    def decoder_scale(self):
+        """NumPy array of shape `(d,)`, the decoder's standard deviation."""
+        return np.exp(self.get_arrays()["log_scale"]) + SCALE_FLOOR
 
     def quantize(self, *args, **kwargs):
         # Keras would pass an adapted layer over, without a word.
@@ -461,15 +539,15 @@ class FVAE(NotRematerialized, keras.Layer):
                 objective.token_mean(log_p1, mask),
                 objective.token_mean(log_p2, mask),
                 config.reconstruction_weight,
-                config.kl_weight,
-                config.gamma_weights,
+                self.objective_weights.kl_weight,
+                self.objective_weights.gamma_weights,
             )
         kl_z2 = objective.kl_divergence(*q2, *config.prior)
         kl_z2 = objective.token_mean(kl_z2, mask)
         if config.objective == "vae2lat":
             return objective.vae2lat(log_likelihood, kl_z1, kl_z2)
         return objective.beta_vae2lat(
-            log_likelihood, kl_z1, kl_z2, config.kl_weight
+            log_likelihood, kl_z1, kl_z2, self.objective_weights.kl_weight
         )
 
     def _log_priors(self, q1, q2, z1, z2):
@@ -482,11 +560,11 @@ class FVAE(NotRematerialized, keras.Layer):
             )
         return objective.log_density(z1), objective.log_density(z2, *prior)
 
-    def _latent_terms(self, q1, q2, z1, z2):
-        """The terms of the latents, a value for each token."""
+    def _terms(self, negative_log_likelihood, q1, q2, z1, z2, mask):
+        """All terms by name, means over the tokens that count."""
         log_p1, log_p2 = self._log_priors(q1, q2, z1, z2)
         kl_z2 = objective.kl_divergence(*q2, *self.config.prior)
-        return {
+        terms = {
             "kl_z1": objective.kl_divergence(*q1),
             "kl_z2": kl_z2,
             "gamma": log_p2 - log_p1,
@@ -494,6 +572,13 @@ class FVAE(NotRematerialized, keras.Layer):
             "delta_divergence": objective.expected_log_density(*q2)
             - objective.expected_log_density(*q1),
             "wasserstein": objective.wasserstein(*q1, *q2),
+        }
+        return {
+            "negative_log_likelihood": negative_log_likelihood,
+            **{
+                name: objective.token_mean(values, mask)
+                for name, values in terms.items()
+            },
         }
 
     def _z1_mean_widths(self):

@@ -3,6 +3,8 @@
 import contextlib
 import contextvars
 import types
+from typing import Any
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -37,6 +39,34 @@ def training_step(training):
         yield
     finally:
         _in_training_step.reset(token)
+
+
+# Where adapted layers put their posteriors, if anywhere.
+_recorded = contextvars.ContextVar("recorded", default=None)
+
+
+class Record(NamedTuple):
+    """What an adapted layer was called on: the posteriors of its tokens."""
+
+    adapter: Any
+    q1: Any
+    q2: Any
+    mask: Any
+
+
+@contextlib.contextmanager
+def recorded_posteriors():
+    """Records the posteriors of the adapted layers called inside the block.
+
+    Yields:
+        List, to which each call at inference adds a `Record`.
+    """
+    records = []
+    token = _recorded.set(records)
+    try:
+        yield records
+    finally:
+        _recorded.reset(token)
 
 
 class Adapter(NotRematerialized, keras.Layer):
@@ -91,13 +121,17 @@ class Adapter(NotRematerialized, keras.Layer):
         config = self.config
         contraction = analyze_equation(self.equation, len(inputs.shape))
         x = contraction.to_tokens(inputs, self.kernel_shape)
+        records = _recorded.get()
+        if records is not None:
+            records.append(Record(self, *self.fvae.posteriors(x), mask))
         if training:
             x = ops.reshape(x, (-1, x.shape[-1]))
             token_shape = contraction.token_shape(inputs)
             _, _, z1, _, _, loss = self.fvae.encode_and_score(
                 x, training=True, mask=masking.flatten_mask(mask, token_shape)
             )
-            self._add_to_mean_loss(config.elbo_weight * loss)
+            elbo_weight = self.fvae.objective_weights.elbo_weight
+            self._add_to_mean_loss(elbo_weight * loss)
         elif config.sample_at_inference:
             z1 = self.fvae.sample_z1(x)
         else:

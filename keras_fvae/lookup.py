@@ -27,6 +27,18 @@ def adapted_layers(model):
     ]
 
 
+def require_adapted_layers(model):
+    """As `adapted_layers`; a `ValueError` if there are none."""
+    check_model(model)
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(
+            f"Model '{model.name}' has no layer adapted by FVAE-LoRA. Call "
+            "`enable_fvae_lora` first, or load adapters."
+        )
+    return layers
+
+
 def adaptable_layers(model):
     """The layers of a model that are of a class that can be adapted."""
     return [

@@ -149,8 +149,8 @@ def fvae(
         log_p1: Scalar tensor, E[log p1(z1)].
         log_p2: Scalar tensor, E[log p2(z2)].
         reconstruction_weight: Float, a.
-        kl_weight: Float, b.
-        gamma_weights: Pair of floats, c for z1 and for z2.
+        kl_weight: Float or scalar tensor, b.
+        gamma_weights: Pair of the same, c for z1 and for z2.
 
     Returns:
         Scalar tensor, to be maximised.
@@ -180,7 +180,7 @@ def beta_vae2lat(log_likelihood, kl_z1, kl_z2, kl_weight):
         log_likelihood: Scalar tensor, log p(x | z1, z2).
         kl_z1: Scalar tensor, KL(q1 || p1).
         kl_z2: Scalar tensor, KL(q2 || p2).
-        kl_weight: Float, b.
+        kl_weight: Float or scalar tensor, b.
 
     Returns:
         Scalar tensor, to be maximised.

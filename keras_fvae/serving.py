@@ -36,7 +36,7 @@ def finalize_fvae_lora(model):
     https://arxiv.org/abs/2510.19640), section 3: only the mean of q1 is used
     at inference.
     """
-    layers = _adapted_layers(model)
+    layers = lookup.require_adapted_layers(model)
     _refuse_sampling(layers)
     adapters = []
     for layer in layers:
@@ -78,7 +78,7 @@ def merge_fvae_lora(model):
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
-    layers = _adapted_layers(model)
+    layers = lookup.require_adapted_layers(model)
     _refuse_sampling(layers)
     for layer in layers:
         if layer.config.hidden_units:
@@ -119,7 +119,7 @@ def fvae_lora_disabled(model):
     >>> with keras_fvae.fvae_lora_disabled(model):
     ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
     """
-    layers = _adapted_layers(model)
+    layers = lookup.require_adapted_layers(model)
     before = [layer.adapter.enabled for layer in layers]
     try:
         _set_enabled(layers, [False] * len(layers))
@@ -137,17 +137,6 @@ def _set_enabled(layers, enabled):
         training.forget_compiled_functions(
             model, kinds=("test", "predict", "generate")
         )
-
-
-def _adapted_layers(model):
-    lookup.check_model(model)
-    layers = lookup.adapted_layers(model)
-    if not layers:
-        raise ValueError(
-            f"Model '{model.name}' has no layer adapted by FVAE-LoRA. Call "
-            "`enable_fvae_lora` first, or load adapters."
-        )
-    return layers
 
 
 def _refuse_sampling(layers):

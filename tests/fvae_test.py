@@ -4,6 +4,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+import scipy.stats
 from helpers import dtype_of
 from helpers import to_numpy
 from helpers import value_and_gradients
@@ -251,6 +252,71 @@ def test_the_loss_is_the_negated_objective(options, expected, rng):
     np.testing.assert_allclose(
         to_numpy(out.loss), -expected(terms, config), rtol=1e-5
     )
+
+
+def draw(weights, index, x, rng, size):
+    """Latents of an encoder, and log q - log p1 and log p2 of them."""
+    prefix = f"views_conditionalGaussianEncoders_list.{index}"
+
+    def affine(name, x):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    hidden = np.maximum(affine(f"{prefix}.layers.0", x), 0)
+    mean = affine(f"{prefix}.mean", hidden)
+    std = np.exp(0.5 * affine(f"{prefix}.logvar", hidden))
+    z = rng.normal(mean, std, (size, *mean.shape))
+    return z, scipy.stats.norm.logpdf(z, mean, std).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "name, combine",
+    [
+        ("fvae", lambda p, kl1, kl2, gamma: 0.5 * p - 2 * kl1 + 0.75 * gamma),
+        ("vae2lat", lambda p, kl1, kl2, gamma: p - kl1 - kl2),
+        ("beta_vae2lat", lambda p, kl1, kl2, gamma: p - 2 * (kl1 + kl2)),
+    ],
+)
+def test_objectives_against_draws_in_numpy(name, combine, rng):
+    size = 20_000
+    config = keras_fvae.FVAELoRAConfig(
+        rank=2,
+        decoder_units=(4,),
+        dropout=0.0,
+        objective=name,
+        reconstruction_weight=0.5,
+        kl_weight=2.0,
+        gamma_weight=0.75,
+        num_samples=size,
+    )
+    fvae = keras_fvae.FVAE(config)
+    fvae.build((None, 5))
+    perturb(fvae, rng)
+    x = rng.normal(size=(3, 5)).astype("float32")
+    value = -to_numpy(fvae(x, training=True).loss)
+
+    weights = fvae.get_reference_weights()
+    z1, log_q1 = draw(weights, 0, x, rng, size)
+    z2, log_q2 = draw(weights, 1, x, rng, size)
+    decoder = "views_conditionalGaussianDecoders"
+    hidden = (
+        np.concatenate([z1, z2], -1) @ weights[f"{decoder}.layers.0.weight"].T
+    )
+    hidden = np.maximum(hidden + weights[f"{decoder}.layers.0.bias"], 0)
+    reconstruction = (
+        hidden @ weights[f"{decoder}.output_layer.weight"].T
+        + weights[f"{decoder}.output_layer.bias"]
+    )
+    scale = weights[REFERENCE_SCALE] + 1e-5
+    log_p = scipy.stats.norm.logpdf(x, reconstruction, scale).sum(-1)
+    log_p1 = scipy.stats.norm.logpdf(z1).sum(-1)
+    log_p2 = scipy.stats.norm.logpdf(z2, 1.5, 1.0).sum(-1)
+    draws = combine(
+        log_p, log_q1 - log_p1, log_q2 - log_p2, log_p2 - log_p1
+    ).mean(-1)
+    # The layer draws as many of its own.
+    error_bar = np.sqrt(2) * draws.std() / np.sqrt(size)
+    assert abs(draws.mean() - value) < 4 * error_bar
+    assert error_bar < 0.02 * abs(value)
 
 
 def test_masked_tokens_count_for_nothing(fvae, rng):
