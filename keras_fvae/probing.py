@@ -53,8 +53,8 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
         so on.
 
     Raises:
-        ValueError: If no layer is adapted, the adapters are finalized, or
-            they are turned off by `fvae_lora_disabled`.
+        ValueError: If no layer is adapted, or the adapters are finalized or
+            turned off by `fvae_lora_disabled`.
 
     Example:
 
@@ -72,6 +72,11 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
     layers = require_adapted_layers(model)
     for layer in layers:
         layer.adapter.fvae.refuse_if_finalized()
+        if not layer.adapter.enabled:
+            raise ValueError(
+                f"The adapters of model '{model.name}' are turned off. Leave "
+                "the `fvae_lora_disabled` block first."
+            )
     paths = {id(layer.adapter): layer.path for layer in layers}
 
     def collect(records):
@@ -79,11 +84,6 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
         for record in records:
             path = _unused(paths[id(record.adapter)], outputs)
             outputs[path] = _tensors(record, average_tokens)
-        if not outputs:
-            raise ValueError(
-                f"No adapter of model '{model.name}' was called. If they are "
-                "turned off, leave the `fvae_lora_disabled` block first."
-            )
         return outputs
 
     with _outputs_replaced(model, collect):
