@@ -39,7 +39,7 @@ def test_python_of_the_readme(example, tmp_path):
 
 
 def test_the_readme_has_examples():
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     assert "model.backbone.enable_fvae_lora(rank=16)" in blocks("python")[0]
 
 
