@@ -14,7 +14,6 @@ from keras_fvae import objective
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.packing import Packing
-from keras_fvae.totals import TermTotals
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
 # The smallest standard deviation of the decoder, as in the authors' code.
@@ -153,7 +152,7 @@ class FVAE(NotRematerialized, keras.Layer):
         self.finalized = finalized
         self.seed_generator = keras.random.SeedGenerator(self.config.seed)
         self.objective_weights = None
-        # Counted by `keras_fvae.FVAELoRAMonitor`.
+        # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
         self.totals = None
 
     def build(self, input_shape):
@@ -298,14 +297,6 @@ class FVAE(NotRematerialized, keras.Layer):
         """List of all state: the weights, the seed, and what steps keep."""
         kept = [self.objective_weights, self.totals]
         return super().variables + [k.variable for k in kept if k is not None]
-
-    def start_totals(self):
-        """Makes every training step add its terms to `self.totals`."""
-        self.totals = TermTotals(self.config.rank)
-
-    def stop_totals(self):
-        """The reverse of `start_totals`."""
-        self.totals = None
 
     @property
     def decoder_scale(self):

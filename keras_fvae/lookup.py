@@ -73,7 +73,7 @@ def layers_by_path(container):
         for adapted in adapted_layers(container)
         for layer in keras_internals.flatten_layers(adapted.adapter)
     }
-    return _unique(
+    return numbered(
         (path, layer)
         for path, layer in keras_internals.walk_layers(container)[1:]
         if id(layer) not in adapter_layer_ids and layer.weights
@@ -93,7 +93,7 @@ def base_weights_by_path(container):
         for path, layer in keras_internals.walk_layers(container)
         for weight in layer.weights
     }
-    return _unique(
+    return numbered(
         (f"{owners[id(weight)]}/{weight.name}".lstrip("/"), weight)
         for weight in container.weights
         if id(weight) not in adapter_ids
@@ -118,7 +118,7 @@ def by_recorded_paths(recorded_paths, objects):
     return objects
 
 
-def _unique(pairs):
+def numbered(pairs):
     """A dict of pairs; where a path is taken, it gets a number behind it."""
     by_path = {}
     for path, value in pairs:

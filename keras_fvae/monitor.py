@@ -10,6 +10,7 @@ from keras import ops
 from keras_fvae.fvae import SCALE_FLOOR
 from keras_fvae.lookup import require_adapted_layers
 from keras_fvae.objective import LOG_2_PI
+from keras_fvae.totals import TermTotals
 from keras_fvae.training import forget_compiled_functions
 
 # From where on the warnings speak.
@@ -75,12 +76,12 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         self._warned = set()
         self._kl_z1 = {}
         for layer in self._layers:
-            layer.adapter.fvae.start_totals()
+            layer.adapter.fvae.totals = TermTotals(layer.config.rank)
         self.model.make_train_function(force=True)
 
     def on_train_end(self, logs=None):
         for layer in self._layers:
-            layer.adapter.fvae.stop_totals()
+            layer.adapter.fvae.totals = None
         forget_compiled_functions(self.model, kinds=("train",))
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -169,7 +170,8 @@ def _parts_of_loss(layer, terms):
     weight = float(ops.convert_to_numpy(fvae.objective_weights.elbo_weight))
     is_weighted = config.objective == "fvae"
     reconstruction_weight = config.reconstruction_weight if is_weighted else 1.0
-    constant = reconstruction_weight * len(fvae.decoder_scale) * LOG_2_PI / 2
+    width = fvae.feature_weights.shape[0]
+    constant = reconstruction_weight * width * LOG_2_PI / 2
     return weight * terms["fvae_loss"], weight * constant
 
 

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_fvae import masking
 from keras_fvae.layers import recorded_posteriors
+from keras_fvae.lookup import numbered
 from keras_fvae.lookup import require_adapted_layers
 from keras_fvae.training import forget_compiled_functions
 
@@ -80,11 +82,10 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
     paths = {id(layer.adapter): layer.path for layer in layers}
 
     def collect(records):
-        outputs = {}
-        for record in records:
-            path = _unused(paths[id(record.adapter)], outputs)
-            outputs[path] = _tensors(record, average_tokens)
-        return outputs
+        return numbered(
+            (paths[id(record.adapter)], _tensors(record, average_tokens))
+            for record in records
+        )
 
     with _outputs_replaced(model, collect):
         outputs = model.predict(
@@ -260,14 +261,11 @@ def _tensors(record, average_tokens):
     """The tensors of a record by the fields of `LayerLatents`."""
     (z1_mean, z1_log_variance), (z2_mean, z2_log_variance) = record[1:3]
     token_shape = ops.shape(z1_mean)[:-1]
-    mask = ops.ones(token_shape, "bool")
-    if record.mask is not None:
-        missing = len(token_shape) - len(record.mask.shape)
-        given = ops.reshape(
-            ops.cast(record.mask, "bool"),
-            (*ops.shape(record.mask), *[1] * missing),
-        )
-        mask = ops.logical_and(mask, given)
+    if record.mask is None:
+        mask = ops.ones(token_shape, "bool")
+    else:
+        mask = masking.flatten_mask(record.mask, token_shape)
+        mask = ops.reshape(ops.cast(mask, "bool"), token_shape)
     tensors = {
         "z1_mean": z1_mean,
         "z1_log_variance": z1_log_variance,
@@ -321,10 +319,3 @@ def _outputs_replaced(model, collect):
     finally:
         model.__class__ = model_class
         forget()
-
-
-def _unused(path, taken):
-    unused, number = path, 2
-    while unused in taken:
-        unused, number = f"{path}:{number}", number + 1
-    return unused
