@@ -84,9 +84,9 @@ class Budget:
 FULL = Budget(
     pretraining_epochs=60,
     epochs=20,
-    learning_rates=(5e-4, 2e-3, 8e-3),
+    learning_rates=(1e-3, 4e-3, 1.6e-2),
     weight_decays=(0.0, 0.01, 0.1),
-    elbo_weights=(1e-3, 1e-2, 1e-1),
+    elbo_weights=(1e-4, 1e-3, 1e-2),
     search_seeds=(100, 101),
     seeds=(0, 1, 2, 3, 4),
 )
@@ -274,10 +274,8 @@ def enable_keras_lora(backbone):
     backbone.enable_lora(RANK)
 
 
-def enable_fvae_lora(backbone, elbo_weight, objective="fvae"):
-    backbone.enable_fvae_lora(
-        rank=RANK, elbo_weight=elbo_weight, objective=objective
-    )
+def enable_fvae_lora(backbone, elbo_weight, **options):
+    backbone.enable_fvae_lora(rank=RANK, elbo_weight=elbo_weight, **options)
 
 
 METHODS = {
@@ -287,7 +285,10 @@ METHODS = {
     "KerasHub's LoRA": enable_keras_lora,
     "VAE2LAT": functools.partial(enable_fvae_lora, objective="vae2lat"),
     "beta-VAE2LAT": functools.partial(
-        enable_fvae_lora, objective="beta_vae2lat"
+        # The larger one of those that the authors search.
+        enable_fvae_lora,
+        objective="beta_vae2lat",
+        kl_weight=10.0,
     ),
     "FVAE-LoRA": enable_fvae_lora,
 }
@@ -300,7 +301,7 @@ def search(pretrained, rest, name, adapt):
     or, if it has an ELBO, the weight of that.
     """
     key, values = "weight_decay", BUDGET.weight_decays
-    if adapt is enable_fvae_lora or isinstance(adapt, functools.partial):
+    if name in ("VAE2LAT", "beta-VAE2LAT", "FVAE-LoRA"):
         key, values = "elbo_weight", BUDGET.elbo_weights
     candidates = [
         {"learning_rate": rate, key: value}
