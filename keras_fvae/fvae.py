@@ -182,7 +182,11 @@ class FVAE(NotRematerialized, keras.Layer):
         q1, q2, z1, z2, negative_log_likelihood, loss = self.encode_and_score(
             ops.reshape(x, (-1, x.shape[-1])), training, mask, noise
         )
-        terms = self._terms(negative_log_likelihood, q1, q2, z1, z2, mask)
+        terms = {
+            "negative_log_likelihood": negative_log_likelihood,
+            **self._terms(q1, q2, z1, z2, mask),
+            **self._further_terms(q1, q2, mask),
+        }
 
         def restore(rows):
             draws = tuple(rows.shape[:-2])
@@ -287,9 +291,13 @@ class FVAE(NotRematerialized, keras.Layer):
         )
         loss = -self._objective(negative_log_likelihood, q1, q2, z1, z2, mask)
         if training and self.totals is not None:
-            terms = self._terms(negative_log_likelihood, q1, q2, z1, z2, mask)
-            terms["fvae_loss"] = loss
-            self.totals.add(terms, x, squared_error, q1.mean, mask)
+            parts = loss, negative_log_likelihood, squared_error, x
+            self._add_to_totals(
+                *keras.tree.map_structure(
+                    ops.stop_gradient, (*parts, q1, q2, z1, z2)
+                ),
+                mask,
+            )
         return q1, q2, z1, z2, negative_log_likelihood, loss
 
     @property
@@ -551,26 +559,49 @@ class FVAE(NotRematerialized, keras.Layer):
             )
         return objective.log_density(z1), objective.log_density(z2, *prior)
 
-    def _terms(self, negative_log_likelihood, q1, q2, z1, z2, mask):
-        """All terms by name, means over the tokens that count."""
+    def _terms(self, q1, q2, z1, z2, mask):
+        """The terms of the latents, means over the tokens that count."""
         log_p1, log_p2 = self._log_priors(q1, q2, z1, z2)
-        kl_z2 = objective.kl_divergence(*q2, *self.config.prior)
-        terms = {
-            "kl_z1": objective.kl_divergence(*q1),
-            "kl_z2": kl_z2,
-            "gamma": log_p2 - log_p1,
-            "lambda_mismatch": objective.kl_divergence(*q2) - kl_z2,
-            "delta_divergence": objective.expected_log_density(*q2)
-            - objective.expected_log_density(*q1),
-            "wasserstein": objective.wasserstein(*q1, *q2),
-        }
         return {
-            "negative_log_likelihood": negative_log_likelihood,
-            **{
-                name: objective.token_mean(values, mask)
-                for name, values in terms.items()
-            },
+            "kl_z1": objective.token_mean(objective.kl_divergence(*q1), mask),
+            "gamma": objective.token_mean(log_p2 - log_p1, mask),
+            "wasserstein": objective.token_mean(
+                objective.wasserstein(*q1, *q2), mask
+            ),
         }
+
+    def _further_terms(self, q1, q2, mask):
+        """Those that only `call` returns."""
+        kl_z2 = objective.kl_divergence(*q2, *self.config.prior)
+        lambda_mismatch = objective.kl_divergence(*q2) - kl_z2
+        delta_divergence = objective.expected_log_density(
+            *q2
+        ) - objective.expected_log_density(*q1)
+        return {
+            "kl_z2": objective.token_mean(kl_z2, mask),
+            "lambda_mismatch": objective.token_mean(lambda_mismatch, mask),
+            "delta_divergence": objective.token_mean(delta_divergence, mask),
+        }
+
+    def _add_to_totals(
+        self,
+        loss,
+        negative_log_likelihood,
+        squared_error,
+        x,
+        q1,
+        q2,
+        z1,
+        z2,
+        mask,
+    ):
+        """Adds a step to what `keras_fvae.FVAELoRAMonitor` counts."""
+        terms = {
+            "fvae_loss": loss,
+            "negative_log_likelihood": negative_log_likelihood,
+            **self._terms(q1, q2, z1, z2, mask),
+        }
+        self.totals.add(terms, x, squared_error, q1.mean, mask)
 
     def _z1_mean_widths(self):
         """The widths of the layers that lead from x to the mean of q1."""

@@ -62,7 +62,7 @@ class TermTotals:
         scalars = [terms[name] for name in TERMS]
         scalars += [ops.sum(squared_error), variance, ops.ones(())]
         step = ops.concatenate([ops.stack(scalars), z1_total, z1_square])
-        self.variable.assign_add(ops.stop_gradient(step))
+        self.variable.assign_add(step)
 
     def reset(self):
         """Begins anew."""
