@@ -95,7 +95,8 @@ def evaluate_groups(model, x, y, groups, batch_size=None):
 
     Raises:
         ValueError: If `y` and `groups` have not one value for each prediction,
-            or the predictions are not one row of scores for each example.
+            an integer or, for a group, a string, or the predictions are not
+            one row of scores for each example.
 
     Example:
 
@@ -182,6 +183,11 @@ def _check_labels(y, groups):
             "`y` and `groups` must have one value for each example, so the "
             f"same shape (examples,). Received: y of shape {y.shape}, groups "
             f"of shape {groups.shape}."
+        )
+    if y.dtype.kind not in "biu" or groups.dtype.kind not in "biuSU":
+        raise ValueError(
+            "`y` must be integers, and `groups` integers or strings. "
+            f"Received: y of dtype {y.dtype}, groups of dtype {groups.dtype}."
         )
     return y, groups
 

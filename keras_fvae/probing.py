@@ -6,6 +6,7 @@ import functools
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -57,6 +58,7 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
     Raises:
         ValueError: If no layer is adapted, or the adapters are finalized or
             turned off by `fvae_lora_disabled`.
+        TypeError: If `model` is no `keras.Model`.
 
     Example:
 
@@ -72,6 +74,11 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
     https://arxiv.org/abs/2510.19640), section 3.
     """
     layers = require_adapted_layers(model)
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`, which can `predict`. "
+            f"Received: model={model!r} (of type {type(model)})"
+        )
     for layer in layers:
         layer.adapter.fvae.refuse_if_finalized()
         if not layer.adapter.enabled:
@@ -163,6 +170,7 @@ def probe_latents(
         interval is Wilson's, for the number of examples.
 
     Raises:
+        TypeError: If `attributes` is no dict.
         ValueError: If an attribute has not one value for each example, has
             only one class, or one with fewer examples than `num_folds`.
 
@@ -180,10 +188,16 @@ def probe_latents(
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640): z1 is to hold what the task needs.
     """
-    targets = {"label": y, **(attributes or {})}
-    targets = {name: np.asarray(value) for name, value in targets.items()}
-    if len(targets) == len(attributes or {}):
+    attributes = attributes or {}
+    if not isinstance(attributes, dict):
+        raise TypeError(
+            "`attributes` must be a dict of name to array. "
+            f"Received: attributes={attributes!r}"
+        )
+    if "label" in attributes:
         raise ValueError("`attributes` must not have a 'label': that is `y`.")
+    targets = {"label": y, **attributes}
+    targets = {name: np.asarray(value) for name, value in targets.items()}
     for name, target in targets.items():
         _check_target(name, target, len(targets["label"]), num_folds)
     posteriors = latents(model, x, batch_size, average_tokens=True)

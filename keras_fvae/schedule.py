@@ -31,7 +31,8 @@ class FVAELoRASchedule(keras.callbacks.Callback):
             adapted or a weight is not allowed at some step. That of gamma for
             z1 must stay smaller than the `kl_weight`: let one follow the
             other.
-        TypeError: If an argument is neither a schedule nor a function.
+        TypeError: If an argument is neither a schedule nor a function, or, in
+            `fit`, returns no number.
 
     Example:
 
@@ -83,7 +84,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         step = int(self.model.optimizer.iterations)
         values = {
-            name: _as_numbers(schedule(step))
+            name: _checked(name, schedule(step), step)
             for name, schedule in self.schedules.items()
         }
         if values == self._values:
@@ -102,7 +103,14 @@ class FVAELoRASchedule(keras.callbacks.Callback):
             layer.adapter.fvae.objective_weights.set(config)
 
 
-def _as_numbers(value):
-    if isinstance(value, (tuple, list)):
-        return tuple(float(number) for number in value)
-    return float(ops.convert_to_numpy(value))
+def _checked(name, value, step):
+    """What a schedule returned, as Python's numbers."""
+    try:
+        if name == "gamma_weight" and isinstance(value, (tuple, list)):
+            return tuple(float(number) for number in value)
+        return float(ops.convert_to_numpy(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"At step {step}: the schedule of `{name}` must return a number. "
+            f"Received: {value!r}"
+        ) from error

@@ -105,6 +105,8 @@ def test_the_callback_drives_those_of_keras(rng, tmp_path):
         (np.eye(2)[Y], GROUPS, "one value for each example"),
         ([], [], "one value for each example"),
         (Y[:5], GROUPS[:5], "6 in `x`, 5 in `y`"),
+        (Y, [None] * 6, "integers or strings"),
+        (np.array(Y, "float32"), GROUPS, "integers or strings"),
     ],
 )
 def test_bad_labels_are_refused(y, groups, message, identity):

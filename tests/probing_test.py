@@ -152,6 +152,10 @@ def test_what_has_no_latents_is_refused(model, x):
     plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="no layer adapted"):
         keras_fvae.latents(plain, x)
+    with pytest.raises(TypeError, match="must be a `keras.Model`"):
+        keras_fvae.latents(adapted_layers(model)[0], x)
+    with pytest.raises(TypeError, match="must be a dict"):
+        keras_fvae.probe_latents(model, x, np.arange(10) % 2, [[1] * 10])
     with (
         keras_fvae.fvae_lora_disabled(model),
         pytest.raises(ValueError, match="Leave the `fvae_lora_disabled`"),

@@ -136,6 +136,16 @@ def test_weights_that_are_not_allowed_stop_the_fit(xy, rng):
             fit(model, xy, [schedule])
 
 
+@pytest.mark.parametrize(
+    "name, value", [("elbo_weight", None), ("elbo_weight", (1, 2)),
+                    ("kl_weight", "a"), ("gamma_weight", (1, "a"))],
+)  # fmt: skip
+def test_what_is_no_number_stops_the_fit(name, value, xy, rng):
+    schedule = keras_fvae.FVAELoRASchedule(**{name: lambda step: value})
+    with pytest.raises(TypeError, match=f"step 0: the schedule of `{name}`"):
+        fit(make_model(rng), xy, [schedule])
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="needs a schedule for one of"):
         keras_fvae.FVAELoRASchedule()
