@@ -13,12 +13,13 @@ from keras_fvae import masking
 from keras_fvae import objective
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
-from keras_fvae.packing import Packing
+from keras_fvae.layout import REFERENCE_SCALE
+from keras_fvae.layout import layout
+from keras_fvae.layout import reference_views
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
 # The smallest standard deviation of the decoder, as in the authors' code.
 SCALE_FLOOR = 1e-5
-REFERENCE_SCALE = "views_conditionalGaussianDecoders.scale_tril"
 
 
 class FVAEOutput(NamedTuple):
@@ -156,7 +157,7 @@ class FVAE(NotRematerialized, keras.Layer):
         self.totals = None
 
     def build(self, input_shape):
-        self._feature_packing, self._latent_packing = _layout(
+        self._feature_packing, self._latent_packing = layout(
             self.config, input_shape[-1], self.finalized
         )
         # A row for each feature of the input.
@@ -304,6 +305,9 @@ class FVAE(NotRematerialized, keras.Layer):
     def variables(self):
         """List of all state: the weights, the seed, and what steps keep."""
         kept = [self.objective_weights, self.totals]
+        # On PyTorch they would count as parameters, and need not be known.
+        if keras.config.backend() == "torch":
+            kept = []
         return super().variables + [k.variable for k in kept if k is not None]
 
     @property
@@ -355,7 +359,10 @@ class FVAE(NotRematerialized, keras.Layer):
         Raises:
             ValueError: If the layer is not built.
         """
-        views = self._reference_views(*self._packed_values())
+        self.refuse_if_finalized()
+        views = reference_views(
+            self.config, self._unpack(*self._packed_values())
+        )
         weights = {name: view.copy() for name, view in views.items()}
         # The standard deviation is `scale_tril + 1e-5` there, and
         # `exp(log_scale) + SCALE_FLOOR` here.
@@ -375,8 +382,9 @@ class FVAE(NotRematerialized, keras.Layer):
             ValueError: If the layer is not built, a name is missing or
                 unknown, or a shape differs. No weight is changed then.
         """
+        self.refuse_if_finalized()
         packed = self._packed_values()
-        views = self._reference_views(*packed)
+        views = reference_views(self.config, self._unpack(*packed))
         for name in [*views, *weights]:
             if name not in weights or name not in views:
                 problem = "Missing" if name in views else "Unknown"
@@ -642,83 +650,6 @@ class FVAE(NotRematerialized, keras.Layer):
             **self._feature_packing.unpack(feature_weights, prefix),
             **self._latent_packing.unpack(latent_weights, prefix),
         }
-
-    def _reference_views(self, feature_weights, latent_weights):
-        """Views of the packed NumPy arrays, by the authors' names."""
-        self.refuse_if_finalized()
-        weights = self._unpack(feature_weights, latent_weights)
-        views = {}
-
-        def add_affine(name, kernel, bias):
-            views.update({f"{name}.weight": kernel.T, f"{name}.bias": bias})
-
-        rank, depth = self.config.rank, len(self.config.hidden_units)
-        heads_per_trunk = 4 // _num_trunks(self.config)
-        for head, (index, trunk_name, head_name) in enumerate(
-            [
-                (0, "layers_mean", "mean"),
-                (0, "layers_logvar", "logvar"),
-                (1, "layers_mean", "mean"),
-                (1, "layers_logvar", "logvar"),
-            ]
-        ):
-            if self.config.encoder_shared_trunk:
-                trunk_name = "layers"
-            prefix = f"views_conditionalGaussianEncoders_list.{index}"
-            trunk, position = divmod(head, heads_per_trunk)
-            for level in range(depth):
-                add_affine(
-                    f"{prefix}.{trunk_name}.{level}",
-                    weights[f"encoder_kernel_{level}"][:, trunk],
-                    weights[f"encoder_bias_{level}"][trunk],
-                )
-            columns = slice(position * rank, (position + 1) * rank)
-            add_affine(
-                f"{prefix}.{head_name}",
-                weights[f"encoder_kernel_{depth}"][:, trunk, columns],
-                weights[f"encoder_bias_{depth}"][trunk, columns],
-            )
-        prefix = "views_conditionalGaussianDecoders"
-        for level in range(len(self.config.decoder_units)):
-            add_affine(
-                f"{prefix}.layers.{level}",
-                weights[f"decoder_kernel_{level}"],
-                weights[f"decoder_bias_{level}"],
-            )
-        add_affine(
-            f"{prefix}.output_layer",
-            weights["decoder_output_kernel"].T,
-            weights["decoder_output_bias"],
-        )
-        views[REFERENCE_SCALE] = weights["log_scale"]
-        return views
-
-
-def _num_trunks(config):
-    """How many MLPs the encoders are, each with its share of four heads."""
-    return 2 if config.encoder_shared_trunk else 4
-
-
-def _layout(config, width, finalized):
-    """How the weights lie in the layer's two variables."""
-    num_trunks = 1 if finalized else _num_trunks(config)
-    num_heads = 1 if finalized else 4 // num_trunks
-    feature_shapes, latent_shapes = {}, {}
-    widths = [width, *config.hidden_units, num_heads * config.rank]
-    for level, (before, after) in enumerate(itertools.pairwise(widths)):
-        shapes = feature_shapes if level == 0 else latent_shapes
-        shapes[f"encoder_kernel_{level}"] = (before, num_trunks, after)
-        latent_shapes[f"encoder_bias_{level}"] = (num_trunks, after)
-    if not finalized:
-        num_latents = 2 if config.latent_fusion == "concat" else 1
-        widths = [num_latents * config.rank, *config.decoder_units]
-        for level, (before, after) in enumerate(itertools.pairwise(widths)):
-            latent_shapes[f"decoder_kernel_{level}"] = (before, after)
-            latent_shapes[f"decoder_bias_{level}"] = (after,)
-        feature_shapes["decoder_output_kernel"] = (width, widths[-1])
-        feature_shapes["decoder_output_bias"] = (width,)
-        feature_shapes["log_scale"] = (width,)
-    return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
 
 
 def _affine(x, kernel, bias):

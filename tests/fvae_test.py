@@ -12,8 +12,9 @@ from keras import ops
 
 import keras_fvae
 from keras_fvae import objective
-from keras_fvae.fvae import REFERENCE_SCALE
 from keras_fvae.interop import config_from_peft
+from keras_fvae.layout import REFERENCE_SCALE
+from keras_fvae.layout import reference_views
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 CASES = sorted(path.stem for path in REFERENCE.glob("fvae_*.npz"))
@@ -89,7 +90,7 @@ def test_gradients_of_the_reference(case):
         [case.arrays["x"]],
     )
     # A gradient has the layout of its variable.
-    ours = fvae._reference_views(*gradients)
+    ours = reference_views(fvae.config, fvae._unpack(*gradients))
     # Ours is with respect to the logarithm of theirs.
     ours[REFERENCE_SCALE] = (
         ours[REFERENCE_SCALE] / case.arrays[f"weight/{REFERENCE_SCALE}"]

@@ -8,6 +8,7 @@ from keras import ops
 from keras.src.testing import TestCase
 
 import keras_fvae
+from keras_fvae.layout import reference_views
 
 EQUATIONS = [
     # equation, output_shape, bias_axes, input_shape
@@ -244,7 +245,10 @@ def test_every_adapter_weight_gets_a_gradient(config, rng):
         [layer.adapter.kernel_b, fvae.feature_weights, fvae.latent_weights],
         [x],
     )
-    gradients = {"kernel_b": kernel_b, **fvae._reference_views(*packed)}
+    gradients = {
+        "kernel_b": kernel_b,
+        **reference_views(fvae.config, fvae._unpack(*packed)),
+    }
     for name, gradient in gradients.items():
         assert np.abs(gradient).max() > 0, name
 
