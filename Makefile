@@ -14,7 +14,7 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 # Nor do their steps run often enough to pay for optimizing them.
 test-%: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 
-.PHONY: demo test lint notebooks table install clean $(addprefix test-,$(BACKENDS))
+.PHONY: demo bench test lint notebooks table install clean $(addprefix test-,$(BACKENDS))
 
 demo: install
 	$(BIN)/python examples/quickstart.py $(DEMO)
@@ -24,6 +24,10 @@ test: lint $(addprefix test-,$(BACKENDS))
 # One backend: `make test-jax`.
 $(addprefix test-,$(BACKENDS)): test-%: install
 	KERAS_BACKEND=$* $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What FVAE-LoRA costs beside LoRA: `make bench BENCH="--backends jax"`.
+bench: install
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,92 @@
+"""Multiply-adds a token of each method, counted from the shapes."""
+
+import itertools
+import math
+
+import keras
+
+from keras_fvae import keras_internals
+from keras_fvae.contraction import analyze_equation
+
+
+def frozen(task, length):
+    """Those of the base model, without biases, norms and activations.
+
+    Args:
+        task: KerasHub task.
+        length: Integer, tokens in a sequence.
+
+    Returns:
+        Integer, multiply-adds a token, forward.
+    """
+    kernels = sum(
+        math.prod(layer.kernel.shape)
+        for layer in keras_internals.flatten_layers(task.backbone)
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+    )
+    # Attention: each query with each key, and each weight with each value.
+    attention = sum(
+        2 * length * width_and_units(layer)[1]
+        for layer in targets(task)
+        if layer.name == "query"
+    )
+    return kernels + attention
+
+
+def targets(task):
+    """The layers that every method adapts."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(task.backbone)
+        if layer.name in ("query", "value") and hasattr(layer, "kernel")
+    ]
+
+
+def width_and_units(layer):
+    """How many features a layer's kernel contracts, and how many it gives."""
+    contraction = analyze_equation(layer.equation, 3)
+    shape = layer.kernel.shape
+    return contraction.width(shape), contraction.units(shape)
+
+
+def inference(method, width, units, rank):
+    """Those of an adapted layer at inference, beside the frozen product."""
+    if method == "LoRA on x":
+        return rank * (width + units)
+    if method in ("FVAE-LoRA", "finalized"):
+        # The hidden layer and the mean of q1, then B.
+        return width * rank + rank * rank + rank * units
+    # KerasHub's LoRA adds B A to the kernel, once for all tokens.
+    return 0
+
+
+def training(method, width, units, rank, decoder_units=(128, 128, 128)):
+    """Those of an adapted layer in a training step, beside the base model's.
+
+    Each product of what trains is taken once forward and twice backward.
+    """
+    if method == "LoRA":
+        # The gradient of the whole kernel; B A itself is no matter of tokens.
+        return width * units
+    if method == "LoRA on x":
+        return 3 * rank * (width + units)
+    # Both encoders in one product, their heads in a block-diagonal one.
+    encoders = width * 2 * rank + 2 * rank * 4 * rank
+    widths = (2 * rank, *decoder_units, width)
+    decoder = sum(a * b for a, b in itertools.pairwise(widths))
+    return 3 * (encoders + decoder + rank * units)
+
+
+def step(method, task, length, rank):
+    """Those of a whole training step, for each token.
+
+    Forward, and backward to the layers' inputs, that is twice the base model;
+    full fine-tuning takes the gradients of all kernels besides.
+    """
+    base = frozen(task, length)
+    if method == "full fine-tuning":
+        return 3 * base
+    return 2 * base + sum(
+        training(method, *width_and_units(layer), rank)
+        for layer in targets(task)
+    )

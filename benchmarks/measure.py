@@ -1,0 +1,89 @@
+"""Measures one backend, in a process of its own, and prints JSON.
+
+    python -m benchmarks.measure steps "ViT-B/16, 4 blocks" --rounds 10
+    python -m benchmarks.measure memory "ViT-B/16, 4 blocks" --methods LoRA
+
+`benchmarks.bench` runs it.
+"""
+
+import argparse
+import json
+import resource
+import time
+
+import keras
+
+from benchmarks import arithmetic
+from benchmarks.models import METHODS
+from benchmarks.models import SIZES
+from benchmarks.models import TRAINING_METHODS
+from benchmarks.models import make_adapted
+
+PREDICTING_METHODS = ("base", "FVAE-LoRA", "finalized", "merged")
+
+
+def steps(size, rank, rounds, methods):
+    """Seconds of each step, the methods in turns, and the counted work."""
+    models, results = {}, {}
+    for method in methods:
+        task, x, y = make_adapted(size, method, rank)
+        models[method] = task
+        results[method] = {"train": [], "predict": []}
+        if method in TRAINING_METHODS:
+            results[method]["first"] = seconds(task.train_on_batch, x, y)
+            results[method]["counted"] = arithmetic.step(
+                method, task, size.num_tokens, rank
+            )
+            task.train_on_batch(x, y)
+        if method in PREDICTING_METHODS:
+            task.predict_on_batch(x)
+            task.predict_on_batch(x)
+    for number in range(rounds):
+        # Each is first as often as it is last.
+        for method in methods[:: 1 if number % 2 else -1]:
+            task, result = models[method], results[method]
+            if method in TRAINING_METHODS:
+                result["train"].append(seconds(task.train_on_batch, x, y))
+            if method in PREDICTING_METHODS:
+                result["predict"].append(seconds(task.predict_on_batch, x))
+    return results
+
+
+def memory(size, rank, method):
+    """MiB that a process takes at its peak in training."""
+    task, x, y = make_adapted(size, method, rank)
+    for _ in range(3):
+        task.train_on_batch(x, y)
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def seconds(function, *arguments):
+    begin = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - begin
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["steps", "memory"])
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS)
+    )
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+    keras.config.set_dtype_policy(arguments.dtype)
+    size = SIZES[arguments.size]
+    if arguments.what == "steps":
+        result = steps(
+            size, arguments.rank, arguments.rounds, arguments.methods
+        )
+    else:
+        result = memory(size, arguments.rank, *arguments.methods)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

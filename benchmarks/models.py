@@ -1,0 +1,142 @@
+"""The models that are timed, and how each method adapts them."""
+
+import dataclasses
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+import keras_fvae
+from benchmarks.arithmetic import targets
+from benchmarks.arithmetic import width_and_units
+from keras_fvae import keras_internals
+from keras_fvae.contraction import analyze_equation
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    kind: str
+    width: int
+    num_blocks: int
+    batch_size: int
+    # The side of an image, or the length of a text.
+    length: int
+
+    @property
+    def num_tokens(self):
+        """Integer, tokens in a sequence."""
+        if self.kind == "vit":
+            return (self.length // 16) ** 2 + 1
+        return self.length
+
+
+WIDTHS = (256, 512, 1024, 2048)
+SIZES = {
+    **{
+        f"Llama block, width {width}": Size("llama", width, 1, 2, 256)
+        for width in WIDTHS
+    },
+    "ViT-B/16, 4 blocks": Size("vit", 768, 4, 8, 224),
+    "ViT-B/16, 12 blocks": Size("vit", 768, 12, 8, 224),
+    "tiny": Size("vit", 64, 1, 2, 32),
+}
+
+
+def make(size):
+    """A task of that size, its inputs and targets."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    num_heads = size.width // 64
+    if size.kind == "vit":
+        backbone = keras_hub.models.ViTBackbone(
+            image_shape=(size.length, size.length, 3),
+            patch_size=16,
+            num_layers=size.num_blocks,
+            num_heads=num_heads,
+            hidden_dim=size.width,
+            mlp_dim=4 * size.width,
+        )
+        task = keras_hub.models.ViTImageClassifier(
+            backbone, num_classes=10, preprocessor=None
+        )
+        shape = (size.batch_size, size.length, size.length, 3)
+        images = rng.normal(size=shape).astype("float32")
+        return task, images, np.arange(size.batch_size) % 10
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=1000,
+        num_layers=size.num_blocks,
+        num_query_heads=num_heads,
+        num_key_value_heads=num_heads,
+        hidden_dim=size.width,
+        intermediate_dim=11 * size.width // 4,
+    )
+    task = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    token_ids = rng.integers(1, 1000, (size.batch_size, size.length))
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    return task, inputs, np.roll(token_ids, -1, axis=1)
+
+
+class LoRAOnX(keras.layers.EinsumDense):
+    """`EinsumDense` with the leanest LoRA: (x A) B, A of (d, rank)."""
+
+    def call(self, x, training=None):
+        contraction = analyze_equation(self.equation, len(x.shape))
+        tokens = contraction.to_tokens(x, self.kernel.shape)
+        update = ops.matmul(ops.matmul(tokens, self.lora_a), self.lora_b)
+        update = contraction.from_tokens(update, x, self.kernel.shape)
+        return super().call(x) + update
+
+
+def enable_lora_on_x(task, rank):
+    task.backbone.trainable = False
+    for layer in targets(task):
+        width, units = width_and_units(layer)
+        layer.__class__ = LoRAOnX
+        with keras_internals.unlocked(layer):
+            layer.lora_a = layer.add_weight((width, rank), "he_uniform")
+            layer.lora_b = layer.add_weight((rank, units), "zeros")
+        layer.trainable = True
+        for weight in layer.weights:
+            weight.trainable = weight is layer.lora_a or weight is layer.lora_b
+
+
+def enable_fvae_lora(task, rank, then=None, **options):
+    task.backbone.enable_fvae_lora(rank=rank, **options)
+    if then is not None:
+        then(task.backbone)
+
+
+def freeze(task, rank):
+    task.backbone.trainable = False
+
+
+# What trains, and what only predicts.
+TRAINING_METHODS = {
+    "full fine-tuning": lambda task, rank: None,
+    "LoRA": lambda task, rank: task.backbone.enable_lora(rank),
+    "LoRA on x": enable_lora_on_x,
+    "FVAE-LoRA": enable_fvae_lora,
+}
+METHODS = {
+    **TRAINING_METHODS,
+    "base": freeze,
+    "finalized": functools.partial(
+        enable_fvae_lora, then=keras_fvae.finalize_fvae_lora
+    ),
+    "merged": functools.partial(
+        enable_fvae_lora, then=keras_fvae.merge_fvae_lora, encoder_units=()
+    ),
+}
+
+
+def make_adapted(size, method, rank):
+    """A compiled task that a method has adapted, its inputs and targets."""
+    task, x, y = make(size)
+    METHODS[method](task, rank)
+    task.compile(
+        keras.optimizers.AdamW(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return task, x, y

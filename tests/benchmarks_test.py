@@ -1,0 +1,72 @@
+"""The benchmark runs, and what it counts is what is computed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import BACKEND
+from helpers import ROOT
+from keras import ops
+
+from benchmarks import arithmetic
+from benchmarks.models import Size
+from benchmarks.models import make_adapted
+from keras_fvae.lookup import adapted_layers
+
+RANK, NUM_TOKENS = 4, 30
+SMALL = Size("vit", 64, 2, 2, 32)
+
+
+def test_what_inference_takes_is_what_it_keeps():
+    task, _, _ = make_adapted(SMALL, "FVAE-LoRA", RANK)
+    layers = adapted_layers(task)
+    assert len(layers) == len(arithmetic.targets(task)) == 4
+    for layer in layers:
+        width, units = arithmetic.width_and_units(layer)
+        counted = arithmetic.inference("FVAE-LoRA", width, units, RANK)
+        # The biases of the hidden layer and of the mean.
+        kept = layer.adapter.num_inference_parameters - 2 * RANK
+        assert counted == kept
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch counts what it does")
+@pytest.mark.parametrize("method", ["FVAE-LoRA", "LoRA on x", "LoRA"])
+def test_what_training_takes_is_counted(method):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    task, _, _ = make_adapted(SMALL, method, RANK)
+    layer = arithmetic.targets(task)[0]
+    width, units = arithmetic.width_and_units(layer)
+    x = torch.randn(3, NUM_TOKENS // 3, width, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        outputs = layer(x, training=True)
+        (ops.sum(ops.square(outputs)) + sum(layer.losses)).backward()
+    counted = 2 * width * units
+    counted += arithmetic.training(method, width, units, RANK)
+    if method == "LoRA":
+        # B A and its gradients, once a step.
+        counted += 3 * width * units * RANK / NUM_TOKENS
+    assert counter.get_total_flops() / 2 / NUM_TOKENS == pytest.approx(counted)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="it starts all backends itself")
+def test_the_benchmark_runs(tmp_path):
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "benchmarks.bench", "--quick",
+            "--backends", "torch", "--rounds", "2", "--output", tmp_path,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # fmt: skip
+    assert "fall short of what they are to reach" in result.stdout
+    results = json.loads((tmp_path / "bench.json").read_text())["torch"]
+    methods = results["sizes"]["tiny"]
+    assert len(methods["FVAE-LoRA"]["train"]) == 2
+    assert len(methods["merged"]["predict"]) == 2
+    assert methods["LoRA"]["peak"] > 100
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
