@@ -118,6 +118,7 @@ TRAINING_METHODS = {
     "LoRA": lambda task, rank: task.backbone.enable_lora(rank),
     "LoRA on x": enable_lora_on_x,
     "FVAE-LoRA": enable_fvae_lora,
+    "rematerialized": functools.partial(enable_fvae_lora, rematerialize=True),
 }
 METHODS = {
     **TRAINING_METHODS,

@@ -58,6 +58,10 @@ class FVAELoRAConfig:
             model's loss, shared among the adapted layers. Defaults to `1e-3`.
         num_samples: Positive integer. Draws of the latents per token in
             training. Defaults to `1`.
+        rematerialize: Boolean. Whether training keeps nothing of the FVAE for
+            the gradient but its inputs and random numbers, and computes it
+            once more instead: less memory, more time, the same results.
+            Defaults to `False`.
         sample_at_inference: Boolean. Whether the update draws `z1` at
             inference too, instead of using its mean. Defaults to `False`.
         seed: Non-negative integer. Seed of the adapter's initial weights,
@@ -93,6 +97,7 @@ class FVAELoRAConfig:
     gamma_estimator: str = "closed_form"
     elbo_weight: float = 1e-3
     num_samples: int = 1
+    rematerialize: bool = False
     sample_at_inference: bool = False
     seed: int | None = None
 
@@ -117,6 +122,7 @@ class FVAELoRAConfig:
         self._check_choice("objective", OBJECTIVES)
         self._check_choice("gamma_estimator", GAMMA_ESTIMATORS)
         self._check_choice("encoder_shared_trunk", (True, False))
+        self._check_choice("rematerialize", (True, False))
         self._check_choice("sample_at_inference", (True, False))
         self._check_gamma_weight()
 

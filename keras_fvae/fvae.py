@@ -1,5 +1,6 @@
 """The variational autoencoder with two latents that takes the place of A."""
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -9,17 +10,16 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae import draws
 from keras_fvae import masking
 from keras_fvae import objective
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.layout import REFERENCE_SCALE
-from keras_fvae.layout import layout
 from keras_fvae.layout import reference_views
-
-LOG_VARIANCE_LIMITS = (-20.0, 20.0)
-# The smallest standard deviation of the decoder, as in the authors' code.
-SCALE_FLOOR = 1e-5
+from keras_fvae.networks import SCALE_FLOOR
+from keras_fvae.networks import networks_for
+from keras_fvae.networks import reparameterize
 
 
 class FVAEOutput(NamedTuple):
@@ -48,13 +48,6 @@ class FVAEOutput(NamedTuple):
     z2_log_variance: Any
     terms: dict[str, Any]
     loss: Any
-
-
-class Posterior(NamedTuple):
-    """q(z | x), a diagonal Gaussian for each token."""
-
-    mean: Any
-    log_variance: Any
 
 
 class NotRematerialized:
@@ -92,16 +85,6 @@ class ObjectiveWeights:
     def elbo_weight(self):
         """Scalar tensor, the weight of all."""
         return self.variable[0]
-
-    @property
-    def kl_weight(self):
-        """Scalar tensor, b."""
-        return self.variable[1]
-
-    @property
-    def gamma_weights(self):
-        """Pair of scalar tensors, c for z1 and for z2."""
-        return self.variable[2], self.variable[3]
 
     def _values(self, config):
         return [config.elbo_weight, config.kl_weight, *config.gamma_weights]
@@ -157,16 +140,16 @@ class FVAE(NotRematerialized, keras.Layer):
         self.totals = None
 
     def build(self, input_shape):
-        self._feature_packing, self._latent_packing = layout(
+        self.networks = networks_for(
             self.config, input_shape[-1], self.finalized
         )
         # A row for each feature of the input.
         self.feature_weights = self._add_packed_weight(
-            "feature_weights", self._feature_packing
+            "feature_weights", self.networks.feature_packing
         )
         # All that does not grow with the input.
         self.latent_weights = self._add_packed_weight(
-            "latent_weights", self._latent_packing
+            "latent_weights", self.networks.latent_packing
         )
         if not self.finalized:
             self.objective_weights = ObjectiveWeights(self.config)
@@ -177,29 +160,33 @@ class FVAE(NotRematerialized, keras.Layer):
         mask = masking.flatten_mask(mask, token_shape)
         rank = self.config.rank
         if noise is not None:
-            noise = [
-                ops.reshape(eps, self._draws_shape((-1,))) for eps in noise
-            ]
-        q1, q2, z1, z2, negative_log_likelihood, loss = self.encode_and_score(
+            noise = ops.stack(
+                [
+                    ops.reshape(eps, self._draws_shape(-1, rank))
+                    for eps in noise
+                ],
+                axis=-2,
+            )
+        score = self.encode_and_score(
             ops.reshape(x, (-1, x.shape[-1])), training, mask, noise
         )
-        terms = {
-            "negative_log_likelihood": negative_log_likelihood,
-            **self._terms(q1, q2, z1, z2, mask),
-            **self._further_terms(q1, q2, mask),
-        }
+        q1, q2 = score.posteriors.split()
+        z1, z2 = ops.unstack(score.z, 2, axis=-2)
 
         def restore(rows):
-            draws = tuple(rows.shape[:-2])
-            return ops.reshape(rows, (*draws, *token_shape, rank))
+            draws_shape = tuple(rows.shape[:-2])
+            return ops.reshape(rows, (*draws_shape, *token_shape, rank))
 
         return FVAEOutput(
             restore(z1),
             *map(restore, q1),
             restore(z2),
             *map(restore, q2),
-            terms,
-            loss,
+            {
+                **score.terms,
+                **self._further_terms(q1, q2, objective.token_weights(mask)),
+            },
+            score.loss,
         )
 
     def compute_mask(self, inputs, previous_mask):
@@ -208,7 +195,7 @@ class FVAE(NotRematerialized, keras.Layer):
     @property
     def num_inference_parameters(self):
         """Integer, the parameters that the mean of q1 depends on."""
-        widths = self.feature_weights.shape[0], *self._z1_mean_widths()
+        widths = self.feature_weights.shape[0], *self.networks.z1_mean_widths
         return sum(
             (before + 1) * after for before, after in itertools.pairwise(widths)
         )
@@ -222,15 +209,7 @@ class FVAE(NotRematerialized, keras.Layer):
         Returns:
             Float32 tensor of shape `(..., rank)`.
         """
-        weights = self._weights("encoder")
-        for level, width in enumerate(self._z1_mean_widths()):
-            if level > 0:
-                x = ops.relu(x)
-            # The first trunk's first head is the mean of q1.
-            kernel = weights[f"encoder_kernel_{level}"][:, 0, :width]
-            bias = weights[f"encoder_bias_{level}"][0, :width]
-            x = _affine(x, kernel, bias)
-        return ops.cast(x, "float32")
+        return self.networks.posterior_mean(x, *self._weights())
 
     def sample_z1(self, x):
         """A draw from q1 alone, for `config.sample_at_inference`.
@@ -243,8 +222,9 @@ class FVAE(NotRematerialized, keras.Layer):
             `(num_samples, ..., rank)`.
         """
         q1, _ = self.posteriors(x)
-        (z1,) = self._sample(q1)
-        return z1
+        shape = self._draws_shape(*ops.shape(q1.mean))
+        numbers = draws.uniform(shape, self.seed_generator)
+        return reparameterize(q1, draws.to_normal(numbers))
 
     def posteriors(self, x):
         """q1 and q2 at inference.
@@ -257,7 +237,7 @@ class FVAE(NotRematerialized, keras.Layer):
             `(..., rank)`: the mean and the log variance.
         """
         self.refuse_if_finalized()
-        return self._encode(x, self._weights("encoder"), training=False)
+        return self.networks.posteriors(x, *self._weights()).split()
 
     def encode_and_score(self, x, training=None, mask=None, noise=None):
         """The latents and the loss: `call` without the diagnostics.
@@ -266,40 +246,35 @@ class FVAE(NotRematerialized, keras.Layer):
             x: Tensor of shape `(tokens, d)`.
             training: Boolean, as in `call`.
             mask: Optional tensor of shape `(tokens,)`.
-            noise: Optional pair of tensors shaped like `z1` and `z2`.
+            noise: Optional tensor shaped like the latents, `(..., tokens, 2,
+                rank)`.
 
         Returns:
-            Tuple `(q1, q2, z1, z2, negative_log_likelihood, loss)`.
+            A `Score`.
         """
         self.refuse_if_finalized()
-        weights = self._weights()
-        q1, q2 = self._encode(x, weights, training)
-        if noise is not None:
-            z1 = _reparameterize(q1, noise[0])
-            z2 = _reparameterize(q2, noise[1])
-        elif training or self.config.sample_at_inference:
-            z1, z2 = self._sample(q1, q2)
-        else:
-            z1, z2 = q1.mean, q2.mean
-        residual = x - self._decode(z1, z2, weights, x.dtype, training)
-        # The scale is the same for every token, so the squared error is
-        # averaged over the tokens before it is divided by the scale.
-        squared_error = objective.token_mean(
-            ops.square(ops.cast(residual, "float32")), mask, feature_axes=1
+        token_weights = objective.token_weights(mask)
+        num_tokens = ops.shape(x)[0]
+        noise, is_kept = self._draw_noise_and_dropout(
+            num_tokens, training, noise
         )
-        negative_log_likelihood = objective.negative_log_likelihood(
-            squared_error, ops.exp(weights["log_scale"]) + SCALE_FLOOR
+        compute_score = functools.partial(
+            self.networks.score,
+            token_weights=token_weights,
+            noise=noise,
+            is_kept=is_kept,
         )
-        loss = -self._objective(negative_log_likelihood, q1, q2, z1, z2, mask)
+        if training and self.config.rematerialize:
+            compute_score = keras.remat(compute_score)
+        score = compute_score(
+            x, *self._weights(), self.objective_weights.variable.value
+        )
         if training and self.totals is not None:
-            parts = loss, negative_log_likelihood, squared_error, x
             self._add_to_totals(
-                *keras.tree.map_structure(
-                    ops.stop_gradient, (*parts, q1, q2, z1, z2)
-                ),
-                mask,
+                *keras.tree.map_structure(ops.stop_gradient, (x, score)),
+                token_weights,
             )
-        return q1, q2, z1, z2, negative_log_likelihood, loss
+        return score
 
     @property
     def variables(self):
@@ -322,7 +297,8 @@ class FVAE(NotRematerialized, keras.Layer):
     @property
     def array_shapes(self):
         """Dict of name to shape, of the arrays that the variables hold."""
-        return {**self._feature_packing.shapes, **self._latent_packing.shapes}
+        packings = self.networks.feature_packing, self.networks.latent_packing
+        return {**packings[0].shapes, **packings[1].shapes}
 
     def get_arrays(self, finalized=False):
         """What the variables hold.
@@ -334,11 +310,11 @@ class FVAE(NotRematerialized, keras.Layer):
         Returns:
             Dict of name to NumPy array.
         """
-        arrays = self._unpack(*self._packed_values())
+        arrays = self.networks.unpack(*self._packed_values())
         if not finalized:
             return arrays
         selected = {}
-        for level, width in enumerate(self._z1_mean_widths()):
+        for level, width in enumerate(self.networks.z1_mean_widths):
             kernel, bias = f"encoder_kernel_{level}", f"encoder_bias_{level}"
             selected[kernel] = arrays[kernel][:, :1, :width]
             selected[bias] = arrays[bias][:1, :width]
@@ -346,8 +322,9 @@ class FVAE(NotRematerialized, keras.Layer):
 
     def set_arrays(self, arrays):
         """Sets the variables from what `get_arrays` returned."""
-        self.feature_weights.assign(self._feature_packing.pack(arrays))
-        self.latent_weights.assign(self._latent_packing.pack(arrays))
+        networks = self.networks
+        self.feature_weights.assign(networks.feature_packing.pack(arrays))
+        self.latent_weights.assign(networks.latent_packing.pack(arrays))
 
     def get_reference_weights(self):
         """The weights, by the names and in the layout of the authors' code.
@@ -360,9 +337,8 @@ class FVAE(NotRematerialized, keras.Layer):
             ValueError: If the layer is not built.
         """
         self.refuse_if_finalized()
-        views = reference_views(
-            self.config, self._unpack(*self._packed_values())
-        )
+        packed = self._packed_values()
+        views = reference_views(self.config, self.networks.unpack(*packed))
         weights = {name: view.copy() for name, view in views.items()}
         # The standard deviation is `scale_tril + 1e-5` there, and
         # `exp(log_scale) + SCALE_FLOOR` here.
@@ -384,7 +360,7 @@ class FVAE(NotRematerialized, keras.Layer):
         """
         self.refuse_if_finalized()
         packed = self._packed_values()
-        views = reference_views(self.config, self._unpack(*packed))
+        views = reference_views(self.config, self.networks.unpack(*packed))
         for name in [*views, *weights]:
             if name not in weights or name not in views:
                 problem = "Missing" if name in views else "Unknown"
@@ -466,154 +442,107 @@ class FVAE(NotRematerialized, keras.Layer):
             return ops.stack(kernels, axis=1)
         return glorot_uniform(shape)
 
-    def _weights(self, prefix=""):
-        """The weights by name, all or those of the encoders or decoder."""
-        return self._unpack(
-            ops.convert_to_tensor(self.feature_weights),
-            ops.convert_to_tensor(self.latent_weights),
-            prefix,
-        )
-
-    def _encode(self, x, weights, training):
-        """The posteriors q1 and q2; their trunks run side by side."""
-        for level in range(len(self.config.hidden_units) + 1):
-            kernel = weights[f"encoder_kernel_{level}"]
-            if level == 0:
-                # Every trunk reads x.
-                kernel = ops.reshape(kernel, (kernel.shape[0], -1))
-            else:
-                x = self._activate(x, training)
-                kernel = _block_diagonal(kernel)
-            bias = ops.reshape(weights[f"encoder_bias_{level}"], (-1,))
-            x = _affine(x, kernel, bias)
-        z1_mean, z1_log_variance, z2_mean, z2_log_variance = ops.split(
-            ops.cast(x, "float32"), 4, axis=-1
-        )
+    def _weights(self):
         return (
-            Posterior(z1_mean, ops.clip(z1_log_variance, *LOG_VARIANCE_LIMITS)),
-            Posterior(z2_mean, ops.clip(z2_log_variance, *LOG_VARIANCE_LIMITS)),
+            self.feature_weights.value,
+            self.latent_weights.value,
         )
 
-    def _decode(self, z1, z2, weights, dtype, training):
-        """The mean of p(x | z1, z2)."""
-        if self.config.latent_fusion == "concat":
-            x = ops.concatenate([z1, z2], axis=-1)
-        else:
-            x = (z1 + z2) / 2
-        x = ops.cast(x, dtype)
-        for level in range(len(self.config.decoder_units)):
-            kernel = weights[f"decoder_kernel_{level}"]
-            x = _affine(x, kernel, weights[f"decoder_bias_{level}"])
-            x = self._activate(x, training)
-        kernel = ops.transpose(weights["decoder_output_kernel"])
-        return _affine(x, kernel, weights["decoder_output_bias"])
+    def _draw_noise_and_dropout(self, num_tokens, training, noise):
+        """The random numbers of a step.
 
-    def _activate(self, x, training):
-        x = ops.relu(x)
-        if training and self.config.dropout > 0:
-            x = keras.random.dropout(
-                x, self.config.dropout, seed=self.seed_generator
+        Args:
+            num_tokens: Integer.
+            training: Boolean, whether there is dropout.
+            noise: Optional tensor, the noise if it is given.
+
+        Returns:
+            Pair of the noise, or `None` for latents that are means, and a dict
+            of hidden layer to boolean tensor, the units that dropout keeps.
+        """
+        config = self.config
+        is_dropped = training and config.dropout > 0
+        widths = {}
+        if noise is None and (training or config.sample_at_inference):
+            widths["noise"] = 2 * config.rank
+        if is_dropped:
+            num_trunks = self.array_shapes["encoder_bias_0"][0]
+            for level, units in enumerate(config.hidden_units):
+                widths[f"encoder_{level}"] = num_trunks * units
+        numbers = self._draw(num_tokens, widths)
+        if "noise" in numbers:
+            shape = self._draws_shape(num_tokens, 2, config.rank)
+            noise = draws.to_normal(ops.reshape(numbers.pop("noise"), shape))
+        if config.num_samples > 1:
+            # The encoders run once for all draws.
+            numbers = {name: values[0] for name, values in numbers.items()}
+        if is_dropped:
+            # By themselves, since they are needed only later.
+            numbers |= self._draw(
+                num_tokens,
+                {
+                    f"decoder_{level}": units
+                    for level, units in enumerate(config.decoder_units)
+                },
             )
-        return x
+        is_kept = {
+            name: values >= config.dropout for name, values in numbers.items()
+        }
+        return noise, is_kept
 
-    def _sample(self, *posteriors):
-        """Draws from each posterior."""
-        token_shape = ops.shape(posteriors[0].mean)[:-1]
-        # One call to the generator: it costs more than the numbers do.
-        noise = keras.random.normal(
-            self._draws_shape(token_shape, len(posteriors)),
-            dtype="float32",
-            seed=self.seed_generator,
-        )
-        noise = ops.split(noise, len(posteriors), axis=-1)
-        return [_reparameterize(q, eps) for q, eps in zip(posteriors, noise)]
+    def _draw(self, num_tokens, widths):
+        """Uniform numbers, by what they are for and how many a token needs.
 
-    def _draws_shape(self, token_shape, num_latents=1):
-        shape = (*token_shape, num_latents * self.config.rank)
+        In one call to the generator, which costs more than the numbers do.
+        """
+        if not widths:
+            return {}
+        shape = self._draws_shape(num_tokens, sum(widths.values()))
+        numbers = draws.uniform(shape, self.seed_generator)
+        stops = itertools.accumulate(widths.values())
+        return {
+            name: numbers[..., stop - width : stop]
+            for (name, width), stop in zip(widths.items(), stops)
+        }
+
+    def _draws_shape(self, *shape):
         if self.config.num_samples > 1:
-            shape = (self.config.num_samples, *shape)
+            return (self.config.num_samples, *shape)
         return shape
 
-    def _objective(self, negative_log_likelihood, q1, q2, z1, z2, mask):
-        config = self.config
-        log_likelihood = -negative_log_likelihood
-        kl_z1 = objective.token_mean(objective.kl_divergence(*q1), mask)
-        if config.objective == "fvae":
-            log_p1, log_p2 = self._log_priors(q1, q2, z1, z2)
-            return objective.fvae(
-                log_likelihood,
-                kl_z1,
-                objective.token_mean(log_p1, mask),
-                objective.token_mean(log_p2, mask),
-                config.reconstruction_weight,
-                self.objective_weights.kl_weight,
-                self.objective_weights.gamma_weights,
-            )
-        kl_z2 = objective.kl_divergence(*q2, *config.prior)
-        kl_z2 = objective.token_mean(kl_z2, mask)
-        if config.objective == "vae2lat":
-            return objective.vae2lat(log_likelihood, kl_z1, kl_z2)
-        return objective.beta_vae2lat(
-            log_likelihood, kl_z1, kl_z2, self.objective_weights.kl_weight
-        )
+    def _further_terms(self, q1, q2, token_weights):
+        """Those that training does without."""
 
-    def _log_priors(self, q1, q2, z1, z2):
-        """log p1(z1) and log p2(z2): their expectations, or of the draws."""
-        prior = self.config.prior
-        if self.config.gamma_estimator == "closed_form":
+        def terms(q, prior_mean=0.0, prior_std=1.0):
+            distance = objective.squared_distance(*q, prior_mean)
             return (
-                objective.expected_log_density(*q1),
-                objective.expected_log_density(*q2, *prior),
+                objective.kl_divergence(distance, q.log_variance, prior_std),
+                objective.log_density(distance, prior_std),
             )
-        return objective.log_density(z1), objective.log_density(z2, *prior)
 
-    def _terms(self, q1, q2, z1, z2, mask):
-        """The terms of the latents, means over the tokens that count."""
-        log_p1, log_p2 = self._log_priors(q1, q2, z1, z2)
+        _, log_p1_of_z1 = terms(q1)
+        kl_z2_to_p1, log_p1_of_z2 = terms(q2)
+        kl_z2, _ = terms(q2, *self.config.prior)
+        each = {
+            "lambda_mismatch": kl_z2_to_p1 - kl_z2,
+            "delta_divergence": log_p1_of_z2 - log_p1_of_z1,
+            "wasserstein": objective.wasserstein(*q1, *q2),
+        }
         return {
-            "kl_z1": objective.token_mean(objective.kl_divergence(*q1), mask),
-            "gamma": objective.token_mean(log_p2 - log_p1, mask),
-            "wasserstein": objective.token_mean(
-                objective.wasserstein(*q1, *q2), mask
-            ),
+            name: objective.token_mean(values, token_weights)
+            for name, values in each.items()
         }
 
-    def _further_terms(self, q1, q2, mask):
-        """Those that only `call` returns."""
-        kl_z2 = objective.kl_divergence(*q2, *self.config.prior)
-        lambda_mismatch = objective.kl_divergence(*q2) - kl_z2
-        delta_divergence = objective.expected_log_density(
-            *q2
-        ) - objective.expected_log_density(*q1)
-        return {
-            "kl_z2": objective.token_mean(kl_z2, mask),
-            "lambda_mismatch": objective.token_mean(lambda_mismatch, mask),
-            "delta_divergence": objective.token_mean(delta_divergence, mask),
-        }
-
-    def _add_to_totals(
-        self,
-        loss,
-        negative_log_likelihood,
-        squared_error,
-        x,
-        q1,
-        q2,
-        z1,
-        z2,
-        mask,
-    ):
+    def _add_to_totals(self, x, score, token_weights):
         """Adds a step to what `keras_fvae.FVAELoRAMonitor` counts."""
+        q1, q2 = score.posteriors.split()
+        wasserstein = objective.wasserstein(*q1, *q2)
         terms = {
-            "fvae_loss": loss,
-            "negative_log_likelihood": negative_log_likelihood,
-            **self._terms(q1, q2, z1, z2, mask),
+            **score.terms,
+            "fvae_loss": score.loss,
+            "wasserstein": objective.token_mean(wasserstein, token_weights),
         }
-        self.totals.add(terms, x, squared_error, q1.mean, mask)
-
-    def _z1_mean_widths(self):
-        """The widths of the layers that lead from x to the mean of q1."""
-        return (*self.config.hidden_units, self.config.rank)
+        self.totals.add(terms, x, score.squared_error, q1.mean, token_weights)
 
     def refuse_quantization(self):
         """Raises a `ValueError` that says in which order to go."""
@@ -644,34 +573,6 @@ class FVAE(NotRematerialized, keras.Layer):
             np.array(ops.convert_to_numpy(self.feature_weights)),
             np.array(ops.convert_to_numpy(self.latent_weights)),
         )
-
-    def _unpack(self, feature_weights, latent_weights, prefix=""):
-        return {
-            **self._feature_packing.unpack(feature_weights, prefix),
-            **self._latent_packing.unpack(latent_weights, prefix),
-        }
-
-
-def _affine(x, kernel, bias):
-    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
-    return ops.add(ops.matmul(x, kernel), bias)
-
-
-def _block_diagonal(kernels):
-    """One matrix from kernels `(in, n, out)`, for n inputs side by side.
-
-    Half or more of it is zeros, but these products are small, and one runs
-    faster than n.
-    """
-    width, count, units = kernels.shape
-    blocks = ops.reshape(ops.eye(count), (count, 1, count, 1)) * kernels
-    return ops.reshape(blocks, (count * width, count * units))
-
-
-def _reparameterize(q, noise):
-    """z = mean + standard deviation * noise."""
-    noise = ops.cast(noise, "float32")
-    return q.mean + ops.exp(0.5 * q.log_variance) * noise
 
 
 def _check_mask(mask, x):

@@ -127,11 +127,12 @@ class Adapter(NotRematerialized, keras.Layer):
         if training:
             x = ops.reshape(x, (-1, x.shape[-1]))
             token_shape = contraction.token_shape(inputs)
-            _, _, z1, _, _, loss = self.fvae.encode_and_score(
+            score = self.fvae.encode_and_score(
                 x, training=True, mask=masking.flatten_mask(mask, token_shape)
             )
+            z1, _ = ops.unstack(score.z, 2, axis=-2)
             elbo_weight = self.fvae.objective_weights.elbo_weight
-            self._add_to_mean_loss(elbo_weight * loss)
+            self._add_to_mean_loss(elbo_weight * score.loss)
         elif config.sample_at_inference:
             z1 = self.fvae.sample_z1(x)
         else:

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_fvae.fvae import SCALE_FLOOR
 from keras_fvae.lookup import require_adapted_layers
+from keras_fvae.networks import SCALE_FLOOR
 from keras_fvae.objective import LOG_2_PI
 from keras_fvae.totals import TermTotals
 from keras_fvae.training import forget_compiled_functions

@@ -10,60 +10,69 @@ https://arxiv.org/abs/2510.19640), section 3 and its appendix.
 
 import math
 
+import numpy as np
 from keras import ops
 
 LOG_2_PI = math.log(2 * math.pi)
 
 
-def kl_divergence(mean, log_variance, prior_mean=0.0, prior_std=1.0):
-    """KL(q || p) from q = N(mean, exp(log_variance)) to a prior p.
+def squared_distance(mean, log_variance, prior_mean=0.0):
+    """E_q[(z - prior_mean)^2] under q = N(mean, exp(log_variance)).
+
+    All that the terms below need to know of a prior's mean.
 
     Args:
         mean: Tensor of shape `(..., rank)`, the mean of q.
         log_variance: Tensor of shape `(..., rank)`, its log variance.
-        prior_mean: Float, the mean of p in each dimension.
-        prior_std: Float, the standard deviation of p in each dimension.
+        prior_mean: Float, or array that broadcasts.
 
     Returns:
-        Float32 tensor of shape `(...)`.
+        Float32 tensor of shape `(..., rank)`.
     """
     mean, log_variance = _float32(mean), _float32(log_variance)
-    log_ratio = log_variance - 2 * math.log(prior_std)
-    squared_distance = ops.square(mean - prior_mean) / prior_std**2
-    return 0.5 * ops.sum(
-        squared_distance + ops.exp(log_ratio) - log_ratio - 1.0, axis=-1
-    )
+    distance = ops.square(ops.subtract(mean, np.float32(prior_mean)))
+    return distance + ops.exp(log_variance)
 
 
-def expected_log_density(mean, log_variance, prior_mean=0.0, prior_std=1.0):
-    """E_q[log p(z)] of a prior p under q = N(mean, exp(log_variance)).
+def kl_divergence(squared_distance, log_variance, prior_std=1.0):
+    """KL(q || p) from a Gaussian q to a prior p = N(prior_mean, prior_std^2).
+
+    Linear in both tensors, so their means over tokens give the mean.
 
     Args:
-        mean: Tensor of shape `(..., rank)`, the mean of q.
-        log_variance: Tensor of shape `(..., rank)`, its log variance.
-        prior_mean: Float, the mean of p in each dimension.
-        prior_std: Float, the standard deviation of p in each dimension.
+        squared_distance: Tensor of shape `(..., rank)`, what the function of
+            that name returns for q and the mean of p.
+        log_variance: Tensor of shape `(..., rank)`, the log variance of q.
+        prior_std: Float, or array that broadcasts, the standard deviation of
+            p.
 
     Returns:
         Float32 tensor of shape `(...)`.
     """
-    mean, log_variance = _float32(mean), _float32(log_variance)
-    second_moment = ops.square(mean - prior_mean) + ops.exp(log_variance)
-    return _log_density(second_moment, prior_std)
+    log_std, precision = _log_and_precision(prior_std)
+    ratio = ops.multiply(_float32(squared_distance), precision)
+    log_ratio = ops.subtract(_float32(log_variance), 2 * log_std)
+    return 0.5 * ops.sum(ratio - log_ratio - 1.0, axis=-1)
 
 
-def log_density(z, prior_mean=0.0, prior_std=1.0):
-    """log p(z) of drawn latents under a prior p.
+def log_density(squared_distance, prior_std=1.0):
+    """log p(z) of a prior p = N(prior_mean, prior_std^2), or E_q[log p(z)].
+
+    Linear in the tensor, so its mean over tokens gives the mean.
 
     Args:
-        z: Tensor of shape `(..., rank)`.
-        prior_mean: Float, the mean of p in each dimension.
-        prior_std: Float, the standard deviation of p in each dimension.
+        squared_distance: Tensor of shape `(..., rank)`: `(z - prior_mean)^2`
+            of drawn latents, or its expectation, which the function of that
+            name returns.
+        prior_std: Float, or array that broadcasts, the standard deviation of
+            p.
 
     Returns:
         Float32 tensor of shape `(...)`.
     """
-    return _log_density(ops.square(_float32(z) - prior_mean), prior_std)
+    log_std, precision = _log_and_precision(prior_std)
+    ratio = ops.multiply(_float32(squared_distance), precision)
+    return -0.5 * ops.sum(ops.add(ratio, 2 * log_std + LOG_2_PI), axis=-1)
 
 
 def wasserstein(mean1, log_variance1, mean2, log_variance2):
@@ -105,14 +114,31 @@ def negative_log_likelihood(squared_error, scale):
     )
 
 
-def token_mean(values, mask=None, feature_axes=0):
-    """Mean over the tokens that count.
+def token_weights(mask):
+    """What each token weighs in the mean over the tokens that count.
+
+    Args:
+        mask: Optional tensor of shape `(tokens,)`, 1 or `True` for the tokens
+            that count. `None` counts them all.
+
+    Returns:
+        Float32 tensor of shape `(tokens,)`, or `None` if all weigh the same.
+        If none counts, all weigh nothing.
+    """
+    if mask is None:
+        return None
+    mask = _float32(mask)
+    return ops.divide_no_nan(mask, ops.sum(mask))
+
+
+def token_mean(values, token_weights=None, feature_axes=0):
+    """Mean over the tokens.
 
     Args:
         values: Tensor of shape `(tokens, ...)`, or `(draws, tokens, ...)`
             for the mean over several draws too.
-        mask: Optional tensor of shape `(tokens,)`, 1 or `True` for the tokens
-            that count. `None` counts them all. If none counts, the mean is 0.
+        token_weights: Optional tensor of shape `(tokens,)`, what the function
+            of that name returns.
         feature_axes: Integer, how many axes follow that of the tokens; they
             are kept.
 
@@ -121,12 +147,11 @@ def token_mean(values, mask=None, feature_axes=0):
     """
     values = _float32(values)
     axes = tuple(range(len(values.shape) - feature_axes))
-    if mask is None:
+    if token_weights is None:
         return ops.mean(values, axis=axes)
-    mask = _float32(mask)
-    total = ops.sum(mask) * math.prod(values.shape[: len(axes) - 1])
-    mask = ops.reshape(mask, (-1, *[1] * feature_axes))
-    return ops.divide_no_nan(ops.sum(values * mask, axis=axes), total)
+    weights = ops.reshape(token_weights, (-1, *[1] * feature_axes))
+    num_draws = math.prod(values.shape[: len(axes) - 1])
+    return ops.sum(values * weights, axis=axes) * (1 / num_draws)
 
 
 def fvae(
@@ -188,11 +213,10 @@ def beta_vae2lat(log_likelihood, kl_z1, kl_z2, kl_weight):
     return log_likelihood - kl_weight * (kl_z1 + kl_z2)
 
 
-def _log_density(squared_distance, std):
-    """Log density, summed over the last axis, from squared distances."""
-    return -0.5 * ops.sum(
-        squared_distance / std**2 + 2 * math.log(std) + LOG_2_PI, axis=-1
-    )
+def _log_and_precision(std):
+    """Of a float or array, as float32 constants."""
+    std = np.asarray(std, "float32")
+    return np.log(std), std**-2
 
 
 def _float32(x):

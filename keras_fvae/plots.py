@@ -329,7 +329,9 @@ def _layer_statistics(layer):
         return float(ops.convert_to_numpy(values).mean())
 
     return {
-        "kl": mean(objective.kl_divergence(*q1)),
+        "kl": mean(
+            objective.kl_divergence(objective.squared_distance(*q1), q1[1])
+        ),
         "wasserstein": mean(objective.wasserstein(*q1, *q2)),
         "active_units": [
             int((means.var(axis=0) > ACTIVE_UNIT_VARIANCE).sum())

@@ -39,7 +39,7 @@ class TermTotals:
             name="term_totals",
         )
 
-    def add(self, terms, x, squared_error, z1_mean, mask=None):
+    def add(self, terms, x, squared_error, z1_mean, token_weights=None):
         """Adds a step.
 
         Args:
@@ -47,10 +47,11 @@ class TermTotals:
             x: Tensor of shape `(tokens, d)`, what is reconstructed.
             squared_error: Tensor of shape `(d,)`, the mean over tokens.
             z1_mean: Tensor of shape `(tokens, rank)`, the means of q1.
-            mask: Optional tensor of shape `(tokens,)`.
+            token_weights: Optional tensor of shape `(tokens,)`, as
+                `objective.token_weights` returns it.
         """
         x_mean, x_square, z1_total, z1_square = (
-            objective.token_mean(values, mask, feature_axes=1)
+            objective.token_mean(values, token_weights, feature_axes=1)
             for values in (
                 x,
                 ops.square(ops.cast(x, "float32")),

@@ -247,7 +247,7 @@ def test_every_adapter_weight_gets_a_gradient(config, rng):
     )
     gradients = {
         "kernel_b": kernel_b,
-        **reference_views(fvae.config, fvae._unpack(*packed)),
+        **reference_views(fvae.config, fvae.networks.unpack(*packed)),
     }
     for name, gradient in gradients.items():
         assert np.abs(gradient).max() > 0, name
