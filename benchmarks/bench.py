@@ -15,6 +15,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
+from benchmarks.models import DEPTHS
 from benchmarks.models import METHODS
 from benchmarks.models import WIDTHS
 from keras_fvae import plots
@@ -24,26 +25,26 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAIR = ("LoRA", "FVAE-LoRA")
 RANK = 16
 BACKENDS = ("jax", "tensorflow", "torch")
-VIT, LONG_VIT, LLAMA, TINY = (
+VIT, LONG_VIT, LLAMA, COMPILED, TINY = (
     "ViT-B/16, 4 blocks",
     "ViT-B/16, 12 blocks",
     "Llama block, width 2048",
+    "ViT-B/16, 4 blocks, torch.compile",
     "tiny",
 )
 # What is measured, of which size, of which methods; what it is to reach.
 GOALS = (
     ("training step", VIT, "train", "FVAE-LoRA", "LoRA", (1.05, 1.05, 1.15)),
+    ("training step", COMPILED, "train", "FVAE-LoRA", "LoRA", (0, 0, 1.05)),
     ("training step", LLAMA, "train", "FVAE-LoRA", "LoRA", (1.0, 1.0, 1.0)),
-    (
-        "training step", VIT, "train", "FVAE-LoRA", "LoRA on x",
-        (1.12, 1.12, None),
-    ),
+    ("training step", VIT, "train", "FVAE-LoRA", "LoRA on x", (1.12, 1.12, 0)),
     ("prediction", VIT, "predict", "FVAE-LoRA", "base", (1.05,) * 3),
     ("prediction", VIT, "predict", "finalized", "base", (1.03,) * 3),
     ("prediction", VIT, "predict", "merged", "base", (1.0,) * 3),
     ("peak memory", LONG_VIT, "peak", "FVAE-LoRA", "LoRA", (1.1,) * 3),
+    ("peak memory", LONG_VIT, "peak", "rematerialized", "LoRA", (1.02,) * 3),
     ("first step", LONG_VIT, "first", "FVAE-LoRA", "LoRA", (1.5,) * 3),
-)  # fmt: skip
+)
 
 
 def main():
@@ -55,19 +56,22 @@ def main():
         "--backends", nargs="+", choices=BACKENDS, default=BACKENDS
     )
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model in place of all"
     )
     parser.add_argument("--output", type=pathlib.Path, default="output")
     arguments = parser.parse_args()
-    results = {
-        backend: measure_all(backend, arguments)
-        for backend in arguments.backends
-    }
+    results = {}
+    for backend in arguments.backends:
+        device = measure(backend, "device")
+        for dtype in ("float32", "mixed_bfloat16"):
+            # On CPUs bfloat16 saves nothing.
+            if dtype == "float32" or device != "CPU":
+                run = f"{backend}, {dtype} on {device}"
+                results[run] = measure_all(run, backend, dtype, arguments)
     print_steps(results)
-    short = print_goals(results)
-    print(f"\n{short} of these ratios fall short of what they are to reach.")
+    short = print_goals(results) + print_growth(results)
+    print(f"\n{short} of these fall short of what they are to reach.")
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "bench.json"
     path.write_text(json.dumps(results, indent=1))
@@ -75,54 +79,58 @@ def main():
     print(f"All figures are in {path}, a picture beside it.")
 
 
-def measure_all(backend, arguments):
-    """The results of a backend: by size and method, by width, by rank."""
+def measure_all(run, backend, dtype, arguments):
+    """The results of a backend: by size and method, width, rank and depth."""
 
-    def steps(size, rank=RANK, methods=PAIR, rounds=arguments.rounds):
-        print(f"{backend}, {size}, rank {rank} ...", file=sys.stderr)
+    def steps(size, *options, rank=RANK, methods=PAIR, rounds=None):
+        print(f"{run}: {size}, rank {rank} ...", file=sys.stderr)
         return measure(
-            backend, "steps", size, "--rank", rank, "--rounds", rounds,
-            "--dtype", arguments.dtype, "--methods", *methods,
+            backend, "steps", size, "--rank", rank, "--dtype", dtype,
+            "--rounds", rounds or arguments.rounds, "--methods", *methods,
+            *options,
         )  # fmt: skip
 
     if arguments.quick:
-        sizes, widths, ranks = [TINY], {64: TINY}, {RANK: TINY}
+        sizes, longest = {TINY: steps(TINY, methods=METHODS)}, TINY
+        widths, ranks, depths = {64: TINY}, {RANK: TINY}, {1: TINY}
     else:
-        sizes = [VIT, LLAMA, LONG_VIT]
+        sizes, longest = {}, LONG_VIT
+        for size in (VIT, LLAMA):
+            sizes[size] = steps(size, methods=METHODS)
+        # Of the longest, the first step counts, and the memory.
+        methods = (*PAIR, "rematerialized")
+        sizes[longest] = steps(longest, methods=methods, rounds=1)
+        if backend == "torch":
+            sizes[COMPILED] = steps(VIT, "--jit-compile")
         widths = {width: f"Llama block, width {width}" for width in WIDTHS}
         ranks = dict.fromkeys((4, RANK, 64), VIT)
-    results = {}
-    for size in sizes:
-        # Of the long one only the first step counts.
-        is_long = size == LONG_VIT
-        results[size] = steps(
-            size,
-            methods=PAIR if is_long else METHODS,
-            rounds=1 if is_long else arguments.rounds,
+        depths = {2 * depth: f"narrow ViT, {depth} blocks" for depth in DEPTHS}
+    for method in (*PAIR, "rematerialized"):
+        sizes[longest][method] |= measure(
+            backend, "memory", longest, "--dtype", dtype, "--methods", method
         )
-        for method in PAIR:
-            results[size][method] |= measure(
-                backend, "memory", size, "--dtype", arguments.dtype,
-                "--methods", method,
-            )  # fmt: skip
     return {
-        "sizes": results,
-        "widths": {
-            width: results.get(size) or steps(size)
-            for width, size in widths.items()
-        },
+        "sizes": sizes,
+        "widths": {w: sizes.get(s) or steps(s) for w, s in widths.items()},
         "ranks": {
-            rank: results[size] if rank == RANK else steps(size, rank)
+            rank: sizes[size] if rank == RANK else steps(size, rank=rank)
             for rank, size in ranks.items()
         },
+        "depths": {d: sizes.get(s) or steps(s) for d, s in depths.items()},
     }
 
 
 def measure(backend, *arguments):
     """What `benchmarks.measure` prints in a process of its own."""
+    memory = arguments[0] == "memory"
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.measure", *map(str, arguments)],
-        env={**os.environ, "KERAS_BACKEND": backend},
+        env={
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            # What is freed goes back at once: the peak is of what is held.
+            **({"MALLOC_MMAP_THRESHOLD_": "65536"} if memory else {}),
+        },
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -132,20 +140,23 @@ def measure(backend, *arguments):
 
 
 def print_steps(results):
-    print("Seconds of a step: the median, and the quartles about it.")
-    for backend, result in results.items():
+    print("Seconds of a step: the median, and the quartiles about it.")
+    for run, result in results.items():
         for size, methods in result["sizes"].items():
-            print(f"\n{backend}, {size}")
-            lora = methods["LoRA"]
+            print(f"\n{run}: {size}")
             for method, measured in methods.items():
                 for what in ("train", "predict"):
                     if measured[what]:
                         times = quartiles(measured[what])
-                        ratios = ""
+                        line = f"  {method:17}{what:9}{times}"
                         if what == "train":
-                            ratios = "   of LoRA's: {:.3f}, counted {:.3f}"
-                            ratios = ratios.format(*ratio_to(lora, measured))
-                        print(f"  {method:17}{what:9}{times}{ratios}")
+                            lora = methods["LoRA"]
+                            line += (
+                                "   of LoRA's: "
+                                f"{ratio(measured, lora, what):.3f}, counted "
+                                f"{counted_ratio(measured, lora):.3f}"
+                            )
+                        print(line)
 
 
 def quartiles(seconds):
@@ -153,12 +164,13 @@ def quartiles(seconds):
     return f"{median:8.3f} [{low:.3f}, {high:.3f}]"
 
 
-def ratio_to(lora, result):
-    """A training step by LoRA's: as measured, and as counted."""
-    return (
-        np.median(result["train"]) / np.median(lora["train"]),
-        result["counted"] / lora["counted"],
-    )
+def ratio(result, other, what):
+    """The median of the ratios of the rounds, in which both took turns."""
+    return np.median(np.divide(result[what], other[what]))
+
+
+def counted_ratio(result, other):
+    return result["counted"] / other["counted"]
 
 
 def print_goals(results):
@@ -166,25 +178,44 @@ def print_goals(results):
     short = 0
     print("\nRatios, and what they are to reach:")
     for what, size, key, method, other, goals in GOALS:
-        for backend, result in results.items():
-            sizes = result["sizes"]
-            goal = goals[BACKENDS.index(backend)]
-            if goal is None:
+        for run, result in results.items():
+            goal = goals[BACKENDS.index(run.split(",")[0])]
+            if not goal:
                 continue
-            measured_size = size if size in sizes else TINY
-            methods = sizes[measured_size]
-            ratio = np.median(methods[method][key]) / np.median(
-                methods[other][key]
-            )
-            is_short = ratio > goal
-            short += is_short
-            pair = f"{method} / {other}"
-            verdict = "   FALLS SHORT" if is_short else ""
-            print(
-                f"  {what:14}{measured_size:25}{backend:12}{pair:22}"
-                f"{ratio:7.3f}  to reach {goal:.2f}{verdict}"
+            measured_size = size if size in result["sizes"] else TINY
+            methods = result["sizes"][measured_size]
+            value = ratio(methods[method], methods[other], key)
+            short += print_goal(
+                f"{what}, {measured_size}: {method} / {other}", run, value, goal
             )
     return short
+
+
+def print_growth(results):
+    """Prints how a step grows with rank and depth; returns as `print_goals`."""
+    short = 0
+    print("\nGrowth of a step of FVAE-LoRA, and that of its arithmetic:")
+    for key, what in (("ranks", "rank"), ("depths", "adapted layers")):
+        for run, result in results.items():
+            points = result[key]
+            first, last = min(points), max(points)
+            least, most = (points[p]["FVAE-LoRA"] for p in (first, last))
+            grown = np.median(most["train"]) / np.median(least["train"])
+            short += print_goal(
+                f"{what} {first} to {last}",
+                run,
+                grown,
+                counted_ratio(most, least),
+            )
+    return short
+
+
+def print_goal(what, run, value, goal):
+    # As exact as the goals are.
+    is_short = round(value, 2) > round(goal, 2)
+    verdict = "   FALLS SHORT" if is_short else ""
+    print(f"  {what:66}{run:28}{value:7.3f}  to reach {goal:.2f}{verdict}")
+    return is_short
 
 
 def plot(results):
@@ -196,22 +227,20 @@ def plot(results):
         ("widths", "ranks"),
         (f"width of a Llama block, rank {RANK}", "rank in ViT-B/16"),
     ):
-        for index, (backend, result) in enumerate(results.items()):
-            points = result[key]
-            measured, counted = zip(
-                *[ratio_to(p["LoRA"], p["FVAE-LoRA"]) for p in points.values()]
-            )
+        for index, (run, result) in enumerate(results.items()):
+            points = [(p["FVAE-LoRA"], p["LoRA"]) for p in result[key].values()]
             axis.plot(
-                list(points),
-                measured,
+                list(result[key]),
+                [ratio(*point, "train") for point in points],
                 color=plots.COLORS[index],
                 marker=plots.MARKERS[index],
-                label=backend,
+                label=run,
             )
-        axis.plot(list(points), counted, "k:", label="counted")
+        counted = [counted_ratio(*point) for point in points]
+        axis.plot(list(result[key]), counted, "k:", label="counted")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.set_xticks(list(points))
+        axis.set_xticks(list(result[key]))
         axis.set_xlabel(label)
     axes[0].set_ylabel("step of FVAE-LoRA by LoRA's")
     axes[1].legend(frameon=False)

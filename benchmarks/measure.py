@@ -25,11 +25,11 @@ from benchmarks.models import make_adapted
 PREDICTING_METHODS = ("base", "FVAE-LoRA", "finalized", "merged")
 
 
-def steps(size, rank, rounds, methods):
+def steps(size, rank, rounds, methods, jit_compile="auto"):
     """Seconds of each step, the methods in turns, and the counted work."""
     models, results = {}, {}
     for method in methods:
-        task, x, y = make_adapted(size, method, rank)
+        task, x, y = make_adapted(size, method, rank, jit_compile)
         models[method] = task
         results[method] = {"train": [], "predict": []}
         if method in TRAINING_METHODS:
@@ -53,12 +53,16 @@ def steps(size, rank, rounds, methods):
 
 
 def memory(size, rank, method):
-    """MiB that a process holds at the peak of a training step.
+    """MiB that are held at the peak of a training step.
 
-    What it took to compile the step is given back first.
+    On a GPU, of its memory. Else of the process's, once what it took to
+    compile the step is given back.
     """
     task, x, y = make_adapted(size, method, rank)
     task.train_on_batch(x, y)
+    if device() != "CPU":
+        task.train_on_batch(x, y)
+        return {"peak": peak_of_device() / 2**20}
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     # Linux begins to count the peak anew.
@@ -69,6 +73,42 @@ def memory(size, rank, method):
     return {"peak": int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024}
 
 
+def device():
+    """String, the name of the GPU that Keras uses, else "CPU"."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        found = jax.devices()[0]
+        return "CPU" if found.platform == "cpu" else found.device_kind
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        found = tf.config.list_physical_devices("GPU")
+        details = tf.config.experimental.get_device_details
+        return details(found[0])["device_name"] if found else "CPU"
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if has_gpu else "CPU"
+
+
+def peak_of_device():
+    """Integer, the bytes that a GPU had given out at the peak."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
 def seconds(function, *arguments):
     begin = time.perf_counter()
     function(*arguments)
@@ -77,20 +117,27 @@ def seconds(function, *arguments):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["steps", "memory"])
-    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("what", choices=["steps", "memory", "device"])
+    parser.add_argument("size", choices=SIZES, nargs="?")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS)
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--jit-compile", action="store_true")
     arguments = parser.parse_args()
     keras.config.set_dtype_policy(arguments.dtype)
-    size = SIZES[arguments.size]
-    if arguments.what == "steps":
+    size = SIZES.get(arguments.size)
+    if arguments.what == "device":
+        result = device()
+    elif arguments.what == "steps":
         result = steps(
-            size, arguments.rank, arguments.rounds, arguments.methods
+            size,
+            arguments.rank,
+            arguments.rounds,
+            arguments.methods,
+            jit_compile=arguments.jit_compile or "auto",
         )
     else:
         result = memory(size, arguments.rank, *arguments.methods)

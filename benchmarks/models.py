@@ -33,10 +33,16 @@ class Size:
 
 
 WIDTHS = (256, 512, 1024, 2048)
+# Blocks of a narrow ViT: two adapted layers each.
+DEPTHS = (1, 4, 12, 24)
 SIZES = {
     **{
         f"Llama block, width {width}": Size("llama", width, 1, 2, 256)
         for width in WIDTHS
+    },
+    **{
+        f"narrow ViT, {depth} blocks": Size("vit", 192, depth, 8, 112)
+        for depth in DEPTHS
     },
     "ViT-B/16, 4 blocks": Size("vit", 768, 4, 8, 224),
     "ViT-B/16, 12 blocks": Size("vit", 768, 12, 8, 224),
@@ -132,12 +138,13 @@ METHODS = {
 }
 
 
-def make_adapted(size, method, rank):
+def make_adapted(size, method, rank, jit_compile="auto"):
     """A compiled task that a method has adapted, its inputs and targets."""
     task, x, y = make(size)
     METHODS[method](task, rank)
     task.compile(
         keras.optimizers.AdamW(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit_compile,
     )
     return task, x, y

@@ -16,6 +16,8 @@ from keras_fvae.config import FVAELoRAConfig
 SUFFIX = ".fvae_lora.h5"
 FORMAT = "keras_fvae.adapter"
 HEADER = "header"
+# What may differ between a file and the model that it is loaded into.
+FREE_SETTINGS = ("rematerialize", "seed")
 
 
 def save_fvae_lora_weights(model, filepath, include="all"):
@@ -159,7 +161,7 @@ def _check_same_adapters(model, layers, record):
         }
         pairs["finalized"] = saved["finalized"], layer.adapter.finalized
         for name, (value, ours) in pairs.items():
-            if name != "seed" and value != ours:
+            if name not in FREE_SETTINGS and value != ours:
                 raise ValueError(
                     f"for the layer '{path}' the file says {name}={value!r}, "
                     f"the model {name}={ours!r}."

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 import scipy.stats
+from helpers import BACKEND
 from helpers import dtype_of
 from helpers import to_numpy
 from helpers import value_and_gradients
@@ -322,6 +323,92 @@ def test_objectives_against_draws_in_numpy(name, combine, rng):
     error_bar = np.sqrt(2) * draws.std() / np.sqrt(size)
     assert abs(draws.mean() - value) < 4 * error_bar
     assert error_bar < 0.02 * abs(value)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rematerialized_results_are_the_same(dropout, rng):
+    x = rng.normal(size=(8, 5)).astype("float32")
+    mask = np.arange(8) % 3 > 0
+    results = []
+    for rematerialize in (False, True):
+        fvae = keras_fvae.FVAE(
+            keras_fvae.FVAELoRAConfig(
+                rank=3,
+                decoder_units=(8, 4),
+                dropout=dropout,
+                num_samples=2,
+                rematerialize=rematerialize,
+                seed=1,
+            )
+        )
+        fvae.build(x.shape)
+        perturb(fvae, np.random.default_rng(1))
+        results.append(
+            value_and_gradients(
+                lambda x, fvae=fvae: fvae(x, training=True, mask=mask).loss,
+                [fvae.feature_weights, fvae.latent_weights],
+                [x],
+            )
+        )
+    (loss, gradients, (x_gradient,)), plain = results[1], results[0]
+    np.testing.assert_allclose(loss, plain[0], rtol=1e-6)
+    for one, other in zip([*gradients, x_gradient], [*plain[1], *plain[2]]):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch tells what it keeps")
+def test_rematerialized_keeps_little_for_the_gradient():
+    import torch
+
+    kept = []
+    for rematerialize in (False, True):
+        fvae = keras_fvae.FVAE(
+            keras_fvae.FVAELoRAConfig(rank=2, rematerialize=rematerialize)
+        )
+        x = torch.randn(1000, 8, requires_grad=True)
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        fvae.build(x.shape)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            fvae(x, training=True)
+        weights = sum(4 * w.value.numel() for w in fvae.weights)
+        kept.append(sum(sizes.values()) - weights)
+    # Three hidden layers of 128 units, against x and what `call` returns.
+    assert kept[0] > 1000 * 4 * 3 * 128
+    assert kept[1] < 1000 * 4 * 64
+
+
+def test_layers_with_the_same_settings_share_their_networks():
+    config = keras_fvae.FVAELoRAConfig(rank=2)
+    one, other, wider = (keras_fvae.FVAE(config) for _ in range(3))
+    seeded = keras_fvae.FVAE(keras_fvae.FVAELoRAConfig(rank=2, seed=3))
+    for fvae, width in ((one, 5), (other, 5), (seeded, 5), (wider, 6)):
+        fvae.build((None, width))
+    assert one.networks is other.networks is seeded.networks
+    assert one.networks is not wider.networks
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's XLA")
+def test_xla_leaves_every_product_to_the_step(fvae, rng):
+    import tensorflow as tf
+
+    x = tf.constant(rng.normal(size=(4, 5)), tf.float32)
+
+    @tf.function(jit_compile=True)
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = fvae(x, training=True).loss
+        return tape.gradient(loss, fvae.feature_weights.value)
+
+    compiled = step.experimental_get_compiler_ir(x)(stage="optimized_hlo")
+    # What it works out while it compiles, it compiles anew for each batch.
+    assert compiled.count(" dot(") >= 8
 
 
 def test_masked_tokens_count_for_nothing(fvae, rng):
