@@ -32,9 +32,9 @@ class Size:
         return self.length
 
 
-WIDTHS = (256, 512, 1024, 2048)
+WIDTHS = (512, 1024, 2048)
 # Blocks of a narrow ViT: two adapted layers each.
-DEPTHS = (1, 4, 12, 24)
+DEPTHS = (1, 24)
 SIZES = {
     **{
         f"Llama block, width {width}": Size("llama", width, 1, 2, 256)

@@ -262,10 +262,15 @@ class FVAELoRAMixin(NotRematerialized):
         if not self.adapter.enabled:
             return base_call(inputs, training=training)
         training = training or _in_training_step.get()
-        contraction = analyze_equation(self.adapter.equation, len(inputs.shape))
-        mask = masking.find_token_mask(
-            inputs, contraction.num_leading_token_axes
-        )
+        mask = None
+        # Inference needs to know of no token whether it counts.
+        if training or _recorded.get() is not None:
+            contraction = analyze_equation(
+                self.adapter.equation, len(inputs.shape)
+            )
+            mask = masking.find_token_mask(
+                inputs, contraction.num_leading_token_axes
+            )
         update = self.adapter(inputs, training=training, mask=mask)
         if self.activation in (None, keras.activations.linear):
             return base_call(inputs, training=training) + update
