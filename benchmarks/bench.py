@@ -192,20 +192,27 @@ def print_goals(results):
 
 
 def print_growth(results):
-    """Prints how a step grows with rank and depth; returns as `print_goals`."""
+    """Prints how a step grows with rank and depth; returns as `print_goals`.
+
+    Held against LoRA's of the same run, since the machine's pace changes.
+    """
     short = 0
-    print("\nGrowth of a step of FVAE-LoRA, and that of its arithmetic:")
+    print("\nGrowth of a step of FVAE-LoRA by LoRA's, to reach the counted:")
     for key, what in (("ranks", "rank"), ("depths", "adapted layers")):
         for run, result in results.items():
             points = result[key]
             first, last = min(points), max(points)
-            least, most = (points[p]["FVAE-LoRA"] for p in (first, last))
-            grown = np.median(most["train"]) / np.median(least["train"])
+            pairs = [
+                (points[p]["FVAE-LoRA"], points[p]["LoRA"])
+                for p in (first, last)
+            ]
+            before, after = (ratio(*pair, "train") for pair in pairs)
+            counted_before, counted_after = (counted_ratio(*p) for p in pairs)
             short += print_goal(
                 f"{what} {first} to {last}",
                 run,
-                grown,
-                counted_ratio(most, least),
+                after / before,
+                counted_after / counted_before,
             )
     return short
 

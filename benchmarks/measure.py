@@ -37,18 +37,21 @@ def steps(size, rank, rounds, methods, jit_compile="auto"):
             results[method]["counted"] = arithmetic.step(
                 method, task, size.num_tokens, rank
             )
-            task.train_on_batch(x, y)
-        if method in PREDICTING_METHODS:
-            task.predict_on_batch(x)
-            task.predict_on_batch(x)
-    for number in range(rounds):
-        # Each is first as often as it is last.
-        for method in methods[:: 1 if number % 2 else -1]:
-            task, result = models[method], results[method]
-            if method in TRAINING_METHODS:
-                result["train"].append(seconds(task.train_on_batch, x, y))
-            if method in PREDICTING_METHODS:
-                result["predict"].append(seconds(task.predict_on_batch, x))
+    for what, timed_methods in (
+        ("train", TRAINING_METHODS),
+        # By itself: what has just trained would predict more slowly.
+        ("predict", PREDICTING_METHODS),
+    ):
+        timed = [method for method in methods if method in timed_methods]
+        calls = {m: getattr(models[m], f"{what}_on_batch") for m in timed}
+        arguments = (x, y) if what == "train" else (x,)
+        for method in timed:
+            calls[method](*arguments)
+        for number in range(rounds):
+            # Each is first as often as it is last.
+            for method in timed[:: 1 if number % 2 else -1]:
+                taken = seconds(calls[method], *arguments)
+                results[method][what].append(taken)
     return results
 
 
