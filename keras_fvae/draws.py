@@ -40,7 +40,7 @@ def _philox(shape, seed_generator):
 
     `keras.random` leaves the choice of the key to TensorFlow. On CPUs XLA then
     works the key out anew for each number, which takes a hundred times as long
-    as the numbers do, and three quarters of the time to compile them.
+    as the numbers do, and is three quarters of the code to compile.
     """
     import tensorflow as tf
 

@@ -466,7 +466,9 @@ class FVAE(NotRematerialized, keras.Layer):
         if noise is None and (training or config.sample_at_inference):
             widths["noise"] = 2 * config.rank
         if is_dropped:
-            num_trunks = self.array_shapes["encoder_bias_0"][0]
+            num_trunks = self.networks.latent_packing.shapes["encoder_bias_0"][
+                0
+            ]
             for level, units in enumerate(config.hidden_units):
                 widths[f"encoder_{level}"] = num_trunks * units
         numbers = self._draw(num_tokens, widths)

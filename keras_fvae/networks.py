@@ -1,8 +1,7 @@
 """The encoders and the decoder of an FVAE, and what they come to.
 
 Functions of tensors alone: the weights, the random numbers and which tokens
-count are given. So layers with the same settings share them, and a backend
-traces them once for all.
+count are given. So layers with the same settings share them.
 """
 
 import dataclasses
@@ -240,12 +239,12 @@ class Networks:
         Returns:
             Dict of scalar tensors, and the pair of log p1(z1) and log p2(z2).
         """
-        mean, log_variance = posteriors
 
-        # They are sums and logarithms of these, so the means come first.
         def token_mean(values):
             return objective.token_mean(values, token_weights, feature_axes=2)
 
+        mean, log_variance = posteriors
+        # The terms are linear in these two, so their means come first.
         squared_distance = token_mean(
             objective.squared_distance(mean, log_variance, self._prior_means)
         )

@@ -55,6 +55,7 @@ def test_scale_is_alpha_over_rank():
         ("gamma_estimator", ["exact"]),
         ("elbo_weight", [-1e-3, float("nan")]),
         ("num_samples", [0, 2.0]),
+        ("rematerialize", [0, "no"]),
         ("sample_at_inference", [0, "no"]),
         ("seed", [-1, 0.5, "0"]),
     ],

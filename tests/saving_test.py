@@ -306,6 +306,17 @@ OTHERS = [
 ]
 
 
+def test_a_file_does_not_mind_rematerialization(tmp_path):
+    adapted = adapted_with(rematerialize=True)
+    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    other = adapted_with(seed=3)
+    keras_fvae.load_fvae_lora_weights(other, tmp_path / FILE)
+    layer, expected = (m.get_layer("query") for m in (other, adapted))
+    assert not layer.config.rematerialize
+    for name, array in expected.adapter.get_arrays().items():
+        np.testing.assert_array_equal(layer.adapter.get_arrays()[name], array)
+
+
 @pytest.mark.parametrize("make, message", OTHERS)
 def test_a_file_of_another_model_changes_nothing(make, message, tmp_path):
     keras_fvae.save_fvae_lora_weights(adapted_with(), tmp_path / FILE)

@@ -18,6 +18,7 @@ from fits import plain_run
 from fits import plain_step
 from fits import train
 from helpers import BACKEND
+from helpers import JIT_COMPILE
 from helpers import move_adapters
 from helpers import text_inputs
 from helpers import to_numpy
@@ -67,6 +68,26 @@ def test_ways_to_compile_draw_the_same_noise(options):
     expected_losses, expected_moves = run()
     losses, moves = run(**options)
     assert losses == pytest.approx(expected_losses, rel=1e-3)
+    assert_same_moves(moves, expected_moves)
+
+
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+def test_rematerialized_adapters_train_the_same(jit_compile):
+    def run(rematerialize):
+        model = make_attention_model()
+        keras_fvae.enable_fvae_lora(
+            model, rematerialize=rematerialize, seed=1, **SMALL
+        )
+        move_adapters(model, np.random.default_rng(0))
+        # The last batch is smaller, and the monitor counts.
+        monitor = keras_fvae.FVAELoRAMonitor()
+        fit = {"batch_size": 6, "callbacks": [monitor]}
+        keras.utils.set_random_seed(1)
+        return train(model, jit_compile=jit_compile, fit=fit)
+
+    expected_losses, expected_moves = run(rematerialize=False)
+    losses, moves = run(rematerialize=True)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
     assert_same_moves(moves, expected_moves)
 
 
