@@ -12,6 +12,7 @@ from keras_fvae.interop import load_peft_adapter
 from keras_fvae.interop import save_peft_adapter
 from keras_fvae.layers import FVAELoRADense
 from keras_fvae.layers import FVAELoRAEinsumDense
+from keras_fvae.memory import memory_per_device
 from keras_fvae.monitor import FVAELoRAMonitor
 from keras_fvae.probing import latents
 from keras_fvae.probing import probe_latents
@@ -21,6 +22,7 @@ from keras_fvae.schedule import FVAELoRASchedule
 from keras_fvae.serving import finalize_fvae_lora
 from keras_fvae.serving import fvae_lora_disabled
 from keras_fvae.serving import merge_fvae_lora
+from keras_fvae.sharding import fvae_lora_layout_map
 
 hub.extend_keras_hub()
 
@@ -44,9 +46,11 @@ __all__ = [
     "evaluate_groups",
     "finalize_fvae_lora",
     "fvae_lora_disabled",
+    "fvae_lora_layout_map",
     "latents",
     "load_fvae_lora_weights",
     "load_peft_adapter",
+    "memory_per_device",
     "merge_fvae_lora",
     "probe_latents",
     "save_fvae_lora_weights",

@@ -6,6 +6,7 @@ import math
 import keras
 
 from keras_fvae import keras_internals
+from keras_fvae import sharding
 from keras_fvae.config import DEFAULT_RANK
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
@@ -143,6 +144,7 @@ def enable_fvae_lora(
         build_adapter(layer, share)
         for layer, share in zip(targets, share_config(config, len(targets)))
     ]
+    sharding.join_distribution(model.variables)
     attach_adapters(model, targets, adapters)
     trainable_weights = [w for a in adapters for w in a.weights]
     for layer in trainable_layers:

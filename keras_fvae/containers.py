@@ -9,6 +9,7 @@ import keras
 
 from keras_fvae import keras_internals
 from keras_fvae import masking
+from keras_fvae import sharding
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.fvae import NotRematerialized
 from keras_fvae.layers import ADAPTED_CLASSES
@@ -17,6 +18,7 @@ from keras_fvae.layers import attach_adapter
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
 from keras_fvae.layers import detach_adapter
+from keras_fvae.layers import follow_kernel
 from keras_fvae.layers import has_widened_bias
 from keras_fvae.layers import merge_update
 from keras_fvae.layers import widen_bias
@@ -113,6 +115,20 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
         refuse_training_if_finalized(self)
         return super().train_on_batch(*args, **kwargs)
 
+    # Its steps go where the distribution is that is set when they are made.
+
+    def make_train_function(self, *args, **kwargs):
+        join_distribution(self)
+        return super().make_train_function(*args, **kwargs)
+
+    def make_test_function(self, *args, **kwargs):
+        join_distribution(self)
+        return super().make_test_function(*args, **kwargs)
+
+    def make_predict_function(self, *args, **kwargs):
+        join_distribution(self)
+        return super().make_predict_function(*args, **kwargs)
+
     def _check_quantize_args(self, *args):
         # What Keras calls first: it binds `quantize` when a model is made.
         refuse_quantization(self)
@@ -151,6 +167,22 @@ def refuse_quantization(model):
     """Raises a `ValueError` if a model has adapters."""
     for layer in adapted_layers(model):
         layer.adapter.fvae.refuse_quantization()
+
+
+def join_distribution(model):
+    """Lays out a model with adapters that was made before a distribution."""
+    layers = adapted_layers(model)
+    for layer in layers:
+        follow_kernel(layer, layer.adapter.variables)
+    if layers:
+        optimizer = getattr(model, "optimizer", None)
+        sharding.join_distribution(
+            [
+                *model.variables,
+                *model.metrics_variables,
+                *(optimizer.variables if optimizer else ()),
+            ]
+        )
 
 
 def attach_adapters(model, layers, adapters):

@@ -34,6 +34,11 @@ class Contraction(NamedTuple):
         """How many token axes come first in the input."""
         return sum(i == axis for i, axis in enumerate(self.token_axes))
 
+    @property
+    def num_kernel_axes(self):
+        """How many axes the kernel has."""
+        return len(self.kernel_contracted_axes + self.kernel_carried_axes)
+
     def width(self, kernel_shape):
         """The width of a token's vector."""
         return math.prod(kernel_shape[i] for i in self.kernel_contracted_axes)

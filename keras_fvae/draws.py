@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_fvae.replicas import replica_index
+
 
 def uniform(shape, seed_generator):
     """Uniform random numbers in `[0, 1)`.
@@ -45,11 +47,13 @@ def _philox(shape, seed_generator):
     import tensorflow as tf
 
     seed, count = tf.unstack(tf.cast(seed_generator.next(), "uint64"))
+    # The state is the same on all replicas, which are to draw different ones.
+    first = tf.cast(replica_index(), "uint64") * 2**48
     return tf.raw_ops.StatelessRandomUniformV2(
         shape=shape,
         key=[seed],
         # The upper half of its counter is that of the calls, so no two calls
         # share a number.
-        counter=[tf.zeros_like(count), count],
+        counter=[first, count],
         alg=tf.random.Algorithm.PHILOX.value,
     )

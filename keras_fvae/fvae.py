@@ -13,6 +13,7 @@ from keras import ops
 from keras_fvae import draws
 from keras_fvae import masking
 from keras_fvae import objective
+from keras_fvae import replicas
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.layout import REFERENCE_SCALE
@@ -70,7 +71,10 @@ class ObjectiveWeights:
 
     def __init__(self, config):
         self.variable = keras.Variable(
-            self._values(config),
+            lambda shape, dtype: ops.convert_to_tensor(
+                self._values(config), dtype
+            ),
+            shape=(4,),
             dtype="float32",
             trainable=False,
             autocast=False,
@@ -167,9 +171,9 @@ class FVAE(NotRematerialized, keras.Layer):
                 ],
                 axis=-2,
             )
-        score = self.encode_and_score(
-            ops.reshape(x, (-1, x.shape[-1])), training, mask, noise
-        )
+        x = ops.reshape(x, (-1, x.shape[-1]))
+        score = self.encode_and_score(x, training, mask, noise)
+        token_weights = objective.token_weights(mask, ops.shape(x)[0])
         q1, q2 = score.posteriors.split()
         z1, z2 = ops.unstack(score.z, 2, axis=-2)
 
@@ -184,7 +188,7 @@ class FVAE(NotRematerialized, keras.Layer):
             *map(restore, q2),
             {
                 **score.terms,
-                **self._further_terms(q1, q2, objective.token_weights(mask)),
+                **self._further_terms(q1, q2, token_weights),
             },
             score.loss,
         )
@@ -253,8 +257,8 @@ class FVAE(NotRematerialized, keras.Layer):
             A `Score`.
         """
         self.refuse_if_finalized()
-        token_weights = objective.token_weights(mask)
         num_tokens = ops.shape(x)[0]
+        token_weights = objective.token_weights(mask, num_tokens)
         noise, is_kept = self._draw_noise_and_dropout(
             num_tokens, training, noise
         )
@@ -572,8 +576,8 @@ class FVAE(NotRematerialized, keras.Layer):
                 "call `build(input_shape)`, before you exchange its weights."
             )
         return (
-            np.array(ops.convert_to_numpy(self.feature_weights)),
-            np.array(ops.convert_to_numpy(self.latent_weights)),
+            np.array(replicas.to_numpy(self.feature_weights)),
+            np.array(replicas.to_numpy(self.latent_weights)),
         )
 
 

@@ -67,12 +67,15 @@ def extend_keras_hub():
     # A task is not a container where its backbone alone is adapted.
     Task.get_config = _with_adapters(Task.get_config)
     Task.rematerialized_call = _unless_adapted(Task.rematerialized_call)
-    refuse_training = containers.refuse_training_if_finalized
-    Task.fit = _check_before(Task.fit, refuse_training)
-    Task.train_on_batch = _check_before(Task.train_on_batch, refuse_training)
-    Task._check_quantize_args = _check_before(
-        Task._check_quantize_args, containers.refuse_quantization
-    )
+    for name, function in (
+        ("fit", containers.refuse_training_if_finalized),
+        ("train_on_batch", containers.refuse_training_if_finalized),
+        ("_check_quantize_args", containers.refuse_quantization),
+        ("make_train_function", containers.join_distribution),
+        ("make_test_function", containers.join_distribution),
+        ("make_predict_function", containers.join_distribution),
+    ):
+        setattr(Task, name, _preceded_by(function, getattr(Task, name)))
 
 
 def _with_adapters(get_config):
@@ -142,12 +145,12 @@ def _restore_adapters_after(init):
     return init_and_restore
 
 
-def _check_before(method, check):
-    """A method that calls `check` on its object first."""
+def _preceded_by(function, method):
+    """A method that calls `function` on its object first."""
 
     @functools.wraps(method)
-    def check_and_call(self, *args, **kwargs):
-        check(self)
+    def call_both(self, *args, **kwargs):
+        function(self)
         return method(self, *args, **kwargs)
 
-    return check_and_call
+    return call_both

@@ -13,6 +13,7 @@ from keras import ops
 from keras_fvae import adapt
 from keras_fvae import containers
 from keras_fvae import lookup
+from keras_fvae import replicas
 from keras_fvae import training
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.layers import build_adapter
@@ -560,4 +561,4 @@ def _read(directory):
 
 
 def _to_numpy(weight):
-    return ops.convert_to_numpy(ops.cast(weight, "float32"))
+    return replicas.to_numpy(ops.cast(weight, "float32"))

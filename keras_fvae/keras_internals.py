@@ -6,7 +6,9 @@ when Keras changes one of these.
 
 import contextlib
 
+import keras
 from keras.src import backend
+from keras.src.backend.common import global_state
 
 
 def flatten_layers(layer):
@@ -54,6 +56,64 @@ def publish_weights(layer):
     A `torch.nn.Module` has parameters of its own, which `zero_grad` clears.
     """
     layer._post_build()
+
+
+def kernel_of(layer):
+    """The variable that holds the kernel of a `Dense` or `EinsumDense`."""
+    return layer._kernel
+
+
+def layout_of(variable):
+    """The `keras.distribution.TensorLayout` of a variable, or `None`."""
+    return variable._layout
+
+
+def set_layout(variable, layout):
+    """Moves a variable to a `keras.distribution.TensorLayout`."""
+    previous = variable._layout
+    variable._layout = layout
+    # One without a value yet is made where its layout says.
+    if variable._value is not None:
+        try:
+            variable.assign(variable.value)
+        except ValueError:
+            variable._layout = previous
+            raise
+
+
+def layout_map_of(distribution):
+    """The `LayoutMap` of a `keras.distribution.ModelParallel`, or `None`."""
+    return getattr(distribution, "_layout_map", None)
+
+
+@contextlib.contextmanager
+def without_values():
+    """Variables that are made inside the block never get a value."""
+    name = "uninitialized_variables"
+    previous = [*global_state.get_global_attribute(name, [])]
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(name, previous)
+
+
+@contextlib.contextmanager
+def losses_kept():
+    """The losses of the layer that is called are after the block as before.
+
+    Inside it other threads may call the same layers: the replicas of a
+    `tf.distribute` strategy take turns where they wait for each other.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    layers = [] if context is None else flatten_layers(context.entry_layer)
+    kept = [(layer, [*layer._losses]) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, losses in kept:
+            layer._losses.clear()
+            layer._losses.extend(losses)
 
 
 def get_keras_mask(x):

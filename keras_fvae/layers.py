@@ -12,6 +12,8 @@ from keras import ops
 
 from keras_fvae import keras_internals
 from keras_fvae import masking
+from keras_fvae import replicas
+from keras_fvae import sharding
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.contraction import analyze_equation
@@ -169,7 +171,7 @@ class Adapter(NotRematerialized, keras.Layer):
 
     def get_arrays(self, finalized=False):
         """The weights, all or what inference needs: name to NumPy array."""
-        kernel_b = ops.convert_to_numpy(self.kernel_b)
+        kernel_b = replicas.to_numpy(self.kernel_b)
         return {"kernel_b": kernel_b, **self.fvae.get_arrays(finalized)}
 
     def set_arrays(self, arrays):
@@ -217,7 +219,7 @@ class FVAELoRAMixin(NotRematerialized):
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.adapter.build(input_shape, self.kernel.shape)
+        _build_adapter(self.adapter, self, input_shape)
         self._freeze_base()
 
     def call(self, inputs, training=None):
@@ -445,11 +447,30 @@ def new_adapter(layer, config, finalized=False):
 
 def build_adapter(layer, config, finalized=False):
     """A built adapter for a built layer, not attached to it yet."""
-    adapter = new_adapter(layer, config, finalized)
+    with sharding.undistributed():
+        adapter = new_adapter(layer, config, finalized)
     # The adapter's variables get the paths that they will have in the layer.
     with keras.name_scope(layer.name, caller=layer):
-        adapter.build((None,) * _input_rank(layer), layer.kernel.shape)
+        _build_adapter(adapter, layer, (None,) * _input_rank(layer))
     return adapter
+
+
+def _build_adapter(adapter, layer, input_shape):
+    with sharding.undistributed():
+        adapter.build(input_shape, layer.kernel.shape)
+    follow_kernel(layer, adapter.variables)
+
+
+def follow_kernel(layer, variables):
+    """Lays variables of a layer out as its kernel is, on a mesh of devices.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`, built.
+        variables: List of `keras.Variable`, of its adapter or a bias.
+    """
+    contraction = analyze_equation(_equation(layer), _input_rank(layer))
+    kernel = keras_internals.kernel_of(layer)
+    sharding.follow_kernel(kernel, contraction, variables)
 
 
 def attach_adapter(layer, adapter):
@@ -489,10 +510,10 @@ def merge_update(layer, update):
     axes = contraction.kernel_contracted_axes + contraction.kernel_carried_axes
     matrix = matrix.reshape([shape[axis] for axis in axes])
     matrix = matrix.transpose(np.argsort(axes))
-    layer.kernel.assign(ops.convert_to_numpy(layer.kernel) + matrix)
+    layer.kernel.assign(replicas.to_numpy(layer.kernel) + matrix)
     widen_bias(layer)
     offset = offset.reshape(layer.bias.shape)
-    layer.bias.assign(ops.convert_to_numpy(layer.bias) + offset)
+    layer.bias.assign(replicas.to_numpy(layer.bias) + offset)
 
 
 def linear_update(adapter):
@@ -532,6 +553,7 @@ def widen_bias(layer):
         layer.bias = layer.add_weight(
             name="bias", shape=shape, initializer="zeros", trainable=False
         )
+    follow_kernel(layer, [layer.bias])
     if previous is not None:
         layer.bias.assign(ops.broadcast_to(previous, shape))
     if hasattr(layer, "bias_axes"):

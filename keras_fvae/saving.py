@@ -1,6 +1,7 @@
 """Adapter files: what was trained, apart from the base model."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ from keras import ops
 
 from keras_fvae import containers
 from keras_fvae import lookup
+from keras_fvae import replicas
 from keras_fvae import training
 from keras_fvae.config import FVAELoRAConfig
 
@@ -66,9 +68,12 @@ def save_fvae_lora_weights(model, filepath, include="all"):
         for name, array in layer.adapter.get_arrays(finalized).items():
             arrays[f"layers/{path}/{name}"] = array
     for path, weight in containers.find_recorded_weights(model, record).items():
-        value = ops.convert_to_numpy(ops.cast(weight, "float32"))
+        value = replicas.to_numpy(ops.cast(weight, "float32"))
         arrays[f"trainable/{path}"] = value
-    _write(filepath, {"format": FORMAT, "record": record}, arrays)
+    if not replicas.spans_processes(model.variables) or (
+        replicas.is_first_process()
+    ):
+        _write(filepath, {"format": FORMAT, "record": record}, arrays)
 
 
 def load_fvae_lora_weights(model, filepath):
@@ -99,7 +104,7 @@ def load_fvae_lora_weights(model, filepath):
     """
     lookup.check_model(model)
     filepath = _check_filepath(filepath)
-    record, arrays = _read(filepath)
+    record, arrays = _parse(filepath, _content(model, filepath))
     try:
         _load(model, record, arrays)
     except ValueError as error:
@@ -218,10 +223,22 @@ def _write(filepath, header, arrays):
             file.create_dataset(name, data=array, **options)
 
 
-def _read(filepath):
+def _content(model, filepath):
+    """The bytes of an adapter file."""
+
+    def read():
+        if not filepath.exists():
+            raise FileNotFoundError(f"There is no adapter file '{filepath}'.")
+        return filepath.read_bytes()
+
+    if replicas.spans_processes(model.variables):
+        # The others may not see its files, or not yet.
+        return replicas.from_first_process(read)
+    return read()
+
+
+def _parse(filepath, content):
     """The record, and the arrays by name."""
-    if not filepath.exists():
-        raise FileNotFoundError(f"There is no adapter file '{filepath}'.")
     arrays, header = {}, {}
 
     def keep(name, item):
@@ -229,7 +246,7 @@ def _read(filepath):
             arrays[name] = item[()]
 
     try:
-        with h5py.File(filepath, "r") as file:
+        with h5py.File(io.BytesIO(content), "r") as file:
             if HEADER in file:
                 header = json.loads(file[HEADER][()])
             if header.get("format") == FORMAT:

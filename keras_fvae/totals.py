@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_fvae import objective
+from keras_fvae.replicas import mean_over_replicas
 
 TERMS = (
     "fvae_loss",
@@ -59,6 +60,7 @@ class TermTotals:
                 ops.square(z1_mean),
             )
         )
+        x_mean = mean_over_replicas(x_mean)
         variance = ops.sum(x_square - ops.square(x_mean))
         scalars = [terms[name] for name in TERMS]
         scalars += [ops.sum(squared_error), variance, ops.ones(())]

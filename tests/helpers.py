@@ -77,20 +77,31 @@ def snapshot(model):
     ], [(v.path, v.trainable, to_numpy(v).tolist()) for v in model.variables]
 
 
-def run_python(*arguments, backend=BACKEND, check=True):
-    """Runs a fresh Python process at the root of the project."""
-    environment = {
+def environment(backend=BACKEND, devices=1):
+    """The variables of a fresh process.
+
+    Args:
+        backend: String, Keras's backend.
+        devices: Integer, how many devices JAX is to see.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {
         **os.environ,
         "KERAS_BACKEND": backend,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
     }
+
+
+def run_python(*arguments, backend=BACKEND, devices=1, check=True):
+    """Runs a fresh Python process at the root of the project."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env=environment(backend, devices),
     )
     if check and result.returncode != 0:
         raise AssertionError(result.stdout + result.stderr)

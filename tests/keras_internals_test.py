@@ -117,3 +117,79 @@ def test_told_of_training():
     assert told._call_has_training_arg
     # What Keras sets, and its trainers read.
     assert vars(told)["_call_has_training_arg"] is False
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_the_kernel_variable(mode):
+    for layer in (
+        keras.layers.Dense(4),
+        keras.layers.EinsumDense("ab,bcd->acd", (2, 2)),
+    ):
+        layer.build((None, 4))
+        if mode is not None:
+            layer.quantize(mode)
+        kernel = keras_internals.kernel_of(layer)
+        assert isinstance(kernel, keras.Variable)
+        assert kernel.path == f"{layer.name}/kernel"
+
+
+def make_distribution():
+    mesh = keras.distribution.DeviceMesh((1,), ("batch",), devices=["cpu:0"])
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["variable"] = ("batch",)
+    return keras.distribution.ModelParallel(layout_map=layout_map), layout_map
+
+
+def test_layouts_of_variables():
+    distribution, layout_map = make_distribution()
+    assert keras_internals.layout_map_of(distribution) is layout_map
+    assert keras_internals.layout_map_of(None) is None
+    variable = keras.Variable(np.arange(3.0), name="variable")
+    assert keras_internals.layout_of(variable) is None
+    keras_internals.set_layout(variable, layout_map["variable"])
+    assert keras_internals.layout_of(variable).axes == ("batch",)
+    assert keras.ops.convert_to_numpy(variable).tolist() == [0, 1, 2]
+    if BACKEND == "jax":
+        with distribution.scope():
+            made = keras.Variable(np.arange(3.0), name="variable")
+        # As Keras does it itself.
+        assert keras_internals.layout_of(made) is layout_map["variable"]
+
+
+def test_variables_without_values():
+    def initializer(shape, dtype):
+        raise AssertionError("The variable got a value.")
+
+    with keras_internals.without_values():
+        variable = keras.Variable(initializer, shape=(2, 3))
+        variable.trainable = False
+    assert variable.shape == (2, 3)
+    # What Keras does for others when a scope ends.
+    with keras.StatelessScope():
+        other = keras.Variable(np.zeros, shape=(2,))
+    assert keras.ops.convert_to_numpy(other).tolist() == [0, 0]
+
+
+def test_losses_are_kept_while_others_call_the_same_layers():
+    class Other(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.sum(x))
+            return x
+
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first = Other()
+            self.second = Other()
+
+        def call(self, x):
+            x = self.first(x)
+            with keras_internals.losses_kept():
+                self._clear_losses()
+                self.first.add_loss(100.0 * keras.ops.sum(x))
+            return self.second(x)
+
+    outer = Outer()
+    outer(np.ones((2, 3), "float32"))
+    losses = [float(loss) for loss in outer.losses]
+    assert losses == [6.0, 6.0]

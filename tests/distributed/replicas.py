@@ -1,0 +1,153 @@
+"""Adapted models on two replicas of TensorFlow.
+
+`distributed_test.py` runs it.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import move_adapters
+from helpers import quieten
+from helpers import to_numpy
+
+import keras_fvae
+from keras_fvae import draws
+from keras_fvae.lookup import adapted_layers
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 2,
+)
+# Sequences of unequal lengths: the replicas have unequal shares.
+LENGTHS = np.array([6, 6, 6, 5, 1, 1, 2, 1, 6, 1, 6, 1, 2, 5, 4, 3])
+
+
+# One for all: TensorFlow takes the collectives of a second one for the first's.
+@pytest.fixture(scope="module")
+def strategy():
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 50, (16, 6))
+    tokens[np.arange(6) >= LENGTHS[:, None]] = 0
+    return tokens, np.arange(16) % 3
+
+
+def adapt(model):
+    """Adapts it so that latents do not depend on who draws which numbers."""
+    keras_fvae.enable_fvae_lora(
+        model,
+        rank=2,
+        decoder_units=(4,),
+        dropout=0.0,
+        elbo_weight=0.5,
+        seed=0,
+        trainable_layer_names=["head"],
+    )
+    move_adapters(model, np.random.default_rng(0))
+    quieten(model)
+    model.compile(
+        keras.optimizers.SGD(0.05),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+
+
+def fit(model, data):
+    history = model.fit(
+        *data,
+        batch_size=8,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        callbacks=[keras_fvae.FVAELoRAMonitor()],
+    )
+    return history.history, [to_numpy(w) for w in model.weights]
+
+
+def test_fits_of_one_device(make_attention_model, strategy, data):
+    keras.utils.set_random_seed(0)
+    model = make_attention_model()
+    start = [to_numpy(w) for w in model.weights]
+    adapt(model)
+    history, weights = fit(model, data)
+    with strategy.scope():
+        model = make_attention_model()
+        model.set_weights(start)
+        adapt(model)
+    assert strategy.num_replicas_in_sync == 2
+    replicated_history, replicated_weights = fit(model, data)
+    assert {"fvae_loss", "explained_variance"} <= {*history}
+    for name, values in history.items():
+        np.testing.assert_allclose(
+            replicated_history[name], values, rtol=1e-4, err_msg=name
+        )
+    for weight, expected in zip(replicated_weights, weights, strict=True):
+        np.testing.assert_allclose(weight, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [(5, 3), (8, 0)])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_the_mean_over_a_batch_that_is_not_shared_equally(
+    shares, has_mask, strategy, config, rng
+):
+    x = rng.normal(size=(8, 6, 4)).astype("float32")
+    mask = (np.arange(6) < LENGTHS[:8, None]).astype("float32")
+    if not has_mask:
+        mask[:] = 1
+    with strategy.scope():
+        fvae = keras_fvae.FVAE(config)
+        fvae.build((None, 4))
+
+    def loss(x, mask):
+        return fvae(
+            x,
+            training=True,
+            mask=mask if has_mask else None,
+            noise=(np.zeros((*x.shape[:-1], 3), "float32"),) * 2,
+        ).loss
+
+    expected = float(loss(x, mask))
+
+    def share(array):
+        parts = np.split(array, [shares[0]])
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: parts[context.replica_id_in_sync_group]
+        )
+
+    values = strategy.run(loss, args=(share(x), share(mask)))
+    mean = strategy.reduce("mean", values, axis=None)
+    np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
+def test_replicas_draw_different_numbers(strategy):
+    with strategy.scope():
+        generator = keras.random.SeedGenerator(3)
+    first = strategy.run(lambda: draws.uniform((1000,), generator))
+    ours, theirs = strategy.experimental_local_results(first)
+    assert not np.intersect1d(ours, theirs).size > 2
+    # The first replica's are those of one device.
+    alone = draws.uniform((1000,), keras.random.SeedGenerator(3))
+    np.testing.assert_array_equal(ours, alone)
+
+
+def test_files_from_and_to_replicas(
+    make_attention_model, strategy, data, tmp_path
+):
+    path = tmp_path / "task.fvae_lora.h5"
+    with strategy.scope():
+        model = make_attention_model()
+        adapt(model)
+    fit(model, data)
+    keras_fvae.save_fvae_lora_weights(model, path)
+    with strategy.scope():
+        loaded = make_attention_model()
+        keras_fvae.load_fvae_lora_weights(loaded, path)
+    for layer, saved in zip(adapted_layers(loaded), adapted_layers(model)):
+        for name, array in layer.adapter.get_arrays().items():
+            np.testing.assert_array_equal(
+                array, saved.adapter.get_arrays()[name]
+            )

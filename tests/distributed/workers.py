@@ -1,0 +1,65 @@
+"""One of two workers of PyTorch that train together, as `torchrun` starts it.
+
+`distributed_test.py` runs it: `workers.py DIRECTORY`.
+"""
+
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import torch
+from fits import LABELS
+from fits import TOKENS
+from fits import make_adapted
+from torch.nn.parallel import DistributedDataParallel
+
+import keras_fvae
+
+
+def main(directory):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    model = make_adapted()
+    # What is exchanged is told by the hook, and done as PyTorch does.
+    exchanged = []
+
+    def exchange(state, bucket):
+        exchanged.append(bucket.buffer().numel())
+        future = torch.distributed.all_reduce(
+            bucket.buffer() / 2, async_op=True
+        ).get_future()
+        return future.then(lambda result: result.value()[0])
+
+    parallel = DistributedDataParallel(model)
+    parallel.register_comm_hook(None, exchange)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Every worker sees its half of each batch of eight.
+    tokens = TOKENS.reshape(2, 2, 4, -1)[:, rank]
+    labels = LABELS.reshape(2, 2, 4)[:, rank]
+    losses = []
+    for x, y in [*zip(tokens, labels)] * 2:
+        optimizer.zero_grad()
+        outputs = parallel(torch.as_tensor(x), training=True)
+        loss = loss_of(torch.as_tensor(y), outputs) + sum(model.losses)
+        loss.backward()
+        optimizer.step()
+        torch.distributed.all_reduce(loss.detach_())
+        losses.append(float(loss) / 2)
+    if rank == 0:
+        keras_fvae.save_fvae_lora_weights(
+            model, directory / "workers.fvae_lora.h5"
+        )
+        np.savez(
+            directory / "workers.npz",
+            losses=losses,
+            exchanged=sum(exchanged) // len(losses),
+            trained=sum(p.numel() for p in parameters),
+        )
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
