@@ -1,8 +1,11 @@
+import re
+
 import keras
 import keras_hub
 import numpy as np
 import pytest
 from distributed.common import make_backbone
+from helpers import ROOT
 
 import keras_fvae
 
@@ -14,6 +17,12 @@ LLAMA_3_8B = {
     "hidden_dim": 4096,
     "intermediate_dim": 14336,
     "dtype": "bfloat16",
+}
+
+METHODS = {
+    "full fine-tuning": lambda backbone: None,
+    "KerasHub's LoRA": lambda backbone: backbone.enable_lora(16),
+    "FVAE-LoRA": lambda backbone: backbone.enable_fvae_lora(rank=16),
 }
 
 
@@ -53,13 +62,9 @@ def test_one_device_as_the_weights_are():
     assert memory.total == 4 * (frozen + 3 * trained)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "fvae_lora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_eight_billion_weights(method):
-    adapt = {
-        "full": lambda backbone: None,
-        "lora": lambda backbone: backbone.enable_lora(16),
-        "fvae_lora": lambda backbone: backbone.enable_fvae_lora(rank=16),
-    }[method]
+    adapt = METHODS[method]
     distribution = model_parallel(make_mesh((1, 8)))
     alone = keras_fvae.memory_per_device(lambda: make_large(adapt))
     shared = keras_fvae.memory_per_device(
@@ -72,14 +77,14 @@ def test_eight_billion_weights(method):
     base = 2 * (sharded + vocabulary * d + norms)
     # KerasHub's map leaves the norms and the embedding for the output whole.
     shared_base = base - 2 * sharded + 2 * sharded // 8
-    if method == "full":
+    if method == "full fine-tuning":
         assert alone.trainable_weights == base
         assert shared.trainable_weights == shared_base
         assert alone.total == 4 * base
         return
     assert alone.frozen_weights == base
     assert shared.frozen_weights == shared_base
-    if method == "lora":
+    if method == "KerasHub's LoRA":
         # An A of (d, heads, 16) and a B of (16, head width), in float32.
         heads = 32 + 8
         trained = 4 * layers * 16 * (d * heads + 2 * 128)
@@ -97,6 +102,18 @@ def test_eight_billion_weights(method):
     # B is cut along the heads, which the map gives to "batch".
     spread = layers * (2 * features // 8 + latents + kernels_b)
     assert shared.trainable_weights == 4 * spread
+
+
+def test_the_table_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name, adapt in METHODS.items():
+        memories = [
+            keras_fvae.memory_per_device(lambda: make_large(adapt), where)
+            for where in (None, model_parallel(make_mesh((1, 8))))
+        ]
+        alone, shared = (f"{memory.total / 2**30:.2f}" for memory in memories)
+        row = rf"\| {re.escape(name)} +\| +{alone} \| +{shared} \|"
+        assert re.search(row, readme), (name, alone, shared)
 
 
 def test_nothing_is_left_behind():
