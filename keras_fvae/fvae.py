@@ -173,7 +173,7 @@ class FVAE(NotRematerialized, keras.Layer):
             )
         x = ops.reshape(x, (-1, x.shape[-1]))
         score = self.encode_and_score(x, training, mask, noise)
-        token_weights = objective.token_weights(mask, ops.shape(x)[0])
+        token_weights = replicas.token_weights(mask, ops.shape(x)[0])
         q1, q2 = score.posteriors.split()
         z1, z2 = ops.unstack(score.z, 2, axis=-2)
 
@@ -258,7 +258,7 @@ class FVAE(NotRematerialized, keras.Layer):
         """
         self.refuse_if_finalized()
         num_tokens = ops.shape(x)[0]
-        token_weights = objective.token_weights(mask, num_tokens)
+        token_weights = replicas.token_weights(mask, num_tokens)
         noise, is_kept = self._draw_noise_and_dropout(
             num_tokens, training, noise
         )

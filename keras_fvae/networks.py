@@ -161,7 +161,7 @@ class Networks:
             objective_weights: Tensor of shape `(4,)`: `elbo_weight`, b, and c
                 for z1 and for z2.
             token_weights: Optional tensor of shape `(tokens,)`, as
-                `objective.token_weights` returns it.
+                `replicas.token_weights` returns it.
             noise: Optional tensor shaped like the latents, `(..., tokens, 2,
                 rank)`; `None` for latents that are the posteriors' means.
             is_kept: Dict of hidden layer to boolean tensor of the shape of its

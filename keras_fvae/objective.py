@@ -13,9 +13,6 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_fvae.replicas import mean_over_replicas
-from keras_fvae.replicas import num_replicas
-
 LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -117,36 +114,14 @@ def negative_log_likelihood(squared_error, scale):
     )
 
 
-def token_weights(mask, num_tokens):
-    """What each token weighs in the mean over the tokens that count.
-
-    Where a batch is shared among replicas, the mean is that of the batch: the
-    replicas' weights sum to their number, since Keras takes the mean over the
-    replicas after.
-
-    Args:
-        mask: Optional tensor of shape `(tokens,)`, 1 or `True` for the tokens
-            that count. `None` counts them all.
-        num_tokens: Integer or scalar tensor.
-
-    Returns:
-        Float32 tensor of shape `(tokens,)`, or `None` if all weigh the same.
-        If none counts, all weigh nothing.
-    """
-    if mask is None and num_replicas() == 1:
-        return None
-    counts = ops.ones((num_tokens,)) if mask is None else _float32(mask)
-    return ops.divide_no_nan(counts, mean_over_replicas(ops.sum(counts)))
-
-
 def token_mean(values, token_weights=None, feature_axes=0):
     """Mean over the tokens.
 
     Args:
         values: Tensor of shape `(tokens, ...)`, or `(draws, tokens, ...)`
             for the mean over several draws too.
-        token_weights: Optional tensor of shape `(tokens,)`, what the function
-            of that name returns.
+        token_weights: Optional tensor of shape `(tokens,)`, what each token
+            weighs. `None` (default) means all the same.
         feature_axes: Integer, how many axes follow that of the tokens; they
             are kept.
 

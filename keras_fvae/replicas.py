@@ -12,6 +12,30 @@ from keras import ops
 from keras_fvae import keras_internals
 
 
+def token_weights(mask, num_tokens):
+    """What each token weighs in the mean over the tokens that count.
+
+    Where a batch is shared among replicas, the mean is that of the batch: the
+    replicas' weights sum to their number, since Keras takes the mean over the
+    replicas after.
+
+    Args:
+        mask: Optional tensor of shape `(tokens,)`, 1 or `True` for the tokens
+            that count. `None` counts them all.
+        num_tokens: Integer or scalar tensor.
+
+    Returns:
+        Float32 tensor of shape `(tokens,)`, or `None` if all weigh the same.
+        If none counts, all weigh nothing.
+    """
+    if mask is None and _replica_context() is None:
+        return None
+    counts = (
+        ops.ones((num_tokens,)) if mask is None else ops.cast(mask, "float32")
+    )
+    return ops.divide_no_nan(counts, mean_over_replicas(ops.sum(counts)))
+
+
 def mean_over_replicas(value):
     """The mean of a tensor over the replicas; the tensor, if there is one."""
     context = _replica_context()
@@ -27,12 +51,6 @@ def replica_index():
     """Which replica this is: integer, or scalar tensor; 0 if there is one."""
     context = _replica_context()
     return 0 if context is None else context.replica_id_in_sync_group
-
-
-def num_replicas():
-    """Integer, how many replicas take part in this step."""
-    context = _replica_context()
-    return 1 if context is None else context.num_replicas_in_sync
 
 
 def spans_processes(variables):

@@ -49,7 +49,7 @@ class TermTotals:
             squared_error: Tensor of shape `(d,)`, the mean over tokens.
             z1_mean: Tensor of shape `(tokens, rank)`, the means of q1.
             token_weights: Optional tensor of shape `(tokens,)`, as
-                `objective.token_weights` returns it.
+                `replicas.token_weights` returns it.
         """
         x_mean, x_square, z1_total, z1_square = (
             objective.token_mean(values, token_weights, feature_axes=1)

@@ -7,6 +7,7 @@ from helpers import to_numpy
 from keras import ops
 
 from keras_fvae import objective
+from keras_fvae import replicas
 
 PRIORS = [(0.0, 1.0), (1.5, 1.0), (-0.75, 2.0)]
 
@@ -104,7 +105,7 @@ def test_token_mean_counts_only_the_tokens_of_the_mask(rng):
         (1, kept.mean((0, 1))),
     ]:
         argument = values if feature_axes else values[..., 0]
-        weights = objective.token_weights(mask, 6)
+        weights = replicas.token_weights(mask, 6)
         mean = objective.token_mean(argument, weights, feature_axes)
         np.testing.assert_allclose(to_numpy(mean), expected, rtol=1e-5)
     everything = objective.token_mean(values[..., 0])
@@ -114,7 +115,7 @@ def test_token_mean_counts_only_the_tokens_of_the_mask(rng):
 
 
 def test_token_mean_without_any_token_is_zero():
-    weights = objective.token_weights(np.zeros(4), 4)
+    weights = replicas.token_weights(np.zeros(4), 4)
     mean = objective.token_mean(np.ones((4, 3)), weights, feature_axes=1)
     assert to_numpy(mean).tolist() == [0.0, 0.0, 0.0]
 
