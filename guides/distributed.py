@@ -41,7 +41,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import pathlib
-import pydoc
 
 import keras
 import keras_hub
@@ -54,9 +53,19 @@ print(keras.distribution.list_devices())
 # %% [markdown]
 # ## A task
 #
-# To go on with a text, byte by byte. The texts are docstrings.
+# To go on with a text, byte by byte. The texts are docstrings; the model has
+# the architecture of Llama, a few units, and random weights in the place of
+# pretrained ones. All of it stands in a file of its own, since other processes
+# will need it, too.
 
 # %%
+pathlib.Path("task.py").write_text("""
+import pydoc
+
+import keras
+import keras_hub
+import numpy as np
+
 LENGTH = 32
 
 
@@ -67,26 +76,18 @@ def docstrings(name):
 
 
 texts = [*docstrings("logging"), *docstrings("asyncio")]
-texts = [text[: LENGTH + 1] for text in texts if len(text) > LENGTH][:48]
-texts = np.array([[*text] for text in texts])
+texts = [[*text[: LENGTH + 1]] for text in texts if len(text) > LENGTH]
+texts = np.array(texts[:48])
 x = {
     "token_ids": texts[:, :-1],
     "padding_mask": np.ones_like(texts[:, :-1]),
 }
 y = texts[:, 1:]
-print(len(texts), "texts, for example:", bytes(texts[0].tolist()))
+loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-# %% [markdown]
-# ## One device
-#
-# The model has the architecture of Llama, a few units, and random weights in
-# the place of pretrained ones.
-
-
-# %%
-def make_model():
-    keras.utils.set_random_seed(0)
+def make_model(seed=0):
+    keras.utils.set_random_seed(seed)
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=256,
         num_layers=2,
@@ -96,13 +97,24 @@ def make_model():
         intermediate_dim=128,
     )
     return keras_hub.models.LlamaCausalLM(backbone)
+""")
+sys.path.insert(0, ".")
+
+from task import loss_of
+from task import make_model
+from task import texts
+from task import x
+from task import y
+
+print(len(texts), "texts, for example:", bytes(texts[0].tolist()))
+
+# %% [markdown]
+# ## One device
 
 
+# %%
 def train(model):
-    model.compile(
-        keras.optimizers.AdamW(5e-3, global_clipnorm=1.0),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
+    model.compile(keras.optimizers.AdamW(5e-3), loss_of)
     history = model.fit(x, y, batch_size=16, epochs=2, verbose=0)
     return history.history["loss"]
 
@@ -286,6 +298,7 @@ pathlib.Path("processes.py").write_text("""
 import os
 import sys
 
+process = int(sys.argv[1])
 os.environ["KERAS_BACKEND"] = "jax"
 # With real accelerators, leave this out.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -294,30 +307,20 @@ import keras
 
 # Before JAX looks for devices: the address of the first process, how many
 # there are, and which one this is.
-keras.distribution.initialize("127.0.0.1:29500", 2, int(sys.argv[1]))
+keras.distribution.initialize("127.0.0.1:29500", 2, process)
 
-import keras_hub
 import numpy as np
 import keras_fvae
+from task import loss_of, make_model, x, y
 
 distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
 keras.distribution.set_distribution(distribution)
-model = keras_hub.models.LlamaCausalLM(
-    keras_hub.models.LlamaBackbone(
-        vocabulary_size=256,
-        num_layers=1,
-        num_query_heads=4,
-        num_key_value_heads=4,
-        hidden_dim=32,
-        intermediate_dim=64,
-    )
-)
+model = make_model()
 model.backbone.enable_fvae_lora(rank=8)
-model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(True))
-tokens = np.random.default_rng(0).integers(0, 256, (16, 12))
-tokens = np.split(tokens, 2)[int(sys.argv[1])]
-x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-history = model.fit(x, tokens, batch_size=8, epochs=2, verbose=0)
+model.compile(keras.optimizers.AdamW(5e-3), loss_of)
+x = {name: np.split(value, 2)[process] for name, value in x.items()}
+y = np.split(y, 2)[process]
+history = model.fit(x, y, batch_size=8, epochs=2, verbose=0)
 model.backbone.save_fvae_lora_weights("processes.fvae_lora.h5")
 model.backbone.load_fvae_lora_weights("processes.fvae_lora.h5")
 print(history.history["loss"], distribution.num_processes, "processes")
@@ -349,10 +352,9 @@ import os
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras
-import keras_hub
-import numpy as np
 import tensorflow as tf
 import keras_fvae
+from task import loss_of, make_model, x, y
 
 # With real accelerators, leave this out, and take `MirroredStrategy()`.
 [cpu] = tf.config.list_physical_devices("CPU")
@@ -361,21 +363,10 @@ tf.config.set_logical_device_configuration(cpu, halves)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 with strategy.scope():
-    model = keras_hub.models.LlamaCausalLM(
-        keras_hub.models.LlamaBackbone(
-            vocabulary_size=256,
-            num_layers=1,
-            num_query_heads=4,
-            num_key_value_heads=4,
-            hidden_dim=32,
-            intermediate_dim=64,
-        )
-    )
+    model = make_model()
     model.backbone.enable_fvae_lora(rank=8)
-    model.compile("adamw", keras.losses.SparseCategoricalCrossentropy(True))
-tokens = np.random.default_rng(0).integers(0, 256, (16, 12))
-x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-history = model.fit(x, tokens, batch_size=16, epochs=2, verbose=0)
+    model.compile(keras.optimizers.AdamW(5e-3), loss_of)
+history = model.fit(x, y, batch_size=16, epochs=2, verbose=0)
 model.backbone.save_fvae_lora_weights("replicas.fvae_lora.h5")
 print(history.history["loss"], strategy.num_replicas_in_sync, "replicas")
 """)
@@ -409,42 +400,28 @@ import os
 
 os.environ["KERAS_BACKEND"] = "torch"
 
-import keras
-import keras_hub
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 import keras_fvae
+from task import loss_of, make_model, texts
 
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-# So that no two workers draw the same noise. Their weights are those of the
-# first, which PyTorch gives to all.
-keras.utils.set_random_seed(rank)
-
-model = keras_hub.models.LlamaCausalLM(
-    keras_hub.models.LlamaBackbone(
-        vocabulary_size=256,
-        num_layers=1,
-        num_query_heads=4,
-        num_key_value_heads=4,
-        hidden_dim=32,
-        intermediate_dim=64,
-    )
-)
+# With a seed for each, so that no two workers draw the same noise. Their
+# weights are those of the first, which PyTorch gives to all.
+model = make_model(seed=rank)
 model.backbone.enable_fvae_lora(rank=8)
 parallel = DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(
     [p for p in model.parameters() if p.requires_grad], lr=5e-3
 )
-loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-tokens = np.random.default_rng(0).integers(0, 256, (16, 12))
-tokens = torch.as_tensor(np.split(tokens, 2)[rank])
-x = {"token_ids": tokens, "padding_mask": torch.ones_like(tokens)}
-for epoch in range(2):
+# Every other text is this worker's.
+for batch in torch.as_tensor(texts)[rank::2].split(8):
+    tokens = batch[:, :-1]
+    x = {"token_ids": tokens, "padding_mask": torch.ones_like(tokens)}
     optimizer.zero_grad()
-    loss = loss_of(tokens, parallel(x, training=True)) + sum(model.losses)
+    loss = loss_of(batch[:, 1:], parallel(x, training=True))
+    loss = loss + sum(model.losses)
     loss.backward()
     optimizer.step()
 if rank == 0:
