@@ -275,10 +275,9 @@ for method in METHODS:
     print(f"{method:<18}{sizes}")
 
 # %% [markdown]
-# Of the frozen weights about half a gigabyte more than an eighth stays on each
-# device, since KerasHub's map leaves the embedding for the output whole. LoRA's
-# matrices match none of its patterns, so every device keeps all of them, and
-# trains them.
+# Of the frozen weights 0.86 GiB more than an eighth stay on each device, since
+# KerasHub's map leaves the embedding for the output whole. The matrices of LoRA
+# match none of its patterns, so every device keeps all of them and trains them.
 #
 # Activations come on top, which grow with the batch; `rematerialize=True` keeps
 # nothing of the autoencoders for the gradient, but computes them once more.
@@ -340,8 +339,8 @@ for process in processes:
 # %% [markdown]
 # ## TensorFlow
 #
-# Make and adapt the model in the scope of a strategy. Each replica works on its
-# part of the batch, and draws noise of its own. Where padding is uneven, a
+# Make and compile the model in the scope of a strategy. Each replica works on
+# its part of the batch, and draws noise of its own. Where padding is uneven, a
 # replica has more tokens that count than another; the objective is the mean
 # over all of them, as on one device.
 

@@ -447,11 +447,12 @@ def new_adapter(layer, config, finalized=False):
 
 def build_adapter(layer, config, finalized=False):
     """A built adapter for a built layer, not attached to it yet."""
-    with sharding.undistributed():
-        adapter = new_adapter(layer, config, finalized)
-    # The adapter's variables get the paths that they will have in the layer.
-    with keras.name_scope(layer.name, caller=layer):
-        _build_adapter(adapter, layer, (None,) * _input_rank(layer))
+    with replicas.scope_of(keras_internals.kernel_of(layer)):
+        with sharding.undistributed():
+            adapter = new_adapter(layer, config, finalized)
+        # The variables get the paths that they will have in the layer.
+        with keras.name_scope(layer.name, caller=layer):
+            _build_adapter(adapter, layer, (None,) * _input_rank(layer))
     return adapter
 
 
@@ -547,6 +548,7 @@ def widen_bias(layer):
     with (
         keras_internals.unlocked(layer),
         keras.name_scope(layer.name, caller=layer),
+        replicas.scope_of(keras_internals.kernel_of(layer)),
     ):
         if previous is not None:
             keras_internals.untrack(layer, previous)

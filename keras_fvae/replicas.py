@@ -5,6 +5,8 @@ step sees the whole batch, on however many devices and processes it is; only
 what is read from the model, or from files, knows of the processes.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops
@@ -51,6 +53,21 @@ def replica_index():
     """Which replica this is: integer, or scalar tensor; 0 if there is one."""
     context = _replica_context()
     return 0 if context is None else context.replica_id_in_sync_group
+
+
+def scope_of(variable):
+    """The scope in which new variables are on the replicas a variable is on.
+
+    Args:
+        variable: `keras.Variable`.
+
+    Returns:
+        Context manager, which does nothing but on TensorFlow.
+    """
+    strategy = getattr(variable.value, "distribute_strategy", None)
+    if keras.config.backend() != "tensorflow" or strategy is None:
+        return contextlib.nullcontext()
+    return strategy.scope()
 
 
 def spans_processes(variables):

@@ -82,7 +82,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
         self._values = None
 
     def on_train_batch_begin(self, batch, logs=None):
-        step = int(self.model.optimizer.iterations)
+        step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
         values = {
             name: _checked(name, schedule(step), step)
             for name, schedule in self.schedules.items()

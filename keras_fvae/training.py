@@ -4,6 +4,7 @@ import gc
 import warnings
 
 import keras
+from keras import ops
 
 from keras_fvae import keras_internals
 
@@ -54,7 +55,8 @@ def forget_training(layers, keep_optimizer=True):
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None or not optimizer.built:
             continue
-        if int(optimizer.iterations) == 0 or not keep_optimizer:
+        num_steps = int(ops.convert_to_numpy(optimizer.iterations))
+        if num_steps == 0 or not keep_optimizer:
             config = optimizer.get_config()
             model.optimizer = type(optimizer).from_config(config)
         else:

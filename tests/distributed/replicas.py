@@ -50,9 +50,13 @@ def adapt(model):
     )
     move_adapters(model, np.random.default_rng(0))
     quieten(model)
+
+
+def compile_model(model, **options):
     model.compile(
         keras.optimizers.SGD(0.05),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **options,
     )
 
 
@@ -63,21 +67,36 @@ def fit(model, data):
         epochs=3,
         shuffle=False,
         verbose=0,
-        callbacks=[keras_fvae.FVAELoRAMonitor()],
+        callbacks=[
+            keras_fvae.FVAELoRAMonitor(),
+            keras_fvae.FVAELoRASchedule(elbo_weight=lambda step: 0.1 * step),
+        ],
     )
     return history.history, [to_numpy(w) for w in model.weights]
 
 
-def test_fits_of_one_device(make_attention_model, strategy, data):
+@pytest.mark.parametrize(
+    "run_eagerly, is_adapted_in_scope",
+    [(False, True), (False, False), (True, False)],
+)
+def test_fits_of_one_device(
+    run_eagerly, is_adapted_in_scope, make_attention_model, strategy, data
+):
     keras.utils.set_random_seed(0)
     model = make_attention_model()
     start = [to_numpy(w) for w in model.weights]
     adapt(model)
+    compile_model(model)
     history, weights = fit(model, data)
     with strategy.scope():
         model = make_attention_model()
         model.set_weights(start)
+        if is_adapted_in_scope:
+            adapt(model)
+    if not is_adapted_in_scope:
         adapt(model)
+    with strategy.scope():
+        compile_model(model, run_eagerly=run_eagerly)
     assert strategy.num_replicas_in_sync == 2
     replicated_history, replicated_weights = fit(model, data)
     assert {"fvae_loss", "explained_variance"} <= {*history}
@@ -141,11 +160,12 @@ def test_files_from_and_to_replicas(
     with strategy.scope():
         model = make_attention_model()
         adapt(model)
+        compile_model(model)
     fit(model, data)
     keras_fvae.save_fvae_lora_weights(model, path)
     with strategy.scope():
         loaded = make_attention_model()
-        keras_fvae.load_fvae_lora_weights(loaded, path)
+    keras_fvae.load_fvae_lora_weights(loaded, path)
     for layer, saved in zip(adapted_layers(loaded), adapted_layers(model)):
         for name, array in layer.adapter.get_arrays().items():
             np.testing.assert_array_equal(
