@@ -26,7 +26,8 @@ def save_fvae_lora_weights(model, filepath, include="all"):
     """Saves a model's adapters, and what else of it trains, to one file.
 
     The file holds the weights by layer path and the adapters' settings, so
-    that it can be loaded onto the plain base model.
+    that it can be loaded onto the plain base model. If a model is spread over
+    several processes of JAX, all of them must call this; the first one writes.
 
     Args:
         model: `keras.Model` or layer with layers adapted by FVAE-LoRA.
@@ -80,7 +81,9 @@ def load_fvae_lora_weights(model, filepath):
     """Loads what `save_fvae_lora_weights` saved, onto the same architecture.
 
     On a plain model FVAE-LoRA is enabled first, as the file says. On an
-    adapted one, the adapted layers and their settings must be the file's.
+    adapted one, the adapted layers and their settings must be the file's. If a
+    model is spread over several processes of JAX, all of them must call this;
+    the first one reads the file for all.
 
     Args:
         model: `keras.Model` or layer, built, like the one that was saved.
