@@ -31,13 +31,14 @@ if importlib.util.find_spec("keras_fvae") is None:
     subprocess.run([*pip, extras], check=True)
 
 # %% [markdown]
-# Both of these must be set before JAX starts. With real accelerators, leave
-# the second out.
+# All of these must be set before JAX starts. With real accelerators, leave the
+# last two out.
 
 # %%
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import pathlib
