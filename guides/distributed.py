@@ -399,6 +399,8 @@ pathlib.Path("workers.py").write_text("""
 import os
 
 os.environ["KERAS_BACKEND"] = "torch"
+# With real accelerators, leave this out.
+os.environ["KERAS_TORCH_DEVICE"] = "cpu"
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
