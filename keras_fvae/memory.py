@@ -51,7 +51,8 @@ def memory_per_device(make_model, distribution=None, optimizer_slots=2):
     Args:
         make_model: Function without arguments that makes a model, enables
             what is to be enabled, and returns it. Inside it no variable gets a
-            value, so it must not load weights.
+            value, so it must neither load weights nor compile the model.
+            KerasHub's tasks compile themselves: return a backbone.
         distribution: Optional `keras.distribution.ModelParallel` or
             `DataParallel`, of which the layouts are. `None` (default) means
             one device.
@@ -64,8 +65,8 @@ def memory_per_device(make_model, distribution=None, optimizer_slots=2):
     Raises:
         TypeError: If `make_model` is no function, or returns no Keras layer or
             model.
-        ValueError: If `optimizer_slots` is negative, or a mesh does not divide
-            the shape of a weight.
+        ValueError: If `optimizer_slots` is negative, the model is compiled or
+            not built, or a mesh does not divide the shape of a weight.
 
     Example:
 
@@ -93,8 +94,7 @@ def memory_per_device(make_model, distribution=None, optimizer_slots=2):
     keras.distribution.set_distribution(distribution)
     try:
         with keras_internals.without_values():
-            model = make_model()
-            _check_model(model)
+            model = _make(make_model)
             sizes = {
                 is_trained: sum(
                     _bytes_per_device(weight, distribution)
@@ -113,12 +113,28 @@ def memory_per_device(make_model, distribution=None, optimizer_slots=2):
     )
 
 
-def _check_model(model):
+def _make(make_model):
+    try:
+        model = make_model()
+    except ValueError as error:
+        if "stateless scope" not in str(error):
+            raise
+        raise ValueError(
+            "Inside `make_model` no variable can have a value. Let it make a "
+            "model that is not compiled; of KerasHub's tasks, which compile "
+            "themselves, the backbone alone."
+        ) from error
     if not isinstance(model, keras.Layer):
         raise TypeError(
             "`make_model` must return a `keras.Model` or layer. "
             f"Received: {model!r} (of type {type(model)})"
         )
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so its weights have no "
+            "shapes. Give it a `keras.Input`, or build it, in `make_model`."
+        )
+    return model
 
 
 def _bytes_per_device(weight, distribution):

@@ -133,6 +133,14 @@ def test_bad_arguments():
         keras_fvae.memory_per_device(lambda: None)
     with pytest.raises(ValueError, match="must be 0 or more.*-1"):
         keras_fvae.memory_per_device(lambda: backbone, optimizer_slots=-1)
+    with pytest.raises(ValueError, match="is not compiled.*backbone alone"):
+        keras_fvae.memory_per_device(
+            lambda: keras_hub.models.LlamaCausalLM(make_backbone("llama"))
+        )
+    with pytest.raises(ValueError, match="'unbuilt' is not built"):
+        keras_fvae.memory_per_device(
+            lambda: keras.Sequential([keras.layers.Dense(3)], name="unbuilt")
+        )
     distribution = model_parallel(make_mesh((1, 24)))
     with pytest.raises(ValueError, match="size 4096 by 24.*attention"):
         keras_fvae.memory_per_device(
