@@ -63,6 +63,14 @@ def kernel_of(layer):
     return layer._kernel
 
 
+def has_value(variable):
+    """Whether a variable has its value yet; one in a `StatelessScope` has not.
+
+    To ask such a one for it would compute it.
+    """
+    return variable._value is not None
+
+
 def layout_of(variable):
     """The `keras.distribution.TensorLayout` of a variable, or `None`."""
     return variable._layout
@@ -73,7 +81,7 @@ def set_layout(variable, layout):
     previous = variable._layout
     variable._layout = layout
     # One without a value yet is made where its layout says.
-    if variable._value is not None:
+    if has_value(variable):
         try:
             variable.assign(variable.value)
         except ValueError:

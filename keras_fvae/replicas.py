@@ -64,10 +64,12 @@ def scope_of(variable):
     Returns:
         Context manager, which does nothing but on TensorFlow.
     """
-    strategy = getattr(variable.value, "distribute_strategy", None)
-    if keras.config.backend() != "tensorflow" or strategy is None:
-        return contextlib.nullcontext()
-    return strategy.scope()
+    is_tensorflow = keras.config.backend() == "tensorflow"
+    if is_tensorflow and keras_internals.has_value(variable):
+        strategy = getattr(variable.value, "distribute_strategy", None)
+        if strategy is not None:
+            return strategy.scope()
+    return contextlib.nullcontext()
 
 
 def spans_processes(variables):

@@ -163,11 +163,13 @@ def test_variables_without_values():
     with keras_internals.without_values():
         variable = keras.Variable(initializer, shape=(2, 3))
         variable.trainable = False
+        assert not keras_internals.has_value(variable)
     assert variable.shape == (2, 3)
     # What Keras does for others when a scope ends.
     with keras.StatelessScope():
         other = keras.Variable(np.zeros, shape=(2,))
     assert keras.ops.convert_to_numpy(other).tolist() == [0, 0]
+    assert keras_internals.has_value(other)
 
 
 def test_losses_are_kept_while_others_call_the_same_layers():

@@ -117,6 +117,23 @@ def test_the_table_of_the_readme(method):
     assert re.search(row, (ROOT / "README.md").read_text())
 
 
+def test_no_weight_is_computed():
+    def initializer(shape, dtype=None):
+        raise AssertionError("A weight was computed.")
+
+    def make_model():
+        dense = keras.layers.Dense(3, kernel_initializer=initializer)
+        query = keras.layers.Dense(
+            3, kernel_initializer=initializer, name="query"
+        )
+        model = keras.Sequential([keras.Input((4,)), dense, query])
+        keras_fvae.enable_fvae_lora(model, rank=2)
+        return model
+
+    memory = keras_fvae.memory_per_device(make_model)
+    assert memory.frozen_weights == 4 * (4 * 3 + 3 + 3 * 3 + 3)
+
+
 def test_nothing_is_left_behind():
     keras_fvae.memory_per_device(lambda: make_large(lambda backbone: None))
     # Where Keras would give values to what has none yet.
