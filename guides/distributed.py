@@ -428,8 +428,11 @@ for batch in torch.as_tensor(texts)[rank::2].split(8):
     optimizer.step()
 if rank == 0:
     model.backbone.save_fvae_lora_weights("workers.fvae_lora.h5")
-    print(float(loss), torch.distributed.get_world_size(), "workers")
-torch.distributed.destroy_process_group()
+    size = torch.distributed.get_world_size()
+    print(float(loss), size, "workers", flush=True)
+torch.distributed.barrier()
+# Taken down in order, gloo now and then waits for its own thread for ever.
+os._exit(0)
 """)
 # On the command line: torchrun --standalone --nproc_per_node 2 workers.py
 torchrun = ["-m", "torch.distributed.run", "--standalone"]

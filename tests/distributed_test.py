@@ -81,6 +81,7 @@ def test_two_workers_of_torchrun(tmp_path):
         capture_output=True,
         text=True,
         env=environment("torch"),
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     workers = np.load(tmp_path / "workers.npz")
