@@ -171,6 +171,9 @@ def refuse_quantization(model):
 
 def join_distribution(model):
     """Lays out a model with adapters that was made before a distribution."""
+    if keras.distribution.distribution() is None:
+        # Nor are the layers walked for it, batch by batch.
+        return
     layers = adapted_layers(model)
     for layer in layers:
         follow_kernel(layer, layer.adapter.variables)

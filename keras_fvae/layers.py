@@ -219,7 +219,9 @@ class FVAELoRAMixin(NotRematerialized):
 
     def build(self, input_shape):
         super().build(input_shape)
-        _build_adapter(self.adapter, self, input_shape)
+        with sharding.distributed_by(None):
+            self.adapter.build(input_shape, self.kernel.shape)
+        follow_kernel(self, self.adapter.variables)
         self._freeze_base()
 
     def call(self, inputs, training=None):
@@ -447,19 +449,16 @@ def new_adapter(layer, config, finalized=False):
 
 def build_adapter(layer, config, finalized=False):
     """A built adapter for a built layer, not attached to it yet."""
-    with replicas.scope_of(keras_internals.kernel_of(layer)):
-        with sharding.undistributed():
-            adapter = new_adapter(layer, config, finalized)
+    with (
+        replicas.scope_of(keras_internals.kernel_of(layer)),
+        sharding.distributed_by(None),
+    ):
+        adapter = new_adapter(layer, config, finalized)
         # The variables get the paths that they will have in the layer.
         with keras.name_scope(layer.name, caller=layer):
-            _build_adapter(adapter, layer, (None,) * _input_rank(layer))
-    return adapter
-
-
-def _build_adapter(adapter, layer, input_shape):
-    with sharding.undistributed():
-        adapter.build(input_shape, layer.kernel.shape)
+            adapter.build((None,) * _input_rank(layer), layer.kernel.shape)
     follow_kernel(layer, adapter.variables)
+    return adapter
 
 
 def follow_kernel(layer, variables):

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_fvae import keras_internals
+from keras_fvae import sharding
 
 GIB = 2**30
 
@@ -90,21 +91,19 @@ def memory_per_device(make_model, distribution=None, optimizer_slots=2):
             "`optimizer_slots` must be 0 or more. "
             f"Received: optimizer_slots={optimizer_slots}"
         )
-    previous = keras.distribution.distribution()
-    keras.distribution.set_distribution(distribution)
-    try:
-        with keras_internals.without_values():
-            model = _make(make_model)
-            sizes = {
-                is_trained: sum(
-                    _bytes_per_device(weight, distribution)
-                    for weight in model.weights
-                    if weight.trainable == is_trained
-                )
-                for is_trained in (False, True)
-            }
-    finally:
-        keras.distribution.set_distribution(previous)
+    with (
+        sharding.distributed_by(distribution),
+        keras_internals.without_values(),
+    ):
+        model = _make(make_model)
+        sizes = {
+            is_trained: sum(
+                _bytes_per_device(weight)
+                for weight in model.weights
+                if weight.trainable == is_trained
+            )
+            for is_trained in (False, True)
+        }
     return MemoryPerDevice(
         frozen_weights=sizes[False],
         trainable_weights=sizes[True],
@@ -137,17 +136,13 @@ def _make(make_model):
     return model
 
 
-def _bytes_per_device(weight, distribution):
+def _bytes_per_device(weight):
     shape = weight.shape
-    layout = keras_internals.layout_of(weight)
-    if layout is None and distribution is not None:
-        layout = distribution.get_variable_layout(weight)
+    layout = sharding.layout_of(weight)
     if layout is not None:
-        mesh = layout.device_mesh
-        sizes = dict(zip(mesh.axis_names, mesh.shape))
         shape = [
-            _divide(size, sizes.get(name, 1), weight)
-            for size, name in zip(shape, layout.axes)
+            _divide(size, sharding.num_parts(layout.device_mesh, axis), weight)
+            for size, axis in zip(shape, layout.axes)
         ]
     # A dependency of Keras, it makes `bfloat16` and its like known to NumPy.
     dtype = getattr(ml_dtypes, weight.dtype, weight.dtype)

@@ -69,17 +69,18 @@ class _ExtendedLayoutMap(keras.distribution.LayoutMap):
 
 
 @contextlib.contextmanager
-def undistributed():
-    """Variables made inside the block have no layout yet.
+def distributed_by(distribution):
+    """Sets the distribution inside the block, or none at all.
 
-    Nor can a pattern that is meant for kernels match one of them.
+    With none, variables have no layout yet, nor can a pattern that is meant
+    for kernels match one of them.
     """
-    distribution = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
+    previous = keras.distribution.distribution()
+    keras.distribution.set_distribution(distribution)
     try:
         yield
     finally:
-        keras.distribution.set_distribution(distribution)
+        keras.distribution.set_distribution(previous)
 
 
 def follow_kernel(kernel, contraction, variables):
@@ -93,7 +94,7 @@ def follow_kernel(kernel, contraction, variables):
     Raises:
         ValueError: If the mesh does not divide the shape of a variable.
     """
-    kernel_layout = _layout_of(kernel)
+    kernel_layout = layout_of(kernel)
     if kernel_layout is None:
         return
     axes_by_name = {}
@@ -118,13 +119,19 @@ def join_distribution(variables):
             _set_layout(variable, distribution.get_variable_layout(variable))
 
 
-def _layout_of(kernel):
-    """The layout that a kernel has, or is to get; `None` if none."""
-    layout = keras_internals.layout_of(kernel)
+def layout_of(variable):
+    """The layout that a variable has, or is to get; `None` if none."""
+    layout = keras_internals.layout_of(variable)
     distribution = keras.distribution.distribution()
     if layout is None and distribution is not None:
-        layout = distribution.get_variable_layout(kernel)
+        layout = distribution.get_variable_layout(variable)
     return layout
+
+
+def num_parts(device_mesh, axis_name):
+    """Into how many parts an axis of a mesh cuts; 1 if it is `None`."""
+    sizes = dict(zip(device_mesh.axis_names, device_mesh.shape))
+    return sizes.get(axis_name, 1)
 
 
 def _adapter_axes(kernel_axes, contraction):
@@ -149,11 +156,11 @@ def _lay_out(variable, axes, device_mesh):
     given = _given_axes(layout_map, variable.path)
     if given is not None:
         axes = given
-        if variable.name == "kernel_b" and not _divides(
-            device_mesh, axes[0], variable.shape[0]
-        ):
-            # A rank is small, and often smaller than the mesh.
-            axes = (None, *axes[1:])
+        if variable.name == "kernel_b":
+            rank = variable.shape[0]
+            if rank % num_parts(device_mesh, axes[0]):
+                # A rank is small, and often smaller than the mesh.
+                axes = (None, *axes[1:])
     layout = keras.distribution.TensorLayout(axes, device_mesh)
     _set_layout(variable, layout)
     if given is None and isinstance(layout_map, _ExtendedLayoutMap):
@@ -180,10 +187,3 @@ def _given_axes(layout_map, path):
         ):
             return layout_map[pattern].axes
     return None
-
-
-def _divides(device_mesh, axis_name, size):
-    if axis_name is None:
-        return True
-    sizes = dict(zip(device_mesh.axis_names, device_mesh.shape))
-    return size % sizes[axis_name] == 0

@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 import pytest
 from distributed.common import make_backbone
+from distributed.common import model_parallel
 from helpers import ROOT
 
 import keras_fvae
@@ -32,16 +33,12 @@ def make_large(adapt):
     return backbone
 
 
-def make_mesh(shape):
-    devices = [f"cpu:{index}" for index in range(np.prod(shape))]
-    return keras.distribution.DeviceMesh(shape, ("batch", "model"), devices)
-
-
-def model_parallel(mesh, backbone_class=keras_hub.models.Llama3Backbone):
-    layout_map = backbone_class.get_layout_map(mesh)
-    return keras.distribution.ModelParallel(
-        layout_map=layout_map, batch_dim_name="batch"
+def distribution_on(num_devices):
+    devices = [f"cpu:{index}" for index in range(num_devices)]
+    mesh = keras.distribution.DeviceMesh(
+        (1, num_devices), ("batch", "model"), devices
     )
+    return model_parallel(keras_hub.models.Llama3Backbone.get_layout_map(mesh))
 
 
 def test_one_device_as_the_weights_are():
@@ -65,7 +62,7 @@ def test_one_device_as_the_weights_are():
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_billion_weights(method):
     adapt = METHODS[method]
-    distribution = model_parallel(make_mesh((1, 8)))
+    distribution = distribution_on(8)
     alone = keras_fvae.memory_per_device(lambda: make_large(adapt))
     shared = keras_fvae.memory_per_device(
         lambda: make_large(adapt), distribution
@@ -110,7 +107,7 @@ def test_the_table_of_the_readme(method):
         keras_fvae.memory_per_device(
             lambda: make_large(METHODS[method]), distribution
         )
-        for distribution in (None, model_parallel(make_mesh((1, 8))))
+        for distribution in (None, distribution_on(8))
     ]
     alone, shared = (f"{memory.total / 2**30:.2f}" for memory in memories)
     row = rf"\| {re.escape(method)} +\| +{alone} \| +{shared} \|"
@@ -158,7 +155,7 @@ def test_bad_arguments():
         keras_fvae.memory_per_device(
             lambda: keras.Sequential([keras.layers.Dense(3)], name="unbuilt")
         )
-    distribution = model_parallel(make_mesh((1, 24)))
+    distribution = distribution_on(24)
     with pytest.raises(ValueError, match="size 4096 by 24.*attention"):
         keras_fvae.memory_per_device(
             lambda: make_large(lambda backbone: None), distribution

@@ -32,6 +32,12 @@ def make_batch():
     return inputs, rng.normal(size=(8, 12, 32)).astype("float32")
 
 
+def model_parallel(layout_map):
+    return keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name="batch"
+    )
+
+
 def make_backbone(name):
     keras.utils.set_random_seed(0)
     cls, config = BACKBONES[name]

@@ -14,6 +14,7 @@ from distributed.common import enable
 from distributed.common import fit
 from distributed.common import make_backbone
 from distributed.common import make_batch
+from distributed.common import model_parallel
 from helpers import snapshot
 from helpers import to_numpy
 
@@ -36,18 +37,8 @@ def layout_map_of(name):
     return BACKBONES[name][0].get_layout_map(device_mesh())
 
 
-def model_parallel(layout_map):
-    return keras.distribution.ModelParallel(
-        layout_map=layout_map, batch_dim_name="batch"
-    )
-
-
-def data_parallel(name):
-    return keras.distribution.DataParallel()
-
-
 DISTRIBUTIONS = {
-    "data": data_parallel,
+    "data": lambda name: keras.distribution.DataParallel(),
     "model": lambda name: model_parallel(layout_map_of(name)),
 }
 
@@ -149,7 +140,7 @@ def test_sharding_of_every_variable(name, batch):
     assert_sharded_as_kernels(backbone, name)
 
 
-def test_slots_of_the_optimizer_lie_as_the_weights_do(batch):
+def test_slots_of_the_optimizer_lie_as_the_weights_do():
     with model_parallel(layout_map_of("llama")).scope():
         backbone = make_adapted("llama")
         optimizer = keras.optimizers.Adam()
@@ -196,7 +187,7 @@ def test_when_the_distribution_is_set(is_set, kind, batch):
         assert len(kernel.value.sharding.device_set) == 8
 
 
-def test_enabled_outside_the_scope_in_which_the_model_was_built(batch):
+def test_enabled_outside_the_scope_in_which_the_model_was_built():
     with model_parallel(layout_map_of("llama")).scope():
         backbone = make_backbone("llama")
     enable(backbone)
@@ -260,13 +251,13 @@ def test_whole_models_and_what_is_made_for_use(batch, tmp_path):
         assert_close([loaded.predict(batch[0], verbose=0)], [expected])
 
 
-def test_layers_of_a_users_own_model(batch):
+def test_layers_of_a_users_own_model(config):
     layout_map = keras.distribution.LayoutMap(device_mesh())
     # As people write them; it matches what is inside the layer, too.
     layout_map[".*encode.*"] = ("batch", "model")
     with model_parallel(layout_map).scope():
         layer = keras_fvae.FVAELoRADense(
-            8, use_bias=False, name="encode", config=small_config()
+            8, use_bias=False, name="encode", config=config
         )
         model = keras.Sequential([layer, keras.layers.Dense(3)])
         model.compile("adam", "mse")
@@ -276,10 +267,6 @@ def test_layers_of_a_users_own_model(batch):
     adapter = layer.adapter
     found = specs([adapter.kernel_b, adapter.fvae.feature_weights])
     assert [*found.values()] == [(None, "model"), ("batch", None)]
-
-
-def small_config():
-    return keras_fvae.FVAELoRAConfig(rank=3, decoder_units=(8,))
 
 
 def test_the_extended_layout_map_tells_and_is_told():

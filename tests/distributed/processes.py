@@ -21,6 +21,7 @@ from distributed.common import BACKBONES
 from distributed.common import CONFIG
 from distributed.common import make_backbone
 from distributed.common import make_batch
+from distributed.common import model_parallel
 
 import keras_fvae
 from keras_fvae.lookup import adapted_layers
@@ -33,10 +34,7 @@ def distribution(kind):
     if kind == "data":
         return keras.distribution.DataParallel()
     mesh = keras.distribution.DeviceMesh((1, 8), ("batch", "model"))
-    return keras.distribution.ModelParallel(
-        layout_map=BACKBONES["llama"][0].get_layout_map(mesh),
-        batch_dim_name="batch",
-    )
+    return model_parallel(BACKBONES["llama"][0].get_layout_map(mesh))
 
 
 def main(kind, dataset):
