@@ -8,6 +8,7 @@ FVAE would have some twenty small ones.
 import itertools
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -26,10 +27,9 @@ class Packing:
     def __init__(self, shapes, num_shared_axes=0):
         self.shapes = shapes
         self.shared_shape = next(iter(shapes.values()))[:num_shared_axes]
-        sizes = [math.prod(s[num_shared_axes:]) for s in shapes.values()]
-        stops = list(itertools.accumulate(sizes))
-        self.ranges = dict(zip(shapes, zip([0, *stops], stops)))
-        self.shape = (*self.shared_shape, stops[-1])
+        self.sizes = [math.prod(s[num_shared_axes:]) for s in shapes.values()]
+        *self.boundaries, size = itertools.accumulate(self.sizes)
+        self.shape = (*self.shared_shape, size)
 
     def pack(self, arrays):
         """From a dict of name to array to the one array."""
@@ -48,12 +48,23 @@ class Packing:
             array: Array of shape `self.shape`.
             prefix: String. Only arrays whose names begin so are unpacked.
         """
-        reshape = np.reshape if isinstance(array, np.ndarray) else ops.reshape
-        arrays = {}
-        for name, shape in self.shapes.items():
-            if name.startswith(prefix):
-                start, stop = self.ranges[name]
-                arrays[name] = array[..., start:stop]
-                if tuple(arrays[name].shape) != shape:
-                    arrays[name] = reshape(arrays[name], shape)
-        return arrays
+        # Not by slices: the gradient is then one array, put together once, and
+        # not the sum of as many as there are parts.
+        is_numpy = isinstance(array, np.ndarray)
+        reshape = np.reshape if is_numpy else ops.reshape
+        if not self.boundaries:
+            # Of Keras's TensorFlow, nothing would be left.
+            parts = [array]
+        elif is_numpy:
+            parts = np.split(array, self.boundaries, axis=-1)
+        elif keras.config.backend() == "torch":
+            # Keras puts the boundaries in a tensor first and then reads them,
+            # which takes its time and is nothing `torch.compile` can do.
+            parts = array.split(self.sizes, dim=-1)
+        else:
+            parts = ops.split(array, self.boundaries, axis=-1)
+        return {
+            name: part if part.shape == shape else reshape(part, shape)
+            for (name, shape), part in zip(self.shapes.items(), parts)
+            if name.startswith(prefix)
+        }
