@@ -276,11 +276,12 @@ class FVAELoRAMixin(NotRematerialized):
                 inputs, contraction.num_leading_token_axes
             )
         update = self.adapter(inputs, training=training, mask=mask)
-        if self.activation in (None, keras.activations.linear):
-            return base_call(inputs, training=training) + update
-        linear_layer = _WithoutActivation(self)
+        is_linear = self.activation in (None, keras.activations.linear)
+        linear_layer = self if is_linear else _WithoutActivation(self)
         outputs = base_call.__func__(linear_layer, inputs, training=training)
-        return self.activation(outputs + update)
+        # In place on PyTorch, which takes its time to get memory for one more.
+        outputs += update
+        return outputs if is_linear else self.activation(outputs)
 
     def _freeze_base(self):
         """Keeps every weight but the adapter's from training."""

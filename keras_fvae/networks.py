@@ -175,7 +175,8 @@ class Networks:
         z = posteriors.mean
         if noise is not None:
             z = reparameterize(posteriors, noise)
-        residual = self._decode(z, weights, x.dtype, is_kept) - x
+        residual = self._decode(z, weights, x.dtype, is_kept)
+        residual -= x
         # The scale is the same for every token, so the squared error is
         # averaged over the tokens before it is divided by the scale.
         squared_error = objective.token_mean(
@@ -310,8 +311,10 @@ def _traced_once(function):
 
 
 def _affine(x, kernel, bias):
-    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
-    return ops.add(ops.matmul(x, kernel), bias)
+    outputs = ops.matmul(x, ops.cast(kernel, x.dtype))
+    # In place on PyTorch, which takes its time to get memory for one more.
+    outputs += ops.cast(bias, x.dtype)
+    return outputs
 
 
 def _block_diagonal(kernels):
