@@ -115,6 +115,11 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
         refuse_training_if_finalized(self)
         return super().train_on_batch(*args, **kwargs)
 
+    def _maybe_symbolic_build(self, *args, **kwargs):
+        # Of Keras's trainer for TensorFlow.
+        keras_internals.build_before_traced(self, *args, **kwargs)
+        super()._maybe_symbolic_build(*args, **kwargs)
+
     # Its steps go where the distribution is that is set when they are made.
 
     def make_train_function(self, *args, **kwargs):

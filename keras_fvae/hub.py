@@ -7,6 +7,7 @@ import keras
 
 from keras_fvae import adapt
 from keras_fvae import containers
+from keras_fvae import keras_internals
 from keras_fvae import layers
 from keras_fvae import lookup
 from keras_fvae import saving
@@ -76,6 +77,10 @@ def extend_keras_hub():
         ("make_predict_function", containers.join_distribution),
     ):
         setattr(Task, name, _preceded_by(function, getattr(Task, name)))
+    if keras.config.backend() == "tensorflow":
+        Task._maybe_symbolic_build = _built_if_adapted(
+            Task._maybe_symbolic_build
+        )
 
 
 def _with_adapters(get_config):
@@ -130,6 +135,18 @@ def _unless_adapted(rematerialized_call):
         return rematerialized_call(self, layer_call, *args, **kwargs)
 
     return rematerialized_call_unless_adapted
+
+
+def _built_if_adapted(maybe_symbolic_build):
+    """What Keras's trainer for TensorFlow calls before it traces a step."""
+
+    @functools.wraps(maybe_symbolic_build)
+    def build_if_adapted(self, *args, **kwargs):
+        if lookup.adapted_layers(self):
+            keras_internals.build_before_traced(self, *args, **kwargs)
+        return maybe_symbolic_build(self, *args, **kwargs)
+
+    return build_if_adapted
 
 
 def _restore_adapters_after(init):

@@ -7,6 +7,7 @@ when Keras changes one of these.
 import contextlib
 
 import keras
+import numpy as np
 from keras.src import backend
 from keras.src.backend.common import global_state
 
@@ -127,6 +128,40 @@ def losses_kept():
 def get_keras_mask(x):
     """The Keras mask that travels with a tensor, or `None`."""
     return backend.get_keras_mask(x)
+
+
+def build_before_traced(model, iterator=None, data_batch=None):
+    """Makes all state of a compiled model before TensorFlow traces a step.
+
+    Keras leaves the optimizer's slots and the metrics to the trace, here alone
+    of all backends, and TensorFlow traces the whole step a second time where
+    the first made variables. Data of which nothing is known beforehand is
+    left to the trace, too.
+
+    Args:
+        model: Compiled `keras.Model`.
+        iterator: What Keras's trainer reads batches from, or `None`.
+        data_batch: Else one batch of it.
+    """
+    import tensorflow as tf
+
+    if model.run_eagerly or model._distribute_strategy is not None:
+        # There is no trace, or Keras does it itself.
+        return
+    if iterator is not None:
+        data_batch = iterator._get_iterator().element_spec
+    nothing = tf.OptionalSpec, tf.NoneTensorSpec
+    data_batch = keras.tree.map_structure(
+        lambda value: None if isinstance(value, nothing) else value, data_batch
+    )
+    arrays = [a for a in keras.tree.flatten(data_batch) if a is not None]
+    is_known = all(
+        isinstance(array, (np.ndarray, tf.Tensor, tf.TensorSpec))
+        and getattr(array.shape, "rank", 0) is not None
+        for array in arrays
+    )
+    if is_known:
+        model._symbolic_build(data_batch=data_batch)
 
 
 class ToldOfTraining:

@@ -61,6 +61,51 @@ def test_fit_trains_the_adapters_and_the_head_alone(bert, inputs, jit_compile):
     np.testing.assert_array_equal(bert.predict(inputs, verbose=0), moved)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="no other has traces")
+@pytest.mark.parametrize("kind", ["arrays", "dataset", "generator", "batch"])
+@pytest.mark.parametrize("is_task", [False, True])
+def test_a_step_is_traced_once(is_task, kind, bert, attention_model, inputs):
+    import tensorflow as tf
+
+    if is_task:
+        model, whole = bert, bert.backbone
+        # Of dicts KerasHub's tasks take no generator.
+        kind = "arrays" if kind == "generator" else kind
+    else:
+        model = whole = attention_model
+        inputs = inputs["token_ids"]
+    keras_fvae.enable_fvae_lora(whole, **SMALL)
+    compile_model(model, metrics=["accuracy"], weighted_metrics=["accuracy"])
+    num_traces, num_batches = 0, 0
+    train_step = model.train_step
+
+    def count_traces(data):
+        nonlocal num_traces
+        num_traces += 1
+        return train_step(data)
+
+    def generate():
+        nonlocal num_batches
+        for _ in range(3):
+            num_batches += 1
+            yield data
+
+    model.train_step = count_traces
+    data = inputs, LABELS
+    if kind == "arrays":
+        model.fit(*data, batch_size=2, verbose=0)
+    elif kind == "dataset":
+        dataset = tf.data.Dataset.from_tensor_slices(data).batch(2)
+        model.fit(dataset, verbose=0)
+    elif kind == "generator":
+        model.fit(generate(), verbose=0)
+        # Nor is a batch of data lost to find out its shape.
+        assert model.optimizer.iterations >= num_batches == 3
+    else:
+        model.train_on_batch(*data)
+    assert num_traces == 1
+
+
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_the_loss_in_fit_is_that_of_the_task_and_the_elbo(
     dense_model, run_eagerly, rng
