@@ -195,3 +195,19 @@ def test_losses_are_kept_while_others_call_the_same_layers():
     outer(np.ones((2, 3), "float32"))
     losses = [float(loss) for loss in outer.losses]
     assert losses == [6.0, 6.0]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="no other has traces")
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_state_is_made_before_a_trace(run_eagerly):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("adam", "mse", metrics=["mae"], run_eagerly=run_eagerly)
+    batch = np.ones((4, 3), "float32"), np.ones((4, 2), "float32"), None
+    num_metrics = len(model.metrics_variables)
+    # Nothing is known of it, so nothing is done.
+    keras_internals.build_before_traced(model, data_batch=([1.0], [1.0]))
+    assert not model.optimizer.built
+    keras_internals.build_before_traced(model, data_batch=batch)
+    # Without a trace there is nothing to gain.
+    assert model.optimizer.built != run_eagerly
+    assert (len(model.metrics_variables) > num_metrics) != run_eagerly
