@@ -148,6 +148,11 @@ def build_before_traced(model, iterator=None, data_batch=None):
     if model.run_eagerly or model._distribute_strategy is not None:
         # There is no trace, or Keras does it itself.
         return
+    if model._compile_metrics is None:
+        # No data is needed to know what there will be.
+        if model.optimizer is not None and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        return
     if iterator is not None:
         data_batch = iterator._get_iterator().element_spec
     nothing = tf.OptionalSpec, tf.NoneTensorSpec

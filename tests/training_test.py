@@ -64,7 +64,10 @@ def test_fit_trains_the_adapters_and_the_head_alone(bert, inputs, jit_compile):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="no other has traces")
 @pytest.mark.parametrize("kind", ["arrays", "dataset", "generator", "batch"])
 @pytest.mark.parametrize("is_task", [False, True])
-def test_a_step_is_traced_once(is_task, kind, bert, attention_model, inputs):
+@pytest.mark.parametrize("metrics", [None, ["accuracy"]])
+def test_a_step_is_traced_once(
+    metrics, is_task, kind, bert, attention_model, inputs
+):
     import tensorflow as tf
 
     if is_task:
@@ -75,7 +78,7 @@ def test_a_step_is_traced_once(is_task, kind, bert, attention_model, inputs):
         model = whole = attention_model
         inputs = inputs["token_ids"]
     keras_fvae.enable_fvae_lora(whole, **SMALL)
-    compile_model(model, metrics=["accuracy"], weighted_metrics=["accuracy"])
+    compile_model(model, metrics=metrics, weighted_metrics=metrics)
     num_traces, num_batches = 0, 0
     train_step = model.train_step
 
