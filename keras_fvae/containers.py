@@ -117,7 +117,7 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
 
     def _maybe_symbolic_build(self, *args, **kwargs):
         # Of Keras's trainer for TensorFlow.
-        keras_internals.build_before_traced(self, *args, **kwargs)
+        make_state(self, *args, **kwargs)
         super()._maybe_symbolic_build(*args, **kwargs)
 
     # Its steps go where the distribution is that is set when they are made.
@@ -191,6 +191,12 @@ def join_distribution(model):
                 *(optimizer.variables if optimizer else ()),
             ]
         )
+
+
+def make_state(model, *args, **kwargs):
+    """Makes all state of a model with adapters before TensorFlow traces it."""
+    if keras_internals.trace_makes_state(model) and adapted_layers(model):
+        keras_internals.make_state(model, *args, **kwargs)
 
 
 def attach_adapters(model, layers, adapters):

@@ -7,7 +7,6 @@ import keras
 
 from keras_fvae import adapt
 from keras_fvae import containers
-from keras_fvae import keras_internals
 from keras_fvae import layers
 from keras_fvae import lookup
 from keras_fvae import saving
@@ -78,8 +77,8 @@ def extend_keras_hub():
     ):
         setattr(Task, name, _preceded_by(function, getattr(Task, name)))
     if keras.config.backend() == "tensorflow":
-        Task._maybe_symbolic_build = _built_if_adapted(
-            Task._maybe_symbolic_build
+        Task._maybe_symbolic_build = _preceded_by(
+            containers.make_state, Task._maybe_symbolic_build, told=True
         )
 
 
@@ -137,18 +136,6 @@ def _unless_adapted(rematerialized_call):
     return rematerialized_call_unless_adapted
 
 
-def _built_if_adapted(maybe_symbolic_build):
-    """What Keras's trainer for TensorFlow calls before it traces a step."""
-
-    @functools.wraps(maybe_symbolic_build)
-    def build_if_adapted(self, *args, **kwargs):
-        if lookup.adapted_layers(self):
-            keras_internals.build_before_traced(self, *args, **kwargs)
-        return maybe_symbolic_build(self, *args, **kwargs)
-
-    return build_if_adapted
-
-
 def _restore_adapters_after(init):
     """A constructor that takes what `AdaptedHubModel.get_config` adds."""
 
@@ -162,12 +149,22 @@ def _restore_adapters_after(init):
     return init_and_restore
 
 
-def _preceded_by(function, method):
-    """A method that calls `function` on its object first."""
+def _preceded_by(function, method, told=False):
+    """A method that calls `function` on its object first.
+
+    Args:
+        function: Function of the object, and if `told`, of what the method is
+            called with.
+        method: Function.
+        told: Boolean.
+    """
 
     @functools.wraps(method)
     def call_both(self, *args, **kwargs):
-        function(self)
+        if told:
+            function(self, *args, **kwargs)
+        else:
+            function(self)
         return method(self, *args, **kwargs)
 
     return call_both

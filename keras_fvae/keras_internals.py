@@ -130,13 +130,25 @@ def get_keras_mask(x):
     return backend.get_keras_mask(x)
 
 
-def build_before_traced(model, iterator=None, data_batch=None):
-    """Makes all state of a compiled model before TensorFlow traces a step.
+def trace_makes_state(model):
+    """Whether TensorFlow would make variables while it traces a step.
 
     Keras leaves the optimizer's slots and the metrics to the trace, here alone
     of all backends, and TensorFlow traces the whole step a second time where
-    the first made variables. Data of which nothing is known beforehand is
-    left to the trace, too.
+    the first made variables. Under a strategy Keras makes them before.
+    """
+    if model.run_eagerly or model._distribute_strategy is not None:
+        return False
+    return any(
+        part is not None and not part.built
+        for part in (model.optimizer, model._compile_metrics)
+    )
+
+
+def make_state(model, iterator=None, data_batch=None):
+    """Makes what `trace_makes_state` found, before there is a trace.
+
+    Data of which nothing is known beforehand is left to the trace.
 
     Args:
         model: Compiled `keras.Model`.
@@ -145,13 +157,9 @@ def build_before_traced(model, iterator=None, data_batch=None):
     """
     import tensorflow as tf
 
-    if model.run_eagerly or model._distribute_strategy is not None:
-        # There is no trace, or Keras does it itself.
-        return
     if model._compile_metrics is None:
         # No data is needed to know what there will be.
-        if model.optimizer is not None and not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
+        model.optimizer.build(model.trainable_variables)
         return
     if iterator is not None:
         data_batch = iterator._get_iterator().element_spec
@@ -159,11 +167,11 @@ def build_before_traced(model, iterator=None, data_batch=None):
     data_batch = keras.tree.map_structure(
         lambda value: None if isinstance(value, nothing) else value, data_batch
     )
-    arrays = [a for a in keras.tree.flatten(data_batch) if a is not None]
     is_known = all(
         isinstance(array, (np.ndarray, tf.Tensor, tf.TensorSpec))
         and getattr(array.shape, "rank", 0) is not None
-        for array in arrays
+        for array in keras.tree.flatten(data_batch)
+        if array is not None
     )
     if is_known:
         model._symbolic_build(data_batch=data_batch)

@@ -28,8 +28,7 @@ class Packing:
         self.shapes = shapes
         self.shared_shape = next(iter(shapes.values()))[:num_shared_axes]
         self.sizes = [math.prod(s[num_shared_axes:]) for s in shapes.values()]
-        *self.boundaries, size = itertools.accumulate(self.sizes)
-        self.shape = (*self.shared_shape, size)
+        self.shape = (*self.shared_shape, sum(self.sizes))
 
     def pack(self, arrays):
         """From a dict of name to array to the one array."""
@@ -48,23 +47,29 @@ class Packing:
             array: Array of shape `self.shape`.
             prefix: String. Only arrays whose names begin so are unpacked.
         """
-        # Not by slices: the gradient is then one array, put together once, and
-        # not the sum of as many as there are parts.
-        is_numpy = isinstance(array, np.ndarray)
-        reshape = np.reshape if is_numpy else ops.reshape
-        if not self.boundaries:
-            # Of Keras's TensorFlow, nothing would be left.
-            parts = [array]
-        elif is_numpy:
-            parts = np.split(array, self.boundaries, axis=-1)
-        elif keras.config.backend() == "torch":
-            # Keras puts the boundaries in a tensor first and then reads them,
-            # which takes its time and is nothing `torch.compile` can do.
-            parts = array.split(self.sizes, dim=-1)
-        else:
-            parts = ops.split(array, self.boundaries, axis=-1)
+        reshape = np.reshape if isinstance(array, np.ndarray) else ops.reshape
         return {
             name: part if part.shape == shape else reshape(part, shape)
-            for (name, shape), part in zip(self.shapes.items(), parts)
+            for (name, shape), part in zip(
+                self.shapes.items(), self._split(array)
+            )
             if name.startswith(prefix)
         }
+
+    def _split(self, array):
+        """The parts, not yet in their shapes.
+
+        Not slices: the gradient is then one array, put together once, and not
+        the sum of as many as there are parts.
+        """
+        *boundaries, _ = itertools.accumulate(self.sizes)
+        if not boundaries:
+            # Of Keras's TensorFlow, nothing would be left.
+            return [array]
+        if isinstance(array, np.ndarray):
+            return np.split(array, boundaries, axis=-1)
+        if keras.config.backend() == "torch":
+            # Keras puts the boundaries in a tensor first and then reads them,
+            # which takes its time and is nothing `torch.compile` can do.
+            return array.split(self.sizes, dim=-1)
+        return ops.split(array, boundaries, axis=-1)

@@ -205,9 +205,11 @@ def test_state_is_made_before_a_trace(run_eagerly):
     batch = np.ones((4, 3), "float32"), np.ones((4, 2), "float32"), None
     num_metrics = len(model.metrics_variables)
     # Nothing is known of it, so nothing is done.
-    keras_internals.build_before_traced(model, data_batch=([1.0], [1.0]))
+    keras_internals.make_state(model, data_batch=([1.0], [1.0]))
     assert not model.optimizer.built
-    keras_internals.build_before_traced(model, data_batch=batch)
+    if keras_internals.trace_makes_state(model):
+        keras_internals.make_state(model, data_batch=batch)
     # Without a trace there is nothing to gain.
     assert model.optimizer.built != run_eagerly
     assert (len(model.metrics_variables) > num_metrics) != run_eagerly
+    assert not keras_internals.trace_makes_state(model)
