@@ -59,9 +59,9 @@ class FVAELoRAConfig:
         num_samples: Positive integer. Draws of the latents per token in
             training. Defaults to `1`.
         rematerialize: Boolean. Whether training keeps nothing of the FVAE for
-            the gradient but its inputs and random numbers, and computes it
-            once more instead: less memory, more time, the same results.
-            Defaults to `False`.
+            the gradient but its inputs (on PyTorch, its random numbers too),
+            and computes it once more instead: less memory, more arithmetic,
+            the same results. Defaults to `False`.
         sample_at_inference: Boolean. Whether the update draws `z1` at
             inference too, instead of using its mean. Defaults to `False`.
         seed: Non-negative integer. Seed of the adapter's initial weights,

@@ -1,4 +1,4 @@
-"""Random numbers from the state of a `keras.random.SeedGenerator`."""
+"""Random numbers from a `keras.random.SeedGenerator` or its state."""
 
 import keras
 from keras import ops
@@ -6,19 +6,36 @@ from keras import ops
 from keras_fvae.replicas import replica_index
 
 
-def uniform(shape, seed_generator):
+def seeds(seed_generator, count):
+    """What so many calls of `uniform` draw from.
+
+    Args:
+        seed_generator: `keras.random.SeedGenerator`, whose state moves on.
+        count: Integer.
+
+    Returns:
+        List of integer tensors, from which the same numbers come each time.
+        On PyTorch of the generator itself, as Keras takes no tensor there.
+    """
+    if keras.config.backend() == "torch":
+        return [seed_generator] * count
+    return [seed_generator.next() for _ in range(count)]
+
+
+def uniform(shape, seed):
     """Uniform random numbers in `[0, 1)`.
 
     Args:
         shape: Tuple of integers or scalar tensors.
-        seed_generator: `keras.random.SeedGenerator`, whose state moves on.
+        seed: `keras.random.SeedGenerator`, whose state moves on, or one of
+            `seeds`.
 
     Returns:
         Float32 tensor.
     """
     if keras.config.backend() == "tensorflow":
-        return _philox(shape, seed_generator)
-    return keras.random.uniform(shape, dtype="float32", seed=seed_generator)
+        return _philox(shape, seed)
+    return keras.random.uniform(shape, dtype="float32", seed=seed)
 
 
 def to_normal(numbers):
@@ -37,7 +54,7 @@ def to_normal(numbers):
     return 2**0.5 * ops.erfinv(2 * numbers - (1 - 2**-24))
 
 
-def _philox(shape, seed_generator):
+def _philox(shape, seed):
     """TensorFlow's Philox, with the seed as its key.
 
     `keras.random` leaves the choice of the key to TensorFlow. On CPUs XLA then
@@ -46,12 +63,14 @@ def _philox(shape, seed_generator):
     """
     import tensorflow as tf
 
-    seed, count = tf.unstack(tf.cast(seed_generator.next(), "uint64"))
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = seed.next()
+    key, count = tf.unstack(tf.cast(seed, "uint64"))
     # The state is the same on all replicas, which are to draw different ones.
     first = tf.cast(replica_index(), "uint64") * 2**48
     return tf.raw_ops.StatelessRandomUniformV2(
         shape=shape,
-        key=[seed],
+        key=[key],
         # The upper half of its counter is that of the calls, so no two calls
         # share a number.
         counter=[first, count],

@@ -1,6 +1,5 @@
 """The variational autoencoder with two latents that takes the place of A."""
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -166,7 +165,7 @@ class FVAE(NotRematerialized, keras.Layer):
         if noise is not None:
             noise = ops.stack(
                 [
-                    ops.reshape(eps, self._draws_shape(-1, rank))
+                    ops.reshape(eps, self.networks.draws_shape(-1, rank))
                     for eps in noise
                 ],
                 axis=-2,
@@ -226,7 +225,7 @@ class FVAE(NotRematerialized, keras.Layer):
             `(num_samples, ..., rank)`.
         """
         q1, _ = self.posteriors(x)
-        shape = self._draws_shape(*ops.shape(q1.mean))
+        shape = self.networks.draws_shape(*ops.shape(q1.mean))
         numbers = draws.uniform(shape, self.seed_generator)
         return reparameterize(q1, draws.to_normal(numbers))
 
@@ -257,22 +256,22 @@ class FVAE(NotRematerialized, keras.Layer):
             A `Score`.
         """
         self.refuse_if_finalized()
-        num_tokens = ops.shape(x)[0]
-        token_weights = replicas.token_weights(mask, num_tokens)
-        noise, is_kept = self._draw_noise_and_dropout(
-            num_tokens, training, noise
-        )
-        compute_score = functools.partial(
-            self.networks.score,
-            token_weights=token_weights,
-            noise=noise,
-            is_kept=is_kept,
-        )
+        token_weights = replicas.token_weights(mask, ops.shape(x)[0])
+        inputs = {
+            "x": x,
+            "feature_weights": self.feature_weights.value,
+            "latent_weights": self.latent_weights.value,
+            "objective_weights": self.objective_weights.variable.value,
+            "token_weights": token_weights,
+            "noise": noise,
+        }
+        inputs = {k: v for k, v in inputs.items() if v is not None}
+        num_draws = len(self.networks.widths_to_draw(training, noise))
+        seeds = draws.seeds(self.seed_generator, num_draws)
         if training and self.config.rematerialize:
-            compute_score = keras.remat(compute_score)
-        score = compute_score(
-            x, *self._weights(), self.objective_weights.variable.value
-        )
+            score = self.networks.rematerialized_score(inputs, seeds)
+        else:
+            score = self.networks.score(inputs, seeds, training=bool(training))
         if training and self.totals is not None:
             self._add_to_totals(
                 *keras.tree.map_structure(ops.stop_gradient, (x, score)),
@@ -451,70 +450,6 @@ class FVAE(NotRematerialized, keras.Layer):
             self.feature_weights.value,
             self.latent_weights.value,
         )
-
-    def _draw_noise_and_dropout(self, num_tokens, training, noise):
-        """The random numbers of a step.
-
-        Args:
-            num_tokens: Integer.
-            training: Boolean, whether there is dropout.
-            noise: Optional tensor, the noise if it is given.
-
-        Returns:
-            Pair of the noise, or `None` for latents that are means, and a dict
-            of hidden layer to boolean tensor, the units that dropout keeps.
-        """
-        config = self.config
-        is_dropped = training and config.dropout > 0
-        widths = {}
-        if noise is None and (training or config.sample_at_inference):
-            widths["noise"] = 2 * config.rank
-        if is_dropped:
-            num_trunks = self.networks.latent_packing.shapes["encoder_bias_0"][
-                0
-            ]
-            for level, units in enumerate(config.hidden_units):
-                widths[f"encoder_{level}"] = num_trunks * units
-        numbers = self._draw(num_tokens, widths)
-        if "noise" in numbers:
-            shape = self._draws_shape(num_tokens, 2, config.rank)
-            noise = draws.to_normal(ops.reshape(numbers.pop("noise"), shape))
-        if config.num_samples > 1:
-            # The encoders run once for all draws.
-            numbers = {name: values[0] for name, values in numbers.items()}
-        if is_dropped:
-            # By themselves, since they are needed only later.
-            numbers |= self._draw(
-                num_tokens,
-                {
-                    f"decoder_{level}": units
-                    for level, units in enumerate(config.decoder_units)
-                },
-            )
-        is_kept = {
-            name: values >= config.dropout for name, values in numbers.items()
-        }
-        return noise, is_kept
-
-    def _draw(self, num_tokens, widths):
-        """Uniform numbers, by what they are for and how many a token needs.
-
-        In one call to the generator, which costs more than the numbers do.
-        """
-        if not widths:
-            return {}
-        shape = self._draws_shape(num_tokens, sum(widths.values()))
-        numbers = draws.uniform(shape, self.seed_generator)
-        stops = itertools.accumulate(widths.values())
-        return {
-            name: numbers[..., stop - width : stop]
-            for (name, width), stop in zip(widths.items(), stops)
-        }
-
-    def _draws_shape(self, *shape):
-        if self.config.num_samples > 1:
-            return (self.config.num_samples, *shape)
-        return shape
 
     def _further_terms(self, q1, q2, token_weights):
         """Those that training does without."""

@@ -1,11 +1,12 @@
 """The encoders and the decoder of an FVAE, and what they come to.
 
-Functions of tensors alone: the weights, the random numbers and which tokens
-count are given. So layers with the same settings share them.
+Functions of tensors alone: the weights, the seeds and which tokens count are
+given. So layers with the same settings share them.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae import draws
 from keras_fvae import objective
 from keras_fvae.layout import layout
+from keras_fvae.rematerialization import rematerialize
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
 # The smallest standard deviation of the decoder, as in the authors' code.
@@ -93,7 +96,8 @@ class Networks:
         self.feature_packing, self.latent_packing = layout(
             config, width, finalized
         )
-        self.score = _traced_once(self._score)
+        self.score = _traced_once(self._draw_and_score, "training")
+        self.rematerialized_score = _traced_once(self._rematerialized_score)
 
     def unpack(self, feature_weights, latent_weights, prefix=""):
         """The weights by name: those whose names begin with `prefix`."""
@@ -141,6 +145,83 @@ class Networks:
         """
         weights = self.unpack(feature_weights, latent_weights, "encoder")
         return self._encode(x, weights)
+
+    def widths_to_draw(self, training, noise):
+        """How many random numbers a token needs in a step, and for what.
+
+        Args:
+            training: Boolean, whether there is dropout.
+            noise: The noise, if it is given, or `None`.
+
+        Returns:
+            List of dicts of name to integer. What is in one dict is drawn in
+            one call to the generator, which costs more than the numbers do.
+        """
+        config = self.config
+        first, second = {}, {}
+        if noise is None and (training or config.sample_at_inference):
+            first["noise"] = 2 * config.rank
+        if training and config.dropout > 0:
+            num_trunks = self.latent_packing.shapes["encoder_bias_0"][0]
+            for level, units in enumerate(config.hidden_units):
+                first[f"encoder_{level}"] = num_trunks * units
+            # By themselves, since they are needed only later.
+            for level, units in enumerate(config.decoder_units):
+                second[f"decoder_{level}"] = units
+        return [widths for widths in (first, second) if widths]
+
+    def draws_shape(self, *shape):
+        """The shape of latents: with several draws there is an axis more."""
+        if self.config.num_samples > 1:
+            return (self.config.num_samples, *shape)
+        return shape
+
+    def _draw_and_score(self, inputs, seeds, training):
+        """The latents and the loss.
+
+        Args:
+            inputs: Dict of the arguments of `_score` that are not drawn.
+            seeds: List of what `draws.uniform` draws from, one for each of
+                `widths_to_draw`.
+            training: Boolean, whether there is dropout.
+
+        Returns:
+            A `Score`.
+        """
+        return self._score(**inputs, **self._draw(inputs, seeds, training))
+
+    def _rematerialized_score(self, inputs, seeds):
+        """As `_draw_and_score` in training, and nothing is kept of it."""
+        if keras.config.backend() == "torch":
+            drawn = self._draw(inputs, seeds, training=True)
+            return keras.remat(self._score)(**inputs, **drawn)
+        return rematerialize(
+            functools.partial(self._draw_and_score, training=True),
+            inputs,
+            seeds,
+        )
+
+    def _draw(self, inputs, seeds, training):
+        """The random numbers of a step: arguments of `_score`."""
+        num_tokens = ops.shape(inputs["x"])[0]
+        drawn, is_kept = {}, {}
+        for widths, seed in zip(
+            self.widths_to_draw(training, inputs.get("noise")), seeds
+        ):
+            shape = self.draws_shape(num_tokens, sum(widths.values()))
+            numbers = draws.uniform(shape, seed)
+            stops = itertools.accumulate(widths.values())
+            for (name, width), stop in zip(widths.items(), stops):
+                values = numbers[..., stop - width : stop]
+                if name == "noise":
+                    shape = self.draws_shape(num_tokens, 2, self.config.rank)
+                    drawn[name] = draws.to_normal(ops.reshape(values, shape))
+                    continue
+                if name.startswith("encoder") and self.config.num_samples > 1:
+                    # The encoders run once for all draws.
+                    values = values[0]
+                is_kept[name] = values >= self.config.dropout
+        return {**drawn, "is_kept": is_kept}
 
     def _score(
         self,
@@ -297,7 +378,7 @@ def _networks_for(config, width, finalized):
     return Networks(config, width, finalized)
 
 
-def _traced_once(function):
+def _traced_once(function, *static_arguments):
     """A function that JAX traces once for all layers with the same shapes.
 
     Not so TensorFlow, whose XLA would compute what the gradient of an inner
@@ -306,7 +387,7 @@ def _traced_once(function):
     if keras.config.backend() == "jax":
         import jax
 
-        return jax.jit(function)
+        return jax.jit(function, static_argnames=static_arguments)
     return function
 
 

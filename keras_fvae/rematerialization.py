@@ -1,0 +1,81 @@
+"""Results that are computed once more for the gradient, and not kept."""
+
+import keras
+from keras import ops
+
+
+def rematerialize(function, inputs, seeds):
+    """Calls a function, and keeps nothing for its gradient but its arguments.
+
+    As `keras.remat`, whose second computation XLA on CPUs joins with the first
+    one, so that all is kept after all. Here it begins with the gradient that
+    arrives: it can neither be joined with the first nor be done early.
+
+    For JAX and TensorFlow. On PyTorch `keras.remat` does what it says.
+
+    Args:
+        function: Function of the two arguments that follow. It returns nested
+            float tensors.
+        inputs: Dict of name to float tensor, which has a gradient.
+        seeds: List of integer tensors, what the function draws from.
+
+    Returns:
+        What `function` returned.
+    """
+    outputs = None
+
+    def flat_function(*arguments):
+        nonlocal outputs
+        outputs = function(
+            dict(zip(inputs, arguments)), arguments[len(inputs) :]
+        )
+        return tuple(keras.tree.flatten(outputs))
+
+    @ops.custom_gradient
+    def compute(*arguments):
+        def gradient(*upstream):
+            # JAX passes one tuple, TensorFlow the tensors in it.
+            upstream = tuple(keras.tree.flatten(upstream))
+            # Compilers don't take it for 0: of what is not finite it is not.
+            zero = 0.0 * sum(ops.ravel(each)[0] for each in upstream)
+
+            def once_more(*floats):
+                every = (*floats, *arguments[len(inputs) :])
+                return flat_function(
+                    *(a + ops.cast(zero, a.dtype) for a in every)
+                )
+
+            gradients = _gradients(
+                once_more, arguments[: len(inputs)], upstream
+            )
+            return (*gradients, *(None for _ in seeds))
+
+        return flat_function(*arguments), gradient
+
+    flat_outputs = compute(*inputs.values(), *seeds)
+    return keras.tree.pack_sequence_as(outputs, flat_outputs)
+
+
+def _gradients(function, arguments, upstream):
+    """The gradients with respect to the arguments of a function.
+
+    Args:
+        function: Function of the arguments, which returns a tuple of tensors.
+        arguments: Tuple of tensors.
+        upstream: Tuple of tensors, those with respect to the results.
+
+    Returns:
+        Sequence of tensors; on TensorFlow `None` where nothing depends on an
+        argument.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        _, gradients_of = jax.vjp(function, *arguments)
+        return gradients_of(upstream)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        results = function(*arguments)
+    return tape.gradient(results, arguments, output_gradients=upstream)
