@@ -10,11 +10,13 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import pathlib
 import re
 import time
 
 import keras
+import numpy as np
 
 from benchmarks import arithmetic
 from benchmarks.models import METHODS
@@ -58,8 +60,11 @@ def steps(size, rank, rounds, methods, jit_compile="auto"):
 def memory(size, rank, method):
     """MiB that are held at the peak of a training step.
 
-    On a GPU, of its memory. Else of the process's, once what it took to
-    compile the step is given back.
+    Returns:
+        Dict with `peak`: on a GPU of its memory, else of the process's, once
+        what it took to compile the step is given back. What compiling leaves
+        is in the process's, such as the compiled code, but not in a GPU's. So
+        on CPUs there is `arrays` too, without what else was held at rest.
     """
     task, x, y = make_adapted(size, method, rank)
     task.train_on_batch(x, y)
@@ -68,12 +73,24 @@ def memory(size, rank, method):
         return {"peak": peak_of_device() / 2**20}
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    at_rest = resident("VmRSS")
     # Linux begins to count the peak anew.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
         task.train_on_batch(x, y)
+    peak = resident("VmHWM")
+    # At rest, no other arrays are left.
+    arrays_at_rest = sum(
+        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        for variable in [*task.variables, *task.optimizer.variables]
+    )
+    return {"peak": peak, "arrays": peak - at_rest + arrays_at_rest / 2**20}
+
+
+def resident(what):
+    """MiB of this process's memory, as Linux counts it."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return {"peak": int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024}
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) / 1024
 
 
 def device():

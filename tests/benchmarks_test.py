@@ -69,5 +69,5 @@ def test_the_benchmark_runs(tmp_path):
     assert len(methods["FVAE-LoRA"]["train"]) == 2
     assert len(methods["merged"]["predict"]) == 2
     for method in ("LoRA", "FVAE-LoRA", "rematerialized"):
-        assert methods[method]["peak"] > 100
+        assert 0 < methods[method]["arrays"] < 100 < methods[method]["peak"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
