@@ -10,19 +10,18 @@ import argparse
 import ctypes
 import gc
 import json
-import math
 import pathlib
 import re
 import time
 
 import keras
-import numpy as np
 
 from benchmarks import arithmetic
 from benchmarks.models import METHODS
 from benchmarks.models import SIZES
 from benchmarks.models import TRAINING_METHODS
 from benchmarks.models import make_adapted
+from keras_fvae.memory import bytes_per_device
 
 PREDICTING_METHODS = ("base", "FVAE-LoRA", "finalized", "merged")
 
@@ -81,7 +80,7 @@ def memory(size, rank, method):
     peak = resident("VmHWM")
     # At rest, no other arrays are left.
     arrays_at_rest = sum(
-        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        bytes_per_device(variable)
         for variable in [*task.variables, *task.optimizer.variables]
     )
     return {"peak": peak, "arrays": peak - at_rest + arrays_at_rest / 2**20}

@@ -1,4 +1,4 @@
-"""Random numbers from a `keras.random.SeedGenerator` or its state."""
+"""Random numbers from the state of a `keras.random.SeedGenerator`."""
 
 import keras
 from keras import ops
@@ -27,8 +27,7 @@ def uniform(shape, seed):
 
     Args:
         shape: Tuple of integers or scalar tensors.
-        seed: `keras.random.SeedGenerator`, whose state moves on, or one of
-            `seeds`.
+        seed: One of what `seeds` returned.
 
     Returns:
         Float32 tensor.
@@ -63,8 +62,6 @@ def _philox(shape, seed):
     """
     import tensorflow as tf
 
-    if isinstance(seed, keras.random.SeedGenerator):
-        seed = seed.next()
     key, count = tf.unstack(tf.cast(seed, "uint64"))
     # The state is the same on all replicas, which are to draw different ones.
     first = tf.cast(replica_index(), "uint64") * 2**48

@@ -226,7 +226,8 @@ class FVAE(NotRematerialized, keras.Layer):
         """
         q1, _ = self.posteriors(x)
         shape = self.networks.draws_shape(*ops.shape(q1.mean))
-        numbers = draws.uniform(shape, self.seed_generator)
+        (seed,) = draws.seeds(self.seed_generator, 1)
+        numbers = draws.uniform(shape, seed)
         return reparameterize(q1, draws.to_normal(numbers))
 
     def posteriors(self, x):

@@ -98,7 +98,7 @@ def memory_per_device(make_model, distribution=None, optimizer_slots=2):
         model = _make(make_model)
         sizes = {
             is_trained: sum(
-                _bytes_per_device(weight)
+                bytes_per_device(weight)
                 for weight in model.weights
                 if weight.trainable == is_trained
             )
@@ -136,7 +136,8 @@ def _make(make_model):
     return model
 
 
-def _bytes_per_device(weight):
+def bytes_per_device(weight):
+    """Integer, the bytes of a variable on each device."""
     shape = weight.shape
     layout = sharding.layout_of(weight)
     if layout is not None:

@@ -14,7 +14,8 @@ SHAPE = (50, 400)
 
 def draw(seed, calls=1):
     generator = keras.random.SeedGenerator(seed)
-    return [to_numpy(draws.uniform(SHAPE, generator)) for _ in range(calls)]
+    seeds = draws.seeds(generator, calls)
+    return [to_numpy(draws.uniform(SHAPE, seed)) for seed in seeds]
 
 
 def test_numbers_are_uniform():

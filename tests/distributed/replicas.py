@@ -143,13 +143,17 @@ def test_the_mean_over_a_batch_that_is_not_shared_equally(
 
 
 def test_replicas_draw_different_numbers(strategy):
+    def draw(generator):
+        (seed,) = draws.seeds(generator, 1)
+        return draws.uniform((1000,), seed)
+
     with strategy.scope():
         generator = keras.random.SeedGenerator(3)
-    first = strategy.run(lambda: draws.uniform((1000,), generator))
+    first = strategy.run(lambda: draw(generator))
     ours, theirs = strategy.experimental_local_results(first)
     assert not np.intersect1d(ours, theirs).size > 2
     # The first replica's are those of one device.
-    alone = draws.uniform((1000,), keras.random.SeedGenerator(3))
+    alone = draw(keras.random.SeedGenerator(3))
     np.testing.assert_array_equal(ours, alone)
 
 
