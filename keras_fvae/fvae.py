@@ -225,9 +225,11 @@ class FVAE(NotRematerialized, keras.Layer):
             `(num_samples, ..., rank)`.
         """
         q1, _ = self.posteriors(x)
-        shape = self.networks.draws_shape(*ops.shape(q1.mean))
-        (seed,) = draws.seeds(self.seed_generator, 1)
-        numbers = draws.uniform(shape, seed)
+        *token_shape, rank = ops.shape(q1.mean)
+        shape = self.networks.draws_shape(
+            *token_shape, draws.NUMBERS_TO_A_NORMAL * rank
+        )
+        numbers = draws.uniform(shape, draws.seed(self.seed_generator))
         return reparameterize(q1, draws.to_normal(numbers))
 
     def posteriors(self, x):
@@ -267,12 +269,13 @@ class FVAE(NotRematerialized, keras.Layer):
             "noise": noise,
         }
         inputs = {k: v for k, v in inputs.items() if v is not None}
-        num_draws = len(self.networks.widths_to_draw(training, noise))
-        seeds = draws.seeds(self.seed_generator, num_draws)
+        seed = None
+        if self.networks.widths_to_draw(training, noise):
+            seed = draws.seed(self.seed_generator)
         if training and self.config.rematerialize:
-            score = self.networks.rematerialized_score(inputs, seeds)
+            score = self.networks.rematerialized_score(inputs, seed)
         else:
-            score = self.networks.score(inputs, seeds, training=bool(training))
+            score = self.networks.score(inputs, seed, training=bool(training))
         if training and self.totals is not None:
             self._add_to_totals(
                 *keras.tree.map_structure(ops.stop_gradient, (x, score)),
@@ -429,22 +432,24 @@ class FVAE(NotRematerialized, keras.Layer):
         )
 
     def _initial_value(self, name, shape):
+        # In NumPy: JAX would compile a program for each operation and shape.
         if name == "log_scale":
-            return ops.full(shape, math.log1p(-SCALE_FLOOR), dtype="float32")
+            return np.full(shape, math.log1p(-SCALE_FLOOR), "float32")
         is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
         if "bias" in name or is_head:
             # With heads of zero, the update is zero and q1 is p1.
-            return ops.zeros(shape, dtype="float32")
+            return np.zeros(shape, "float32")
         glorot_uniform = keras.initializers.GlorotUniform(
             seed=self.seed_generator
         )
         if name.startswith("encoder"):
             width, num_trunks, units = shape
             kernels = [
-                glorot_uniform((width, units)) for _ in range(num_trunks)
+                ops.convert_to_numpy(glorot_uniform((width, units), "float32"))
+                for _ in range(num_trunks)
             ]
-            return ops.stack(kernels, axis=1)
-        return glorot_uniform(shape)
+            return np.stack(kernels, axis=1)
+        return ops.convert_to_numpy(glorot_uniform(shape, "float32"))
 
     def _weights(self):
         return (

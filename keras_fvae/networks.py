@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_fvae import draws
+from keras_fvae import lean_gradients
 from keras_fvae import objective
 from keras_fvae.layout import layout
 from keras_fvae.rematerialization import rematerialize
@@ -154,21 +155,19 @@ class Networks:
             noise: The noise, if it is given, or `None`.
 
         Returns:
-            List of dicts of name to integer. What is in one dict is drawn in
-            one call to the generator, which costs more than the numbers do.
+            Dict of name to integer.
         """
         config = self.config
-        first, second = {}, {}
+        widths = {}
         if noise is None and (training or config.sample_at_inference):
-            first["noise"] = 2 * config.rank
+            widths["noise"] = draws.NUMBERS_TO_A_NORMAL * 2 * config.rank
         if training and config.dropout > 0:
             num_trunks = self.latent_packing.shapes["encoder_bias_0"][0]
             for level, units in enumerate(config.hidden_units):
-                first[f"encoder_{level}"] = num_trunks * units
-            # By themselves, since they are needed only later.
+                widths[f"encoder_{level}"] = num_trunks * units
             for level, units in enumerate(config.decoder_units):
-                second[f"decoder_{level}"] = units
-        return [widths for widths in (first, second) if widths]
+                widths[f"decoder_{level}"] = units
+        return widths
 
     def draws_shape(self, *shape):
         """The shape of latents: with several draws there is an axis more."""
@@ -176,52 +175,50 @@ class Networks:
             return (self.config.num_samples, *shape)
         return shape
 
-    def _draw_and_score(self, inputs, seeds, training):
+    def _draw_and_score(self, inputs, seed=None, training=True):
         """The latents and the loss.
 
         Args:
             inputs: Dict of the arguments of `_score` that are not drawn.
-            seeds: List of what `draws.uniform` draws from, one for each of
-                `widths_to_draw`.
-            training: Boolean, whether there is dropout.
+            seed: What `draws.uniform` draws from. `None` (default) if nothing
+                is drawn.
+            training: Boolean, whether there is dropout. Defaults to `True`.
 
         Returns:
             A `Score`.
         """
-        return self._score(**inputs, **self._draw(inputs, seeds, training))
+        return self._score(**inputs, **self._draw(inputs, seed, training))
 
-    def _rematerialized_score(self, inputs, seeds):
+    def _rematerialized_score(self, inputs, seed):
         """As `_draw_and_score` in training, and nothing is kept of it."""
         if keras.config.backend() == "torch":
-            drawn = self._draw(inputs, seeds, training=True)
+            drawn = self._draw(inputs, seed, training=True)
             return keras.remat(self._score)(**inputs, **drawn)
-        return rematerialize(
-            functools.partial(self._draw_and_score, training=True),
-            inputs,
-            seeds,
-        )
+        return rematerialize(self._draw_and_score, inputs, seed)
 
-    def _draw(self, inputs, seeds, training):
+    def _draw(self, inputs, seed, training):
         """The random numbers of a step: arguments of `_score`."""
+        widths = self.widths_to_draw(training, inputs.get("noise"))
+        if not widths:
+            return {}
         num_tokens = ops.shape(inputs["x"])[0]
-        drawn, is_kept = {}, {}
-        for widths, seed in zip(
-            self.widths_to_draw(training, inputs.get("noise")), seeds
-        ):
-            shape = self.draws_shape(num_tokens, sum(widths.values()))
-            numbers = draws.uniform(shape, seed)
-            stops = itertools.accumulate(widths.values())
-            for (name, width), stop in zip(widths.items(), stops):
-                values = numbers[..., stop - width : stop]
-                if name == "noise":
-                    shape = self.draws_shape(num_tokens, 2, self.config.rank)
-                    drawn[name] = draws.to_normal(ops.reshape(values, shape))
-                    continue
-                if name.startswith("encoder") and self.config.num_samples > 1:
-                    # The encoders run once for all draws.
-                    values = values[0]
-                is_kept[name] = values >= self.config.dropout
-        return {**drawn, "is_kept": is_kept}
+        # All in one call, which costs more than the numbers do.
+        numbers = draws.uniform(
+            self.draws_shape(num_tokens, sum(widths.values())), seed
+        )
+        drawn = {"is_kept": {}}
+        stops = itertools.accumulate(widths.values())
+        for (name, width), stop in zip(widths.items(), stops):
+            values = numbers[..., stop - width : stop]
+            if name == "noise":
+                shape = self.draws_shape(num_tokens, 2, self.config.rank)
+                drawn[name] = ops.reshape(draws.to_normal(values), shape)
+                continue
+            if name.startswith("encoder") and self.config.num_samples > 1:
+                # The encoders run once for all draws.
+                values = values[0]
+            drawn["is_kept"][name] = values >= self.config.dropout
+        return drawn
 
     def _score(
         self,
@@ -309,10 +306,9 @@ class Networks:
     def _activate(self, x, is_kept, name):
         """ReLU and dropout of a hidden layer."""
         if name in is_kept:
-            # Before the ReLU, so that there is one result to keep for the
-            # gradient, and not two.
-            x = x * (1 / (1 - self.config.dropout))
-            x = ops.where(is_kept[name], x, 0)
+            return lean_gradients.relu_and_dropout(
+                x, is_kept[name], self.config.dropout
+            )
         return ops.relu(x)
 
     def _terms(self, posteriors, z, token_weights):
@@ -412,4 +408,13 @@ def _block_diagonal(kernels):
 def reparameterize(q, noise):
     """z = mean + standard deviation * noise."""
     noise = ops.cast(noise, "float32")
-    return q.mean + ops.exp(0.5 * q.log_variance) * noise
+    shape = ops.shape(noise)
+
+    def flatten(tensor):
+        # As the decoder reads it, so that it is one tensor for XLA to keep.
+        tensor = ops.broadcast_to(tensor, shape)
+        return ops.reshape(tensor, (*shape[:-2], -1))
+
+    return ops.reshape(
+        lean_gradients.add_noise(*map(flatten, (*q, noise))), shape
+    )

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 
-def rematerialize(function, inputs, seeds):
+def rematerialize(function, inputs, seed):
     """Calls a function, and keeps nothing for its gradient but its arguments.
 
     As `keras.remat`, whose second computation XLA on CPUs joins with the first
@@ -14,10 +14,10 @@ def rematerialize(function, inputs, seeds):
     For JAX and TensorFlow. On PyTorch `keras.remat` does what it says.
 
     Args:
-        function: Function of the two arguments that follow. It returns nested
-            float tensors.
+        function: Function of the two arguments that follow, or of the first
+            alone. It returns nested float tensors, not all of them scalars.
         inputs: Dict of name to float tensor, which has a gradient.
-        seeds: List of integer tensors, what the function draws from.
+        seed: Integer tensor, what the function draws from, or `None`.
 
     Returns:
         What `function` returned.
@@ -27,7 +27,7 @@ def rematerialize(function, inputs, seeds):
     def flat_function(*arguments):
         nonlocal outputs
         outputs = function(
-            dict(zip(inputs, arguments)), arguments[len(inputs) :]
+            dict(zip(inputs, arguments)), *arguments[len(inputs) :]
         )
         return tuple(keras.tree.flatten(outputs))
 
@@ -37,7 +37,10 @@ def rematerialize(function, inputs, seeds):
             # JAX passes one tuple, TensorFlow the tensors in it.
             upstream = tuple(keras.tree.flatten(upstream))
             # Compilers don't take it for 0: of what is not finite it is not.
-            zero = 0.0 * sum(ops.ravel(each)[0] for each in upstream)
+            # What arrives for scalars, they may know beforehand.
+            zero = sum(
+                ops.sum(0.0 * each) for each in upstream if len(each.shape) > 0
+            )
 
             def once_more(*floats):
                 every = (*floats, *arguments[len(inputs) :])
@@ -48,10 +51,11 @@ def rematerialize(function, inputs, seeds):
             gradients = _gradients(
                 once_more, arguments[: len(inputs)], upstream
             )
-            return (*gradients, *(None for _ in seeds))
+            return (*gradients, *(None for _ in arguments[len(inputs) :]))
 
         return flat_function(*arguments), gradient
 
+    seeds = () if seed is None else (seed,)
     flat_outputs = compute(*inputs.values(), *seeds)
     return keras.tree.pack_sequence_as(outputs, flat_outputs)
 

@@ -15,33 +15,33 @@ NUM_BLOCKS = 3
 SEED_DTYPE = keras.random.SeedGenerator(1).state.dtype
 
 
-def block(inputs, seeds):
+def block(inputs, seed=None):
     """A layer with dropout, and what it comes to."""
     hidden = ops.relu(ops.matmul(inputs["x"], inputs["kernel"]))
-    for seed in seeds:
+    if seed is not None:
         hidden *= ops.cast(draws.uniform(hidden.shape, seed) > 0.1, "float32")
     x = inputs["x"] + ops.matmul(hidden, ops.transpose(inputs["kernel"]))
     return {"x": x, "size": ops.mean(ops.square(x))}
 
 
 def loss_of(call, kernel, x):
-    """Of blocks in a row, each as `call(block, inputs, seeds)` calls it."""
+    """Of blocks in a row, each as `call(block, inputs, seed)` calls it."""
     sizes = []
     for number in range(NUM_BLOCKS):
         inputs = {"x": x, "kernel": kernel}
         seed = ops.convert_to_tensor([1, number], SEED_DTYPE)
-        outputs = call(block, inputs, [seed])
+        outputs = call(block, inputs, seed)
         x = outputs["x"]
         sizes.append(outputs["size"])
     return ops.sum(ops.sin(x)) + sum(sizes)
 
 
-def plainly(function, inputs, seeds):
-    return function(inputs, seeds)
+def plainly(function, inputs, seed):
+    return function(inputs, seed)
 
 
-def by_keras(function, inputs, seeds):
-    return keras.remat(function)(inputs, seeds)
+def by_keras(function, inputs, seed):
+    return keras.remat(function)(inputs, seed)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_results_that_the_loss_leaves_out_add_nothing(arrays):
 
     def size(kernel, x):
         inputs = {"x": x, "kernel": kernel}
-        return rematerialize(block, inputs, [])["size"]
+        return rematerialize(block, inputs, None)["size"]
 
     _, _, (kernel_gradient, _) = value_and_gradients(size, [], arrays)
     step = 1e-2 * kernel_gradient

@@ -144,8 +144,7 @@ def test_the_mean_over_a_batch_that_is_not_shared_equally(
 
 def test_replicas_draw_different_numbers(strategy):
     def draw(generator):
-        (seed,) = draws.seeds(generator, 1)
-        return draws.uniform((1000,), seed)
+        return draws.uniform((1000,), draws.seed(generator))
 
     with strategy.scope():
         generator = keras.random.SeedGenerator(3)
