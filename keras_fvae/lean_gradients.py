@@ -1,8 +1,8 @@
 """Operations whose gradients need their results, and not what went into them.
 
-XLA computes in the backward pass again what is cheap to compute, and keeps
-what that begins with: here the random bits, several times as large as what
-came of them.
+On JAX, XLA computes in the backward pass again what is cheap to compute, and
+keeps what that begins with: here the random bits, several times as large as
+what came of them. On the other backends it makes no difference.
 """
 
 import keras
@@ -10,7 +10,7 @@ from keras import ops
 
 
 def relu_and_dropout(x, is_kept, rate):
-    """ReLU, and then dropout.
+    """ReLU and dropout.
 
     Args:
         x: Float tensor.
@@ -21,15 +21,21 @@ def relu_and_dropout(x, is_kept, rate):
         Tensor of the shape and dtype of `x`.
     """
     scale = 1 / (1 - rate)
+    if keras.config.backend() != "jax":
+        # The ReLU last, so that there is one result to keep, and not two.
+        return ops.relu(ops.where(is_kept, x * scale, 0))
 
-    def forward(x, is_kept):
-        return ops.where(is_kept, ops.relu(x * scale), 0)
+    @ops.custom_gradient
+    def compute(x, is_kept):
+        y = ops.where(is_kept, ops.relu(x * scale), 0)
 
-    def gradients(y, upstream, x, is_kept):
-        # Neither ReLU nor dropout lets through where nothing came.
-        return ops.where(y > 0, upstream * scale, 0), None
+        def gradients(upstream):
+            # Neither lets anything through where nothing came of it.
+            return ops.where(y > 0, upstream * scale, 0), None
 
-    return _differentiate(forward, gradients, x, is_kept)
+        return y, gradients
+
+    return compute(x, is_kept)
 
 
 def add_noise(mean, log_variance, noise):
@@ -38,41 +44,25 @@ def add_noise(mean, log_variance, noise):
     Args:
         mean: Float32 tensor.
         log_variance: Float32 tensor of the same shape.
-        noise: Float32 tensor of the same shape. It has no gradient.
+        noise: Float32 tensor of the same shape. On JAX it has no gradient.
 
     Returns:
         Float32 tensor of the same shape.
     """
 
-    def forward(mean, log_variance, noise):
+    def compute(mean, log_variance, noise):
         return mean + ops.exp(0.5 * log_variance) * noise
 
-    def gradients(z, upstream, mean, log_variance, noise):
-        return upstream, 0.5 * upstream * (z - mean), None
-
-    return _differentiate(forward, gradients, mean, log_variance, noise)
-
-
-def _differentiate(forward, gradients, *arguments):
-    """Calls a function whose gradients are given.
-
-    Args:
-        forward: Function of the arguments, which returns a tensor.
-        gradients: Function of that tensor, the gradient with respect to it
-            and the arguments, which returns the gradients with respect to
-            these.
-    """
     if keras.config.backend() != "jax":
-        # There it makes no difference to what is kept.
-        return forward(*arguments)
+        return compute(mean, log_variance, noise)
 
     @ops.custom_gradient
-    def compute(*arguments):
-        result = forward(*arguments)
+    def compute_leanly(mean, log_variance, noise):
+        z = compute(mean, log_variance, noise)
 
-        def gradient(upstream):
-            return gradients(result, upstream, *arguments)
+        def gradients(upstream):
+            return upstream, 0.5 * upstream * (z - mean), None
 
-        return result, gradient
+        return z, gradients
 
-    return compute(*arguments)
+    return compute_leanly(mean, log_variance, noise)
