@@ -8,7 +8,7 @@ from keras import ops
 from keras_fvae.replicas import replica_index
 
 # What `to_normal` takes.
-NUMBERS_TO_A_NORMAL = 2
+NUMBERS_PER_NORMAL = 2
 
 
 def seed(seed_generator):

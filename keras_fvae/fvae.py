@@ -227,7 +227,7 @@ class FVAE(NotRematerialized, keras.Layer):
         q1, _ = self.posteriors(x)
         *token_shape, rank = ops.shape(q1.mean)
         shape = self.networks.draws_shape(
-            *token_shape, draws.NUMBERS_TO_A_NORMAL * rank
+            *token_shape, draws.NUMBERS_PER_NORMAL * rank
         )
         numbers = draws.uniform(shape, draws.seed(self.seed_generator))
         return reparameterize(q1, draws.to_normal(numbers))
@@ -432,24 +432,22 @@ class FVAE(NotRematerialized, keras.Layer):
         )
 
     def _initial_value(self, name, shape):
-        # In NumPy: JAX would compile a program for each operation and shape.
         if name == "log_scale":
-            return np.full(shape, math.log1p(-SCALE_FLOOR), "float32")
+            return ops.full(shape, math.log1p(-SCALE_FLOOR), dtype="float32")
         is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
         if "bias" in name or is_head:
             # With heads of zero, the update is zero and q1 is p1.
-            return np.zeros(shape, "float32")
+            return ops.zeros(shape, dtype="float32")
         glorot_uniform = keras.initializers.GlorotUniform(
             seed=self.seed_generator
         )
         if name.startswith("encoder"):
             width, num_trunks, units = shape
             kernels = [
-                ops.convert_to_numpy(glorot_uniform((width, units), "float32"))
-                for _ in range(num_trunks)
+                glorot_uniform((width, units)) for _ in range(num_trunks)
             ]
-            return np.stack(kernels, axis=1)
-        return ops.convert_to_numpy(glorot_uniform(shape, "float32"))
+            return ops.stack(kernels, axis=1)
+        return glorot_uniform(shape)
 
     def _weights(self):
         return (

@@ -160,7 +160,7 @@ class Networks:
         config = self.config
         widths = {}
         if noise is None and (training or config.sample_at_inference):
-            widths["noise"] = draws.NUMBERS_TO_A_NORMAL * 2 * config.rank
+            widths["noise"] = draws.NUMBERS_PER_NORMAL * 2 * config.rank
         if training and config.dropout > 0:
             num_trunks = self.latent_packing.shapes["encoder_bias_0"][0]
             for level, units in enumerate(config.hidden_units):

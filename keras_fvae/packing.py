@@ -31,10 +31,10 @@ class Packing:
         self.shape = (*self.shared_shape, sum(self.sizes))
 
     def pack(self, arrays):
-        """From a dict of name to NumPy array to the one array."""
-        return np.concatenate(
+        """From a dict of name to array to the one array."""
+        return ops.concatenate(
             [
-                np.reshape(arrays[name], (*self.shared_shape, -1))
+                ops.reshape(arrays[name], (*self.shared_shape, -1))
                 for name in self.shapes
             ],
             axis=-1,

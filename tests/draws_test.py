@@ -48,7 +48,7 @@ def test_normal_numbers_are_normal():
     normal = draws.to_normal(keras.ops.convert_to_tensor(numbers))
     assert dtype_of(normal) == "float32"
     normal = to_numpy(normal)
-    assert normal.shape[-1] * draws.NUMBERS_TO_A_NORMAL == numbers.shape[-1]
+    assert normal.shape[-1] * draws.NUMBERS_PER_NORMAL == numbers.shape[-1]
     assert scipy.stats.kstest(normal.ravel(), "norm").pvalue > 1e-3
     # Nor does one say anything of another.
     correlations = np.corrcoef(normal.T)
