@@ -2,7 +2,7 @@
 
 On JAX, XLA computes in the backward pass again what is cheap to compute, and
 keeps what that begins with: here the random bits, several times as large as
-what came of them. On the other backends it makes no difference.
+what came of them. On the other backends there is nothing to gain.
 """
 
 import keras

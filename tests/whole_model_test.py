@@ -50,7 +50,7 @@ def saved(tmp_path_factory):
 
     keras.utils.clear_session(free_memory=False)
     for name, make in zoo.MODELS.items():
-        keras.utils.set_random_seed(0)
+        keras.utils.set_random_seed(1)
         model = make()
         enable(model, name)
         zoo.compile_model(model, name)
@@ -75,7 +75,7 @@ def test_keras_files_bring_the_adapters_back(saved, kind, name):
     what = f"{kind}/{name}"
     predictions = expected[f"{what}/predictions"]
     # A dropped adapter could not pass.
-    assert np.abs(predictions - expected[f"{name}/base"]).max() > 0.01
+    assert np.abs(predictions - expected[f"{name}/base"]).max() > 0.1
     np.testing.assert_allclose(
         loaded[f"{what}/predictions"], predictions, atol=1e-6
     )
