@@ -415,13 +415,20 @@ class FVAE(NotRematerialized, keras.Layer):
         return cls(**{**config, "config": FVAELoRAConfig(**config["config"])})
 
     def _add_packed_weight(self, name, packing):
-        def initializer(shape, dtype=None):
-            return packing.pack(
-                {
-                    name: self._initial_value(name, shape)
-                    for name, shape in packing.shapes.items()
-                }
+        limits, offsets = (
+            np.repeat(np.array(values, "float32"), packing.sizes)
+            for values in zip(
+                *(self._initial(*item) for item in packing.shapes.items())
             )
+        )
+
+        def initializer(shape, dtype=None):
+            # One draw for all arrays: on JAX each operation is a program, and
+            # stays in memory.
+            numbers = keras.random.uniform(
+                shape, -1.0, 1.0, dtype="float32", seed=self.seed_generator
+            )
+            return ops.add(ops.multiply(numbers, limits), offsets)
 
         return self.add_weight(
             name=name,
@@ -431,23 +438,16 @@ class FVAE(NotRematerialized, keras.Layer):
             autocast=False,
         )
 
-    def _initial_value(self, name, shape):
+    def _initial(self, name, shape):
+        """The initial values of an array: how far they go, and from where."""
         if name == "log_scale":
-            return ops.full(shape, math.log1p(-SCALE_FLOOR), dtype="float32")
+            return 0.0, math.log1p(-SCALE_FLOOR)
         is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
         if "bias" in name or is_head:
             # With heads of zero, the update is zero and q1 is p1.
-            return ops.zeros(shape, dtype="float32")
-        glorot_uniform = keras.initializers.GlorotUniform(
-            seed=self.seed_generator
-        )
-        if name.startswith("encoder"):
-            width, num_trunks, units = shape
-            kernels = [
-                glorot_uniform((width, units)) for _ in range(num_trunks)
-            ]
-            return ops.stack(kernels, axis=1)
-        return glorot_uniform(shape)
+            return 0.0, 0.0
+        # Glorot's uniform numbers, for each trunk by itself.
+        return math.sqrt(6 / (shape[0] + shape[-1])), 0.0
 
     def _weights(self):
         return (
