@@ -27,7 +27,7 @@ def seed(seed_generator):
 
 
 def uniform(shape, seed):
-    """Uniform random numbers in `[0, 1)`.
+    """Uniform random numbers in `[0, 1]`.
 
     Args:
         shape: Tuple of integers or scalar tensors.
@@ -36,9 +36,11 @@ def uniform(shape, seed):
     Returns:
         Float32 tensor.
     """
-    if keras.config.backend() == "tensorflow":
-        return _philox(shape, seed)
-    return keras.random.uniform(shape, dtype="float32", seed=seed)
+    if keras.config.backend() == "torch":
+        return keras.random.uniform(shape, dtype="float32", seed=seed)
+    # `keras.random` gets from bits to numbers in more operations, and XLA does
+    # them wherever the numbers are read.
+    return ops.cast(_random_bits(shape, seed), "float32") * 2.0**-32
 
 
 def to_normal(numbers):
@@ -57,8 +59,17 @@ def to_normal(numbers):
     """
     first, second = ops.split(numbers, 2, axis=-1)
     # The logarithm of 0 is minus infinity.
-    radius = ops.sqrt(-2 * ops.log(1 - first))
+    radius = ops.sqrt(-2 * ops.log(first + 2.0**-33))
     return radius * ops.cos(2 * math.pi * second)
+
+
+def _random_bits(shape, seed):
+    """Integer tensor of uniform numbers in `[0, 2**32)`."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.random.bits(seed, (math.prod(shape),), "uint32").reshape(shape)
+    return _philox(shape, seed)
 
 
 def _philox(shape, seed):
@@ -73,11 +84,12 @@ def _philox(shape, seed):
     key, count = tf.unstack(tf.cast(seed, "uint64"))
     # The state is the same on all replicas, which are to draw different ones.
     first = tf.cast(replica_index(), "uint64") * 2**48
-    return tf.raw_ops.StatelessRandomUniformV2(
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=shape,
         key=[key],
         # The upper half of its counter is that of the calls, so no two calls
         # share a number.
         counter=[first, count],
         alg=tf.random.Algorithm.PHILOX.value,
+        dtype="uint32",
     )

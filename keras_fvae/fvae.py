@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from typing import Any
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ class ObjectiveWeights:
     def __init__(self, config):
         self.variable = keras.Variable(
             lambda shape, dtype: ops.convert_to_tensor(
-                self._values(config), dtype
+                np.array(self._values(config), dtype)
             ),
             shape=(4,),
             dtype="float32",
@@ -137,7 +138,11 @@ class FVAE(NotRematerialized, keras.Layer):
         super().__init__(**kwargs)
         self.config = resolve_config(config=config)
         self.finalized = finalized
-        self.seed_generator = keras.random.SeedGenerator(self.config.seed)
+        self._initial_seed = self.config.seed
+        if self._initial_seed is None:
+            # As Keras does, and `keras.utils.set_random_seed` controls.
+            self._initial_seed = random.randrange(2**31)
+        self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
         self.objective_weights = None
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
         self.totals = None
@@ -194,6 +199,19 @@ class FVAE(NotRematerialized, keras.Layer):
 
     def compute_mask(self, inputs, previous_mask):
         return None
+
+    def initial_generator(self, name):
+        """What the initial values of a variable are drawn from.
+
+        NumPy's: on JAX each operation is a program, which stays in memory.
+
+        Args:
+            name: String, the name of the variable.
+
+        Returns:
+            `numpy.random.Generator`.
+        """
+        return np.random.default_rng([self._initial_seed, *name.encode()])
 
     @property
     def num_inference_parameters(self):
@@ -423,12 +441,9 @@ class FVAE(NotRematerialized, keras.Layer):
         )
 
         def initializer(shape, dtype=None):
-            # One draw for all arrays: on JAX each operation is a program, and
-            # stays in memory.
-            numbers = keras.random.uniform(
-                shape, -1.0, 1.0, dtype="float32", seed=self.seed_generator
-            )
-            return ops.add(ops.multiply(numbers, limits), offsets)
+            numbers = self.initial_generator(name).uniform(-1.0, 1.0, shape)
+            values = numbers * limits + offsets
+            return ops.convert_to_tensor(values.astype("float32"))
 
         return self.add_weight(
             name=name,

@@ -112,12 +112,14 @@ class Adapter(NotRematerialized, keras.Layer):
         self.kernel_b = self.add_weight(
             name="kernel_b",
             shape=(self.config.rank, contraction.units(kernel_shape)),
-            initializer=keras.initializers.RandomNormal(
-                stddev=0.02, seed=self.fvae.seed_generator
-            ),
+            initializer=self._initial_kernel_b,
             regularizer=self.regularizer,
             dtype="float32",
         )
+
+    def _initial_kernel_b(self, shape, dtype=None):
+        numbers = self.fvae.initial_generator("kernel_b").normal(size=shape)
+        return ops.convert_to_tensor((0.02 * numbers).astype(dtype))
 
     def call(self, inputs, training=None, mask=None):
         config = self.config

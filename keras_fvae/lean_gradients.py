@@ -38,6 +38,33 @@ def relu_and_dropout(x, is_kept, rate):
     return compute(x, is_kept)
 
 
+def clip(x, low, high):
+    """What is outside of the limits set to them.
+
+    Args:
+        x: Float tensor.
+        low: Float.
+        high: Float.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+    """
+    if keras.config.backend() != "jax":
+        return ops.clip(x, low, high)
+
+    @ops.custom_gradient
+    def compute(x):
+        y = ops.clip(x, low, high)
+
+        def gradients(upstream):
+            # JAX would halve it at the limits, which takes four comparisons.
+            return ops.where((low < y) & (y < high), upstream, 0)
+
+        return y, gradients
+
+    return compute(x)
+
+
 def add_noise(mean, log_variance, noise):
     """mean + standard deviation * noise.
 

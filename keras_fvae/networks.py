@@ -6,7 +6,6 @@ given. So layers with the same settings share them.
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from keras import ops
 from keras_fvae import draws
 from keras_fvae import lean_gradients
 from keras_fvae import objective
+from keras_fvae import packing
 from keras_fvae.layout import layout
 from keras_fvae.rematerialization import rematerialize
 
@@ -206,10 +206,9 @@ class Networks:
         numbers = draws.uniform(
             self.draws_shape(num_tokens, sum(widths.values())), seed
         )
+        parts = packing.split(numbers, [*widths.values()])
         drawn = {"is_kept": {}}
-        stops = itertools.accumulate(widths.values())
-        for (name, width), stop in zip(widths.items(), stops):
-            values = numbers[..., stop - width : stop]
+        for name, values in zip(widths, parts):
             if name == "noise":
                 shape = self.draws_shape(num_tokens, 2, self.config.rank)
                 drawn[name] = ops.reshape(draws.to_normal(values), shape)
@@ -287,7 +286,8 @@ class Networks:
             ops.cast(x, "float32"), (*token_shape, 2, 2, self.config.rank)
         )
         mean, log_variance = ops.unstack(heads, 2, axis=-2)
-        return Posteriors(mean, ops.clip(log_variance, *LOG_VARIANCE_LIMITS))
+        log_variance = lean_gradients.clip(log_variance, *LOG_VARIANCE_LIMITS)
+        return Posteriors(mean, log_variance)
 
     def _decode(self, z, weights, dtype, is_kept):
         """The mean of p(x | z1, z2)."""
@@ -412,7 +412,9 @@ def reparameterize(q, noise):
 
     def flatten(tensor):
         # As the decoder reads it, so that it is one tensor for XLA to keep.
-        tensor = ops.broadcast_to(tensor, shape)
+        if len(tensor.shape) < len(shape):
+            # One posterior for several draws.
+            tensor = ops.broadcast_to(tensor, shape)
         return ops.reshape(tensor, (*shape[:-2], -1))
 
     return ops.reshape(

@@ -51,25 +51,35 @@ class Packing:
         return {
             name: part if part.shape == shape else reshape(part, shape)
             for (name, shape), part in zip(
-                self.shapes.items(), self._split(array)
+                self.shapes.items(), split(array, self.sizes)
             )
             if name.startswith(prefix)
         }
 
-    def _split(self, array):
-        """The parts, not yet in their shapes.
 
-        Not slices: the gradient is then one array, put together once, and not
-        the sum of as many as there are parts.
-        """
-        *boundaries, _ = itertools.accumulate(self.sizes)
-        if not boundaries:
-            # Of Keras's TensorFlow, nothing would be left.
-            return [array]
-        if isinstance(array, np.ndarray):
-            return np.split(array, boundaries, axis=-1)
+def split(array, sizes):
+    """Parts of an array, along its last axis.
+
+    Not slices: the gradient is then one array, put together once, and not the
+    sum of as many as there are parts.
+
+    Args:
+        array: Tensor or NumPy array of shape `(..., sum(sizes))`.
+        sizes: List of integers, how many columns each part has.
+
+    Returns:
+        List of arrays of shape `(..., size)`.
+    """
+    if not isinstance(array, np.ndarray):
+        # Keras takes boundaries, and gets to the sizes in a dozen operations,
+        # which `torch.compile` can't do.
         if keras.config.backend() == "torch":
-            # Keras puts the boundaries in a tensor first and then reads them,
-            # which takes its time and is nothing `torch.compile` can do.
-            return array.split(self.sizes, dim=-1)
-        return ops.split(array, boundaries, axis=-1)
+            return array.split(sizes, dim=-1)
+        if keras.config.backend() == "tensorflow":
+            import tensorflow as tf
+
+            return tf.split(array, sizes, axis=-1)
+    boundaries = [*itertools.accumulate(sizes)][:-1]
+    if isinstance(array, np.ndarray):
+        return np.split(array, boundaries, axis=-1)
+    return ops.split(array, boundaries, axis=-1)
