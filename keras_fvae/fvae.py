@@ -72,7 +72,7 @@ class ObjectiveWeights:
     def __init__(self, config):
         self.variable = keras.Variable(
             lambda shape, dtype: ops.convert_to_tensor(
-                np.array(self._values(config), dtype)
+                np.array(self._values(config), dtype), dtype
             ),
             shape=(4,),
             dtype="float32",
@@ -442,8 +442,9 @@ class FVAE(NotRematerialized, keras.Layer):
 
         def initializer(shape, dtype=None):
             numbers = self.initial_generator(name).uniform(-1.0, 1.0, shape)
-            values = numbers * limits + offsets
-            return ops.convert_to_tensor(values.astype("float32"))
+            values = (numbers * limits + offsets).astype(dtype)
+            # Of its own dtype, an array takes no operation.
+            return ops.convert_to_tensor(values, dtype)
 
         return self.add_weight(
             name=name,

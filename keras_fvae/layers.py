@@ -119,7 +119,7 @@ class Adapter(NotRematerialized, keras.Layer):
 
     def _initial_kernel_b(self, shape, dtype=None):
         numbers = self.fvae.initial_generator("kernel_b").normal(size=shape)
-        return ops.convert_to_tensor((0.02 * numbers).astype(dtype))
+        return ops.convert_to_tensor((0.02 * numbers).astype(dtype), dtype)
 
     def call(self, inputs, training=None, mask=None):
         config = self.config
