@@ -27,20 +27,36 @@ def seed(seed_generator):
 
 
 def uniform(shape, seed):
-    """Uniform random numbers in `[0, 1]`.
+    """Uniform random numbers in `[0, 2**32]`.
+
+    As they come: to get to `[0, 1)` takes operations, which XLA repeats
+    wherever the numbers are read.
 
     Args:
         shape: Tuple of integers or scalar tensors.
         seed: What `seed` returned.
 
     Returns:
-        Float32 tensor.
+        Tensor of integers, on PyTorch of floats.
     """
     if keras.config.backend() == "torch":
-        return keras.random.uniform(shape, dtype="float32", seed=seed)
-    # `keras.random` gets from bits to numbers in more operations, and XLA does
-    # them wherever the numbers are read.
-    return ops.cast(_random_bits(shape, seed), "float32") * 2.0**-32
+        return keras.random.uniform(
+            shape, 0.0, 2.0**32, dtype="float32", seed=seed
+        )
+    return _random_bits(shape, seed)
+
+
+def are_at_least(numbers, share):
+    """Which numbers are not among the smallest.
+
+    Args:
+        numbers: Tensor that `uniform` returned.
+        share: Float in `[0, 1)`, that of the smallest.
+
+    Returns:
+        Boolean tensor of the same shape.
+    """
+    return numbers >= ops.convert_to_tensor(round(share * 2**32), numbers.dtype)
 
 
 def to_normal(numbers):
@@ -51,16 +67,15 @@ def to_normal(numbers):
     code to compile.
 
     Args:
-        numbers: Float32 tensor of shape `(..., 2 * n)` of uniform numbers in
-            `[0, 1)`.
+        numbers: Tensor of shape `(..., 2 * n)` that `uniform` returned.
 
     Returns:
         Float32 tensor of shape `(..., n)`.
     """
-    first, second = ops.split(numbers, 2, axis=-1)
+    first, second = ops.split(ops.cast(numbers, "float32"), 2, axis=-1)
     # The logarithm of 0 is minus infinity.
-    radius = ops.sqrt(-2 * ops.log(first + 2.0**-33))
-    return radius * ops.cos(2 * math.pi * second)
+    radius = ops.sqrt(-2 * ops.log(2.0**-32 * first + 2.0**-33))
+    return radius * ops.cos(2.0**-31 * math.pi * second)
 
 
 def _random_bits(shape, seed):
@@ -68,7 +83,9 @@ def _random_bits(shape, seed):
     if keras.config.backend() == "jax":
         import jax
 
-        return jax.random.bits(seed, (math.prod(shape),), "uint32").reshape(shape)
+        # JAX counts along one axis in fewer operations than along several.
+        bits = jax.random.bits(seed, (math.prod(shape),), "uint32")
+        return ops.reshape(bits, shape)
     return _philox(shape, seed)
 
 

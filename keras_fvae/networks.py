@@ -216,7 +216,9 @@ class Networks:
             if name.startswith("encoder") and self.config.num_samples > 1:
                 # The encoders run once for all draws.
                 values = values[0]
-            drawn["is_kept"][name] = values >= self.config.dropout
+            drawn["is_kept"][name] = draws.are_at_least(
+                values, self.config.dropout
+            )
         return drawn
 
     def _score(

@@ -5,7 +5,7 @@ from keras import ops
 
 
 def rematerialize(function, inputs, seed):
-    """Calls a function, and keeps nothing for its gradient but its arguments.
+    """Calls a function, and keeps for its gradient little but its arguments.
 
     As `keras.remat`, whose second computation XLA on CPUs joins with the first
     one, so that all is kept after all. Here it begins with the gradient that
@@ -16,7 +16,8 @@ def rematerialize(function, inputs, seed):
     Args:
         function: Function of the two arguments that follow, or of the first
             alone. It returns nested float tensors, not all of them scalars.
-        inputs: Dict of name to float tensor, which has a gradient.
+        inputs: Dict of name to float tensor, which has a gradient. What is
+            made of vectors alone may be kept.
         seed: Integer tensor, what the function draws from, or `None`.
 
     Returns:
@@ -33,6 +34,8 @@ def rematerialize(function, inputs, seed):
 
     @ops.custom_gradient
     def compute(*arguments):
+        floats, seeds = arguments[: len(inputs)], arguments[len(inputs) :]
+
         def gradient(*upstream):
             # JAX passes one tuple, TensorFlow the tensors in it.
             upstream = tuple(keras.tree.flatten(upstream))
@@ -42,16 +45,19 @@ def rematerialize(function, inputs, seed):
                 ops.sum(0.0 * each) for each in upstream if len(each.shape) > 0
             )
 
+            def wait(tensor):
+                return tensor + ops.cast(zero, tensor.dtype)
+
             def once_more(*floats):
-                every = (*floats, *arguments[len(inputs) :])
+                # What is made of a vector is small enough to be kept, and the
+                # code to make it once more is not.
                 return flat_function(
-                    *(a + ops.cast(zero, a.dtype) for a in every)
+                    *(f if len(f.shape) == 1 else wait(f) for f in floats),
+                    *map(wait, seeds),
                 )
 
-            gradients = _gradients(
-                once_more, arguments[: len(inputs)], upstream
-            )
-            return (*gradients, *(None for _ in arguments[len(inputs) :]))
+            gradients = _gradients(once_more, floats, upstream)
+            return (*gradients, *(None for _ in seeds))
 
         return flat_function(*arguments), gradient
 

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import scipy.stats
 from helpers import BACKEND
 from helpers import dtype_of
@@ -13,6 +14,7 @@ SHAPE = (50, 400)
 
 
 def draw(seed, calls=1):
+    """NumPy arrays, as the backend draws them."""
     generator = keras.random.SeedGenerator(seed)
     return [
         to_numpy(draws.uniform(SHAPE, draws.seed(generator)))
@@ -23,8 +25,22 @@ def draw(seed, calls=1):
 def test_numbers_are_uniform():
     (numbers,) = draw(seed=1)
     assert numbers.shape == SHAPE
-    assert numbers.min() >= 0 and numbers.max() < 1
+    numbers = numbers / 2.0**32
+    assert numbers.min() >= 0 and numbers.max() <= 1
     assert scipy.stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.75])
+def test_the_share_of_the_smallest(share):
+    (numbers,) = draw(seed=1)
+    found = draws.are_at_least(keras.ops.convert_to_tensor(numbers), share)
+    expected = numbers.astype("float64") >= share * 2.0**32
+    # In float32, a threshold is not the same to the last of its 32 bits.
+    assert np.mean(to_numpy(found) != expected) < 1e-3
+    deviation = np.sqrt(share * (1 - share) / numbers.size)
+    assert np.mean(to_numpy(found)) == pytest.approx(
+        1 - share, abs=5 * deviation
+    )
 
 
 def test_calls_and_seeds_share_no_numbers():
@@ -57,10 +73,11 @@ def test_normal_numbers_are_normal():
 
 
 def test_the_ends_of_the_uniform_numbers_are_finite():
-    # The largest number below 1 that a backend draws.
-    step = 2**-24 if BACKEND == "torch" else 2**-23
-    ends = np.array([[0.0, 1 - step, 0.5, 0.0], [0.5, 0.0, 0.0, 1 - step]])
-    normal = draws.to_normal(keras.ops.convert_to_tensor(ends, "float32"))
-    radius = np.sqrt(-2 * np.log([[1, step], [0.5, 1]]))
-    expected = radius * [[-1, 1], [1, 1]]
+    last = 2**32 if BACKEND == "torch" else 2**32 - 1
+    half = 2**31
+    ends = np.array([[0, last, half, 0], [half, 0, 0, half]])
+    dtype = "float32" if BACKEND == "torch" else "uint32"
+    normal = draws.to_normal(keras.ops.convert_to_tensor(ends, dtype))
+    first = np.array([[2.0**-33, 1.0], [0.5, 2.0**-33]])
+    expected = np.sqrt(-2 * np.log(first)) * [[-1, 1], [1, -1]]
     np.testing.assert_allclose(to_numpy(normal), expected, atol=1e-5)

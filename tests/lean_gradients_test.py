@@ -37,6 +37,19 @@ def test_relu_and_dropout(arrays, is_kept):
     np.testing.assert_allclose(gradient, upstream * passes, rtol=1e-6)
 
 
+def test_clip(arrays):
+    x, _, upstream = arrays
+    value, _, (gradient,) = value_and_gradients(
+        lambda x: dot(upstream, lean_gradients.clip(x, -0.5, 1.0)), [], [x]
+    )
+    is_within = (x > -0.5) & (x < 1.0)
+    assert 0 < is_within.mean() < 1
+    np.testing.assert_allclose(
+        value, np.sum(upstream * np.clip(x, -0.5, 1.0)), rtol=1e-4
+    )
+    np.testing.assert_array_equal(gradient, upstream * is_within)
+
+
 def test_add_noise(arrays, rng):
     mean, log_variance, upstream = arrays
     noise = rng.normal(size=mean.shape).astype("float32")

@@ -19,7 +19,8 @@ def block(inputs, seed=None):
     """A layer with dropout, and what it comes to."""
     hidden = ops.relu(ops.matmul(inputs["x"], inputs["kernel"]))
     if seed is not None:
-        hidden *= ops.cast(draws.uniform(hidden.shape, seed) > 0.1, "float32")
+        numbers = draws.uniform(hidden.shape, seed)
+        hidden *= ops.cast(draws.are_at_least(numbers, 0.1), "float32")
     x = inputs["x"] + ops.matmul(hidden, ops.transpose(inputs["kernel"]))
     return {"x": x, "size": ops.mean(ops.square(x))}
 
