@@ -537,6 +537,29 @@ def test_at_the_start_both_posteriors_are_standard_normal(rng):
     np.testing.assert_allclose(scale, 1.0, rtol=1e-6)
 
 
+def test_initial_weights_are_those_of_glorot():
+    fvae = keras_fvae.FVAE(keras_fvae.FVAELoRAConfig(seed=1))
+    fvae.build((None, 96))
+    arrays = fvae.get_arrays()
+    np.testing.assert_allclose(fvae.decoder_scale, 1, rtol=1e-6)
+    drawn = {
+        name: array
+        for name, array in arrays.items()
+        if "kernel" in name and array.any()
+    }
+    heads = f"encoder_kernel_{len(fvae.config.hidden_units)}"
+    assert {n for n in arrays if "kernel" in n} - {*drawn} == {heads}
+    assert not any(arrays[name].any() for name in arrays if "bias" in name)
+    for array in drawn.values():
+        # The middle axis of an encoder's kernel is that of the trunks.
+        limit = np.sqrt(6 / (array.shape[0] + array.shape[-1]))
+        uniform = scipy.stats.uniform(-limit, 2 * limit)
+        assert scipy.stats.kstest(array.ravel(), uniform.cdf).pvalue > 1e-3
+    # No two begin with the same numbers.
+    firsts = [array.ravel()[0] / array.max() for array in drawn.values()]
+    assert len(np.unique(np.round(firsts, 5))) == len(firsts)
+
+
 def test_inference_is_deterministic_and_training_is_not(rng):
     fvae = keras_fvae.FVAE(keras_fvae.FVAELoRAConfig(rank=3))
     fvae.build((None, 5))
