@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
         model = make()
         enable(model, name)
         zoo.compile_model(model, name)
-        zoo.fit(model, name, epochs=15)
+        zoo.fit(model, name, epochs=40)
         with keras_fvae.fvae_lora_disabled(model):
             expected[f"{name}/base"] = zoo.predict(model, name)
         save("trained", name, model)
