@@ -58,7 +58,7 @@ class FVAELoRAConfig:
             model's loss, shared among the adapted layers. Defaults to `1e-3`.
         num_samples: Positive integer. Draws of the latents per token in
             training. Defaults to `1`.
-        rematerialize: Boolean. Whether training keeps nothing of the FVAE for
+        rematerialize: Boolean. Whether training keeps little of the FVAE for
             the gradient but its inputs (on PyTorch, its random numbers too),
             and computes it once more instead: less memory, more arithmetic,
             the same results. Defaults to `False`.

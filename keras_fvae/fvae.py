@@ -433,16 +433,12 @@ class FVAE(NotRematerialized, keras.Layer):
         return cls(**{**config, "config": FVAELoRAConfig(**config["config"])})
 
     def _add_packed_weight(self, name, packing):
-        limits, offsets = (
-            np.repeat(np.array(values, "float32"), packing.sizes)
-            for values in zip(
-                *(self._initial(*item) for item in packing.shapes.items())
-            )
-        )
+        ranges = [self._initial_range(*item) for item in packing.shapes.items()]
+        centers, limits = np.repeat(ranges, packing.sizes, axis=0).T
 
         def initializer(shape, dtype=None):
             numbers = self.initial_generator(name).uniform(-1.0, 1.0, shape)
-            values = (numbers * limits + offsets).astype(dtype)
+            values = (centers + limits * numbers).astype(dtype)
             # Of its own dtype, an array takes no operation.
             return ops.convert_to_tensor(values, dtype)
 
@@ -454,16 +450,16 @@ class FVAE(NotRematerialized, keras.Layer):
             autocast=False,
         )
 
-    def _initial(self, name, shape):
-        """The initial values of an array: how far they go, and from where."""
+    def _initial_range(self, name, shape):
+        """Where an array's initial values lie, uniformly: center, limit."""
         if name == "log_scale":
-            return 0.0, math.log1p(-SCALE_FLOOR)
+            return math.log1p(-SCALE_FLOOR), 0.0
         is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
         if "bias" in name or is_head:
             # With heads of zero, the update is zero and q1 is p1.
             return 0.0, 0.0
         # Glorot's uniform numbers, for each trunk by itself.
-        return math.sqrt(6 / (shape[0] + shape[-1])), 0.0
+        return 0.0, math.sqrt(6 / (shape[0] + shape[-1]))
 
     def _weights(self):
         return (

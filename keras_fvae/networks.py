@@ -190,7 +190,7 @@ class Networks:
         return self._score(**inputs, **self._draw(inputs, seed, training))
 
     def _rematerialized_score(self, inputs, seed):
-        """As `_draw_and_score` in training, and nothing is kept of it."""
+        """As `_draw_and_score` in training, and little is kept of it."""
         if keras.config.backend() == "torch":
             drawn = self._draw(inputs, seed, training=True)
             return keras.remat(self._score)(**inputs, **drawn)
