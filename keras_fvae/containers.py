@@ -1,7 +1,6 @@
 """Models with adapted layers inside: attach, merge, describe, restore."""
 
 import contextlib
-import contextvars
 import functools
 import inspect
 
@@ -27,9 +26,22 @@ from keras_fvae.lookup import base_weights_by_path
 from keras_fvae.lookup import by_recorded_paths
 from keras_fvae.lookup import holders
 from keras_fvae.lookup import layers_by_path
+from keras_fvae.scoped import ScopedValue
 from keras_fvae.training import freeze_all_but
 
 RECORD_VERSION = 1
+
+
+def _traced_in_parts(method):
+    """A method that `torch.compile` does not trace, but all that it calls.
+
+    A model with adapters is nested deeper than Python lets it trace as one.
+    """
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.compiler.disable(method, recursive=False)
+    return method
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
@@ -43,13 +55,13 @@ class AdaptedContainer(NotRematerialized):
     # Whether the tokens are those of the layers around it, too.
     knows_outer_masks = True
 
+    @_traced_in_parts
     def call(self, *args, **kwargs):
-        call = super().call
-        arguments = _signature(call.__func__).bind(*args, **kwargs)
+        arguments = self.base_call_signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         masks = masking.find_masks(arguments.arguments)
         with masking.known_masks(masks, inherit=self.knows_outer_masks):
-            return call(*args, **kwargs)
+            return super().call(*args, **kwargs)
 
     def get_config(self):
         with _as_base_class(self):
@@ -83,7 +95,7 @@ class AdaptedContainer(NotRematerialized):
 
 
 # The model that is being called, the innermost of them.
-_called_model = contextvars.ContextVar("called_model", default=None)
+_called_model = ScopedValue()
 
 
 class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
@@ -92,14 +104,11 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
     knows_outer_masks = False
 
     def __call__(self, *args, **kwargs):
-        token = _called_model.set(self)
-        try:
+        with _called_model.set_to(self):
             return super().__call__(*args, **kwargs)
-        finally:
-            _called_model.reset(token)
 
     def call(self, *args, **kwargs):
-        if _called_model.get() is not self:
+        if _called_model.value is not self:
             # Keras's trainer for JAX calls `call` itself, which tells the
             # layers inside nothing of `training`.
             return self(*args, **kwargs)
@@ -448,7 +457,11 @@ def _container_class(base):
     container_class = type(
         base.__name__,
         (mixin, base),
-        {"__module__": mixin.__module__, "call": call},
+        {
+            "__module__": mixin.__module__,
+            "call": call,
+            "base_call_signature": _signature(base.call),
+        },
     )
     registered_name, loaded_class = mixin.registration(base)
     package, name = registered_name.split(">")
@@ -473,8 +486,8 @@ def _as_base_class(container):
         container.__class__ = container_class
 
 
-@functools.cache
 def _signature(method):
+    """The signature of a method as it is called on an object."""
     signature = inspect.signature(method)
     _, *parameters = signature.parameters.values()
     return signature.replace(parameters=parameters)

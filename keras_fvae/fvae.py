@@ -244,11 +244,12 @@ class FVAE(NotRematerialized, keras.Layer):
         """
         q1, _ = self.posteriors(x)
         *token_shape, rank = ops.shape(q1.mean)
-        shape = self.networks.draws_shape(
-            *token_shape, draws.NUMBERS_PER_NORMAL * rank
+        noise, _ = draws.noise_and_masks(
+            self.networks.draws_shape(*token_shape),
+            draws.next_seed(self.seed_generator),
+            rank,
         )
-        numbers = draws.uniform(shape, draws.seed(self.seed_generator))
-        return reparameterize(q1, draws.to_normal(numbers))
+        return reparameterize(q1, noise)
 
     def posteriors(self, x):
         """q1 and q2 at inference.
@@ -289,7 +290,7 @@ class FVAE(NotRematerialized, keras.Layer):
         inputs = {k: v for k, v in inputs.items() if v is not None}
         seed = None
         if self.networks.widths_to_draw(training, noise):
-            seed = draws.seed(self.seed_generator)
+            seed = draws.next_seed(self.seed_generator)
         if training and self.config.rematerialize:
             score = self.networks.rematerialized_score(inputs, seed)
         else:

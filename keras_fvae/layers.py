@@ -1,7 +1,6 @@
 """Dense layers whose update comes from an FVAE."""
 
 import contextlib
-import contextvars
 import types
 from typing import Any
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from keras_fvae.config import resolve_config
 from keras_fvae.contraction import analyze_equation
 from keras_fvae.fvae import FVAE
 from keras_fvae.fvae import NotRematerialized
+from keras_fvae.scoped import ScopedValue
 
 # Those in which Keras gives the gradient with respect to a layer's input.
 QUANTIZATION_MODES = (None, "int8", "int4")
@@ -26,25 +26,20 @@ ADAPTED_MARK = "keras_fvae"
 
 
 # Whether adapted layers train that are told they do not, or nothing.
-_in_training_step = contextvars.ContextVar("in_training_step", default=False)
+_in_training_step = ScopedValue(default=False)
 
 
-@contextlib.contextmanager
 def training_step(training):
     """Says whether adapted layers train that are called inside the block.
 
     That is, for models whose `compute_loss` calls layers once more, and tells
     them nothing of it.
     """
-    token = _in_training_step.set(training)
-    try:
-        yield
-    finally:
-        _in_training_step.reset(token)
+    return _in_training_step.set_to(training)
 
 
 # Where adapted layers put their posteriors, if anywhere.
-_recorded = contextvars.ContextVar("recorded", default=None)
+_recorded = ScopedValue()
 
 
 class Record(NamedTuple):
@@ -64,11 +59,8 @@ def recorded_posteriors():
         List, to which each call at inference adds a `Record`.
     """
     records = []
-    token = _recorded.set(records)
-    try:
+    with _recorded.set_to(records):
         yield records
-    finally:
-        _recorded.reset(token)
 
 
 class Adapter(NotRematerialized, keras.Layer):
@@ -125,7 +117,7 @@ class Adapter(NotRematerialized, keras.Layer):
         config = self.config
         contraction = analyze_equation(self.equation, len(inputs.shape))
         x = contraction.to_tokens(inputs, self.kernel_shape)
-        records = _recorded.get()
+        records = _recorded.value
         if records is not None:
             records.append(Record(self, *self.fvae.posteriors(x), mask))
         if training:
@@ -267,10 +259,10 @@ class FVAELoRAMixin(NotRematerialized):
     def _add_update(self, base_call, inputs, training):
         if not self.adapter.enabled:
             return base_call(inputs, training=training)
-        training = training or _in_training_step.get()
+        training = training or _in_training_step.value
         mask = None
         # Inference needs to know of no token whether it counts.
-        if training or _recorded.get() is not None:
+        if training or _recorded.value is not None:
             contraction = analyze_equation(
                 self.adapter.equation, len(inputs.shape)
             )
@@ -279,8 +271,11 @@ class FVAELoRAMixin(NotRematerialized):
             )
         update = self.adapter(inputs, training=training, mask=mask)
         is_linear = self.activation in (None, keras.activations.linear)
-        linear_layer = self if is_linear else _WithoutActivation(self)
-        outputs = base_call.__func__(linear_layer, inputs, training=training)
+        if not is_linear:
+            base_call = types.MethodType(
+                base_call.__func__, _WithoutActivation(self)
+            )
+        outputs = base_call(inputs, training=training)
         # In place on PyTorch, which takes its time to get memory for one more.
         outputs += update
         return outputs if is_linear else self.activation(outputs)

@@ -2,11 +2,13 @@
 
 On JAX, XLA computes in the backward pass again what is cheap to compute, and
 keeps what that begins with: here the random bits, several times as large as
-what came of them. On the other backends there is nothing to gain.
+what came of them. PyTorch takes a pass over memory for each operation.
 """
 
 import keras
 from keras import ops
+
+from keras_fvae import objective
 
 
 def relu_and_dropout(x, is_kept, rate):
@@ -93,3 +95,43 @@ def add_noise(mean, log_variance, noise):
         return z, gradients
 
     return compute_leanly(mean, log_variance, noise)
+
+
+def token_mean_of_squares(x, token_weights):
+    """The mean over the tokens of what is squared.
+
+    Args:
+        x: Float32 tensor of shape `(..., tokens, d)`.
+        token_weights: Optional tensor of shape `(tokens,)`, as in
+            `objective.token_mean`.
+
+    Returns:
+        Float32 tensor of shape `(d,)`.
+    """
+    if keras.config.backend() == "torch":
+        return _TokenMeanOfSquares.apply(x, token_weights)
+    return objective.token_mean(ops.square(x), token_weights, feature_axes=1)
+
+
+if keras.config.backend() == "torch":
+    import torch
+
+    class _TokenMeanOfSquares(torch.autograd.Function):
+        """With a gradient in one pass, for which PyTorch takes four."""
+
+        @staticmethod
+        def forward(ctx, x, token_weights):
+            ctx.save_for_backward(x, token_weights)
+            return objective.token_mean(
+                torch.square(x), token_weights, feature_axes=1
+            )
+
+        @staticmethod
+        def backward(ctx, upstream):
+            x, token_weights = ctx.saved_tensors
+            num_tokens, width = x.shape[-2:]
+            num_draws = x.numel() // (num_tokens * width)
+            scale = 2 * upstream / num_draws
+            if token_weights is None:
+                return x * (scale / num_tokens), None
+            return x * scale * token_weights[:, None], None

@@ -6,20 +6,18 @@ adapted layer sits deep inside a model, where Keras masks do not reach and a
 time of their call, which masks they were called with.
 """
 
-import contextlib
-import contextvars
 import itertools
 
 from keras import ops
 
 from keras_fvae import keras_internals
+from keras_fvae.scoped import ScopedValue
 
 # From the outermost layer being called to the innermost: what `find_masks`
 # returned for each.
-_known_masks = contextvars.ContextVar("known_masks", default=())
+_known_masks = ScopedValue(default=())
 
 
-@contextlib.contextmanager
 def known_masks(masks, inherit=True):
     """Makes masks known to the adapted layers called inside the block.
 
@@ -29,12 +27,8 @@ def known_masks(masks, inherit=True):
             stay known. Not so in a model inside a model, such as an image
             encoder in a language model: its tokens are others.
     """
-    outer = _known_masks.get() if inherit else ()
-    token = _known_masks.set((*outer, masks))
-    try:
-        yield
-    finally:
-        _known_masks.reset(token)
+    outer = _known_masks.value if inherit else ()
+    return _known_masks.set_to((*outer, masks))
 
 
 def find_masks(arguments):
@@ -88,7 +82,7 @@ def find_token_mask(inputs, num_token_axes):
         if nothing is known: then every token counts.
     """
     own_pair = inputs, keras_internals.get_keras_mask(inputs)
-    for pairs in reversed((*_known_masks.get(), [own_pair])):
+    for pairs in reversed((*_known_masks.value, [own_pair])):
         own_masks = [mask for sequence, mask in pairs if sequence is inputs]
         for mask in own_masks or [mask for _, mask in pairs]:
             if mask is not None and _fits(mask, inputs, num_token_axes):

@@ -10,13 +10,11 @@ from typing import Any
 from typing import NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_fvae import draws
 from keras_fvae import lean_gradients
 from keras_fvae import objective
-from keras_fvae import packing
 from keras_fvae.layout import layout
 from keras_fvae.rematerialization import rematerialize
 
@@ -160,7 +158,7 @@ class Networks:
         config = self.config
         widths = {}
         if noise is None and (training or config.sample_at_inference):
-            widths["noise"] = draws.NUMBERS_PER_NORMAL * 2 * config.rank
+            widths["noise"] = 2 * config.rank
         if training and config.dropout > 0:
             num_trunks = self.latent_packing.shapes["encoder_bias_0"][0]
             for level, units in enumerate(config.hidden_units):
@@ -180,7 +178,7 @@ class Networks:
 
         Args:
             inputs: Dict of the arguments of `_score` that are not drawn.
-            seed: What `draws.uniform` draws from. `None` (default) if nothing
+            seed: What `draws.next_seed` returned. `None` (default) if nothing
                 is drawn.
             training: Boolean, whether there is dropout. Defaults to `True`.
 
@@ -202,23 +200,23 @@ class Networks:
         if not widths:
             return {}
         num_tokens = ops.shape(inputs["x"])[0]
-        # All in one call, which costs more than the numbers do.
-        numbers = draws.uniform(
-            self.draws_shape(num_tokens, sum(widths.values())), seed
+        noise_width = widths.pop("noise", 0)
+        noise, masks = draws.noise_and_masks(
+            self.draws_shape(num_tokens),
+            seed,
+            noise_width,
+            [*widths.values()],
+            self.config.dropout,
         )
-        parts = packing.split(numbers, [*widths.values()])
-        drawn = {"is_kept": {}}
-        for name, values in zip(widths, parts):
-            if name == "noise":
-                shape = self.draws_shape(num_tokens, 2, self.config.rank)
-                drawn[name] = ops.reshape(draws.to_normal(values), shape)
-                continue
-            if name.startswith("encoder") and self.config.num_samples > 1:
-                # The encoders run once for all draws.
-                values = values[0]
-            drawn["is_kept"][name] = draws.are_at_least(
-                values, self.config.dropout
-            )
+        drawn = {"is_kept": dict(zip(widths, masks))}
+        if self.config.num_samples > 1:
+            # The encoders run once for all draws.
+            for name, mask in drawn["is_kept"].items():
+                if name.startswith("encoder"):
+                    drawn["is_kept"][name] = mask[0]
+        if noise_width:
+            shape = self.draws_shape(num_tokens, 2, self.config.rank)
+            drawn["noise"] = ops.reshape(noise, shape)
         return drawn
 
     def _score(
@@ -258,10 +256,8 @@ class Networks:
         residual -= x
         # The scale is the same for every token, so the squared error is
         # averaged over the tokens before it is divided by the scale.
-        squared_error = objective.token_mean(
-            ops.square(ops.cast(residual, "float32")),
-            token_weights,
-            feature_axes=1,
+        squared_error = lean_gradients.token_mean_of_squares(
+            ops.cast(residual, "float32"), token_weights
         )
         terms, log_priors = self._terms(posteriors, z, token_weights)
         terms["negative_log_likelihood"] = objective.negative_log_likelihood(
@@ -324,34 +320,24 @@ class Networks:
             return objective.token_mean(values, token_weights, feature_axes=2)
 
         mean, log_variance = posteriors
+        prior_means = _column([0.0, self.config.prior_mean])
+        prior_stds = _column([1.0, self.config.prior_std])
         # The terms are linear in these two, so their means come first.
         squared_distance = token_mean(
-            objective.squared_distance(mean, log_variance, self._prior_means)
+            objective.squared_distance(mean, log_variance, prior_means)
         )
         log_variance = token_mean(log_variance)
         kl_z1, kl_z2 = ops.unstack(
-            objective.kl_divergence(
-                squared_distance, log_variance, self._prior_stds
-            ),
+            objective.kl_divergence(squared_distance, log_variance, prior_stds),
             2,
         )
         if self.config.gamma_estimator == "monte_carlo":
-            squared_distance = token_mean(
-                ops.square(ops.subtract(z, self._prior_means))
-            )
+            squared_distance = token_mean(ops.square(z - prior_means))
         log_p1, log_p2 = ops.unstack(
-            objective.log_density(squared_distance, self._prior_stds), 2
+            objective.log_density(squared_distance, prior_stds), 2
         )
         terms = {"kl_z1": kl_z1, "kl_z2": kl_z2, "gamma": log_p2 - log_p1}
         return terms, (log_p1, log_p2)
-
-    @property
-    def _prior_means(self):
-        return np.array([[0.0], [self.config.prior_mean]], "float32")
-
-    @property
-    def _prior_stds(self):
-        return np.array([[1.0], [self.config.prior_std]], "float32")
 
     def _objective(self, terms, log_priors, objective_weights):
         log_likelihood = -terms["negative_log_likelihood"]
@@ -394,6 +380,11 @@ def _affine(x, kernel, bias):
     # In place on PyTorch, which takes its time to get memory for one more.
     outputs += ops.cast(bias, x.dtype)
     return outputs
+
+
+def _column(numbers):
+    """Float32 tensor of shape `(n, 1)`, from a list of floats."""
+    return ops.expand_dims(ops.convert_to_tensor(numbers, "float32"), -1)
 
 
 def _block_diagonal(kernels):

@@ -10,7 +10,6 @@ https://arxiv.org/abs/2510.19640), section 3 and its appendix.
 
 import math
 
-import numpy as np
 from keras import ops
 
 LOG_2_PI = math.log(2 * math.pi)
@@ -24,14 +23,13 @@ def squared_distance(mean, log_variance, prior_mean=0.0):
     Args:
         mean: Tensor of shape `(..., rank)`, the mean of q.
         log_variance: Tensor of shape `(..., rank)`, its log variance.
-        prior_mean: Float, or array that broadcasts.
+        prior_mean: Float, or tensor that broadcasts.
 
     Returns:
         Float32 tensor of shape `(..., rank)`.
     """
     mean, log_variance = _float32(mean), _float32(log_variance)
-    distance = ops.square(ops.subtract(mean, np.float32(prior_mean)))
-    return distance + ops.exp(log_variance)
+    return ops.square(mean - _float32(prior_mean)) + ops.exp(log_variance)
 
 
 def kl_divergence(squared_distance, log_variance, prior_std=1.0):
@@ -43,15 +41,15 @@ def kl_divergence(squared_distance, log_variance, prior_std=1.0):
         squared_distance: Tensor of shape `(..., rank)`, what the function of
             that name returns for q and the mean of p.
         log_variance: Tensor of shape `(..., rank)`, the log variance of q.
-        prior_std: Float, or array that broadcasts, the standard deviation of
+        prior_std: Float, or tensor that broadcasts, the standard deviation of
             p.
 
     Returns:
         Float32 tensor of shape `(...)`.
     """
-    log_std, precision = _log_and_precision(prior_std)
-    ratio = ops.multiply(_float32(squared_distance), precision)
-    log_ratio = ops.subtract(_float32(log_variance), 2 * log_std)
+    prior_std = _float32(prior_std)
+    ratio = _float32(squared_distance) / ops.square(prior_std)
+    log_ratio = _float32(log_variance) - 2 * ops.log(prior_std)
     return 0.5 * ops.sum(ratio - log_ratio - 1.0, axis=-1)
 
 
@@ -64,15 +62,15 @@ def log_density(squared_distance, prior_std=1.0):
         squared_distance: Tensor of shape `(..., rank)`: `(z - prior_mean)^2`
             of drawn latents, or its expectation, which the function of that
             name returns.
-        prior_std: Float, or array that broadcasts, the standard deviation of
+        prior_std: Float, or tensor that broadcasts, the standard deviation of
             p.
 
     Returns:
         Float32 tensor of shape `(...)`.
     """
-    log_std, precision = _log_and_precision(prior_std)
-    ratio = ops.multiply(_float32(squared_distance), precision)
-    return -0.5 * ops.sum(ops.add(ratio, 2 * log_std + LOG_2_PI), axis=-1)
+    prior_std = _float32(prior_std)
+    ratio = _float32(squared_distance) / ops.square(prior_std)
+    return -0.5 * ops.sum(ratio + 2 * ops.log(prior_std) + LOG_2_PI, axis=-1)
 
 
 def wasserstein(mean1, log_variance1, mean2, log_variance2):
@@ -194,12 +192,6 @@ def beta_vae2lat(log_likelihood, kl_z1, kl_z2, kl_weight):
         Scalar tensor, to be maximised.
     """
     return log_likelihood - kl_weight * (kl_z1 + kl_z2)
-
-
-def _log_and_precision(std):
-    """Of a float or array, as float32 constants."""
-    std = np.asarray(std, "float32")
-    return np.log(std), std**-2
 
 
 def _float32(x):

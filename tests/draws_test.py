@@ -10,74 +10,109 @@ from helpers import to_numpy
 
 from keras_fvae import draws
 
-SHAPE = (50, 400)
+SHAPE = (50, 40)
+# Neither is a multiple of the numbers that PyTorch draws at once.
+MASK_WIDTHS = 7, 354
 
 
-def draw(seed, calls=1):
-    """NumPy arrays, as the backend draws them."""
+def draw(seed, calls=1, noise_width=10, rate=0.1):
+    """Noise and masks of calls in a row, NumPy arrays."""
     generator = keras.random.SeedGenerator(seed)
-    return [
-        to_numpy(draws.uniform(SHAPE, draws.seed(generator)))
-        for _ in range(calls)
+    drawn = []
+    for _ in range(calls):
+        noise, masks = draws.noise_and_masks(
+            SHAPE, draws.next_seed(generator), noise_width, MASK_WIDTHS, rate
+        )
+        assert dtype_of(noise) == "float32"
+        assert {dtype_of(mask) for mask in masks} == {"bool"}
+        drawn.append((to_numpy(noise), *map(to_numpy, masks)))
+    return drawn
+
+
+def test_the_shapes():
+    (arrays,) = draw(seed=1)
+    assert [array.shape for array in arrays] == [
+        (*SHAPE, width) for width in (10, *MASK_WIDTHS)
     ]
-
-
-def test_numbers_are_uniform():
-    (numbers,) = draw(seed=1)
-    assert numbers.shape == SHAPE
-    numbers = numbers / 2.0**32
-    assert numbers.min() >= 0 and numbers.max() <= 1
-    assert scipy.stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-3
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.75])
-def test_the_share_of_the_smallest(share):
-    (numbers,) = draw(seed=1)
-    found = draws.are_at_least(keras.ops.convert_to_tensor(numbers), share)
-    expected = numbers.astype("float64") >= share * 2.0**32
-    # In float32, a threshold is not the same to the last of its 32 bits.
-    assert np.mean(to_numpy(found) != expected) < 1e-3
-    deviation = np.sqrt(share * (1 - share) / numbers.size)
-    assert np.mean(to_numpy(found)) == pytest.approx(
-        1 - share, abs=5 * deviation
+    noise, masks = draws.noise_and_masks(
+        SHAPE, draws.next_seed(keras.random.SeedGenerator(1)), 3
     )
+    assert tuple(noise.shape) == (*SHAPE, 3)
+    assert len(masks) == 0
+
+
+def test_noise_is_normal():
+    ((noise, *_),) = draw(seed=1)
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    assert_independent(noise)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.75, 1 - 1e-9])
+def test_masks_keep_their_share(rate):
+    ((_, *masks),) = draw(seed=1, rate=rate)
+    for mask in masks:
+        # PyTorch keeps no smaller share than one that is not 0.
+        share = max(1 - rate, 2.0**-16)
+        error = 5 * np.sqrt(share * (1 - share) / mask.size)
+        assert np.mean(mask) == pytest.approx(1 - rate, abs=error + 2.0**-16)
+
+
+def test_masks_are_independent():
+    ((_, _, mask),) = draw(seed=1, rate=0.5)
+    assert_independent(mask)
+
+
+def assert_independent(values):
+    """That no number says anything of another in its set, nor of the next."""
+    columns = values.reshape(-1, values.shape[-1]).astype("float64")
+    columns = np.concatenate([columns[:-1], columns[1:]], axis=-1)
+    correlations = np.corrcoef(columns.T)
+    np.fill_diagonal(correlations, 0)
+    assert np.abs(correlations).max() < 6 / np.sqrt(len(columns))
 
 
 def test_calls_and_seeds_share_no_numbers():
-    # On PyTorch, Keras adds the count of calls to the seed.
-    streams = [*draw(seed=1, calls=3), *draw(seed=10**6, calls=3)]
-    correlations = np.corrcoef([numbers.ravel() for numbers in streams])
-    np.fill_diagonal(correlations, 0)
-    assert np.abs(correlations).max() < 5 / np.sqrt(np.prod(SHAPE))
+    # On PyTorch, the count of calls is added to the seed.
+    drawn = [*draw(seed=1, calls=3), *draw(seed=10**6, calls=3)]
+    for arrays in zip(*drawn):
+        correlations = np.corrcoef([array.ravel() for array in arrays])
+        np.fill_diagonal(correlations, 0)
+        assert np.abs(correlations).max() < 5 / np.sqrt(arrays[0].size)
     # Nor does one repeat another's, shifted.
-    values = np.concatenate([numbers.ravel()[:1000] for numbers in streams])
+    values = np.concatenate([noise.ravel()[:1000] for noise, *_ in drawn])
     assert len(np.unique(values)) > 0.99 * len(values)
 
 
 def test_the_seed_fixes_the_numbers():
     for one, other in zip(draw(seed=3, calls=2), draw(seed=3, calls=2)):
-        np.testing.assert_array_equal(one, other)
+        for array, same in zip(one, other):
+            np.testing.assert_array_equal(array, same)
 
 
-def test_normal_numbers_are_normal():
-    (numbers,) = draw(seed=1)
-    normal = draws.to_normal(keras.ops.convert_to_tensor(numbers))
-    assert dtype_of(normal) == "float32"
-    normal = to_numpy(normal)
-    assert normal.shape[-1] * draws.NUMBERS_PER_NORMAL == numbers.shape[-1]
-    assert scipy.stats.kstest(normal.ravel(), "norm").pvalue > 1e-3
-    # Nor does one say anything of another.
-    correlations = np.corrcoef(normal.T)
-    np.fill_diagonal(correlations, 0)
-    assert np.abs(correlations).max() < 6 / np.sqrt(len(normal))
+def test_the_state_moves_on_as_keras_moves_it():
+    ours, theirs = (keras.random.SeedGenerator(5) for _ in range(2))
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            to_numpy(draws.next_seed(ours)), to_numpy(theirs.next())
+        )
+    np.testing.assert_array_equal(to_numpy(ours.state), to_numpy(theirs.state))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.75])
+def test_the_share_of_the_smallest(share):
+    # Each number of 16 bits once.
+    numbers = np.arange(-(2**15), 2**15, dtype="int16")
+    found = draws.are_at_least(keras.ops.convert_to_tensor(numbers), share)
+    expected = np.arange(2**16) >= share * 2**16
+    # To the last of its bits.
+    assert np.sum(to_numpy(found) != expected) <= 1
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch has its own")
 def test_the_ends_of_the_uniform_numbers_are_finite():
-    last = 2**32 if BACKEND == "torch" else 2**32 - 1
-    half = 2**31
-    ends = np.array([[0, last, half, 0], [half, 0, 0, half]])
-    dtype = "float32" if BACKEND == "torch" else "uint32"
-    normal = draws.to_normal(keras.ops.convert_to_tensor(ends, dtype))
+    last, half = 2**32 - 1, 2**31
+    ends = np.array([[0, last, half, 0], [half, 0, 0, half]], "uint32")
+    normal = draws.to_normal(keras.ops.convert_to_tensor(ends))
     first = np.array([[2.0**-33, 1.0], [0.5, 2.0**-33]])
     expected = np.sqrt(-2 * np.log(first)) * [[-1, 1], [1, -1]]
     np.testing.assert_allclose(to_numpy(normal), expected, atol=1e-5)

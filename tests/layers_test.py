@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import BACKEND
 from helpers import dtype_of
 from helpers import to_numpy
 from helpers import value_and_gradients
@@ -209,6 +210,32 @@ def test_sampling_at_inference(rng):
     x = rng.normal(size=(2, 4)).astype("float32")
     assert not np.allclose(to_numpy(layer(x)), to_numpy(layer(x)))
     assert layer.losses == []
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Of PyTorch's compiler")
+def test_torch_compile_traces_a_layer_as_one_graph(config, rng):
+    import torch
+
+    layer = keras_fvae.FVAELoRADense(5, config=config)
+    x = torch.tensor(rng.normal(size=(2, 3, 4)).astype("float32"))
+    layer.build(x.shape)
+    move(layer, rng)
+
+    def step(x):
+        return layer(x, training=True)
+
+    # Raises where it cannot.
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (compiled, step):
+        layer.adapter.fvae.seed_generator.state.assign([3, 0])
+        outputs = call(x)
+        (gradient,) = torch.autograd.grad(
+            outputs.sum() + sum(layer.losses), [layer.adapter.kernel_b.value]
+        )
+        results.append([outputs, layer.losses[0], gradient])
+    for one, other in zip(*results):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-5)
 
 
 def test_only_the_adapter_trains(config, rng):

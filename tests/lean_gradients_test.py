@@ -88,3 +88,26 @@ def test_no_more_is_kept_than_the_results(arrays, is_kept):
     assert size_of_what_is_kept(hidden, x) == x.nbytes
     # The mean is kept for the loss in any case.
     assert size_of_what_is_kept(latents, x, log_variance) == 2 * x.nbytes
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("shape", [(5, 40), (3, 5, 40)])
+def test_token_mean_of_squares(shape, is_weighted, rng):
+    x = rng.normal(size=shape).astype("float32")
+    upstream = rng.normal(size=shape[-1]).astype("float32")
+    token_weights = np.full(5, 0.2, "float32")
+    given = None
+    if is_weighted:
+        token_weights = np.array([0.5, 0, 0.3, 0.2, 0], "float32")
+        given = ops.convert_to_tensor(token_weights)
+    value, _, (gradient,) = value_and_gradients(
+        lambda x: dot(upstream, lean_gradients.token_mean_of_squares(x, given)),
+        [],
+        [x],
+    )
+    weights = token_weights[:, None] / (x.size // (5 * 40))
+    expected = np.sum(upstream * weights * x**2)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        gradient, 2 * upstream * weights * x, rtol=1e-5, atol=1e-7
+    )

@@ -19,8 +19,11 @@ def block(inputs, seed=None):
     """A layer with dropout, and what it comes to."""
     hidden = ops.relu(ops.matmul(inputs["x"], inputs["kernel"]))
     if seed is not None:
-        numbers = draws.uniform(hidden.shape, seed)
-        hidden *= ops.cast(draws.are_at_least(numbers, 0.1), "float32")
+        units = hidden.shape[-1]
+        _, (mask,) = draws.noise_and_masks(
+            hidden.shape[:-1], seed, 0, [units], rate=0.1
+        )
+        hidden *= ops.cast(mask, "float32")
     x = inputs["x"] + ops.matmul(hidden, ops.transpose(inputs["kernel"]))
     return {"x": x, "size": ops.mean(ops.square(x))}
 

@@ -144,7 +144,9 @@ def test_the_mean_over_a_batch_that_is_not_shared_equally(
 
 def test_replicas_draw_different_numbers(strategy):
     def draw(generator):
-        return draws.uniform((1000,), draws.seed(generator))
+        seed = draws.next_seed(generator)
+        noise, _ = draws.noise_and_masks((), seed, noise_width=1000)
+        return noise
 
     with strategy.scope():
         generator = keras.random.SeedGenerator(3)

@@ -1,0 +1,27 @@
+"""Values that hold for the time of a block."""
+
+import contextlib
+import threading
+
+
+class ScopedValue(threading.local):
+    """A value that each thread sets for the time of a block.
+
+    Not a `contextvars.ContextVar`, where `torch.compile` breaks its graph off.
+
+    Args:
+        default: The value outside of all blocks.
+    """
+
+    def __init__(self, default=None):
+        self.value = default
+
+    @contextlib.contextmanager
+    def set_to(self, value):
+        """Makes it another value inside the block."""
+        previous = self.value
+        self.value = value
+        try:
+            yield
+        finally:
+            self.value = previous
