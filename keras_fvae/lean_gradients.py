@@ -120,11 +120,14 @@ if keras.config.backend() == "torch":
         """With a gradient in one pass, for which PyTorch takes four."""
 
         @staticmethod
-        def forward(ctx, x, token_weights):
-            ctx.save_for_backward(x, token_weights)
+        def forward(x, token_weights):
             return objective.token_mean(
                 torch.square(x), token_weights, feature_axes=1
             )
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
 
         @staticmethod
         def backward(ctx, upstream):

@@ -26,7 +26,8 @@ from helpers import to_numpy
 import keras_fvae
 from keras_fvae.lookup import adapted_layers
 
-# On PyTorch, Keras refuses the one and compiles slowly by the other.
+# On PyTorch, Keras refuses the one and compiles slowly by the other, which is
+# tried once, below.
 COMPILED = (
     [{"steps_per_execution": 3}, {"jit_compile": True}]
     if BACKEND != "torch"
@@ -36,7 +37,7 @@ COMPILED = (
 SAME_NOISE = {
     "jax": COMPILED,
     "tensorflow": COMPILED[:1],
-    "torch": [{"run_eagerly": True}],
+    "torch": [{"run_eagerly": True}, {"jit_compile": True}],
 }[BACKEND]
 
 
