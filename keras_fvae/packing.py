@@ -47,9 +47,8 @@ class Packing:
             array: Array of shape `self.shape`.
             prefix: String. Only arrays whose names begin so are unpacked.
         """
-        reshape = np.reshape if isinstance(array, np.ndarray) else ops.reshape
         return {
-            name: part if part.shape == shape else reshape(part, shape)
+            name: part if part.shape == shape else _reshape(part, shape)
             for (name, shape), part in zip(
                 self.shapes.items(), split(array, self.sizes)
             )
@@ -83,3 +82,11 @@ def split(array, sizes):
     if isinstance(array, np.ndarray):
         return np.split(array, boundaries, axis=-1)
     return ops.split(array, boundaries, axis=-1)
+
+
+def _reshape(array, shape):
+    if isinstance(array, np.ndarray) or keras.config.backend() == "torch":
+        # Keras would take longer to look for symbolic tensors in the shape
+        # than PyTorch takes for a small product.
+        return array.reshape(shape)
+    return ops.reshape(array, shape)
