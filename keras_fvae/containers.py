@@ -36,12 +36,21 @@ def _traced_in_parts(method):
     """A method that `torch.compile` does not trace, but all that it calls.
 
     A model with adapters is nested deeper than Python lets it trace as one.
+    `torch.export` traces otherwise, and only as one.
     """
-    if keras.config.backend() == "torch":
-        import torch
+    if keras.config.backend() != "torch":
+        return method
+    import torch
 
-        return torch.compiler.disable(method, recursive=False)
-    return method
+    disabled = torch.compiler.disable(method, recursive=False)
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        if torch.compiler.is_exporting():
+            return method(*args, **kwargs)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")

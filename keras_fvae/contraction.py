@@ -5,6 +5,7 @@ import math
 import string
 from typing import NamedTuple
 
+import keras
 from keras import ops
 
 
@@ -76,6 +77,27 @@ class Contraction(NamedTuple):
         shape = (*self.token_shape(inputs), *units_shape)
         return _transpose(ops.reshape(outputs, shape), self.output_order)
 
+    def add_product(self, outputs, tokens, matrix, inputs, kernel_shape):
+        """Adds a map of tokens to a layer's outputs.
+
+        Args:
+            outputs: Tensor, the layer's outputs. On PyTorch they change.
+            tokens: Tensor of shape `(..., rank)`, a vector for each token.
+            matrix: Tensor of shape `(rank, units)`.
+            inputs: Tensor, the layer's input.
+            kernel_shape: Tuple of integers, the shape of the layer's kernel.
+
+        Returns:
+            Tensor of the shape of `outputs`.
+        """
+        if _is_plain_memory(outputs) and _is_range(self.output_order):
+            rank, units = matrix.shape
+            outputs.view(-1, units).addmm_(tokens.reshape(-1, rank), matrix)
+            return outputs
+        product = ops.matmul(tokens, matrix)
+        outputs += self.from_tokens(product, inputs, kernel_shape)
+        return outputs
+
 
 @functools.cache
 def analyze_equation(equation, input_rank):
@@ -127,4 +149,20 @@ def analyze_equation(equation, input_rank):
 
 
 def _transpose(x, order):
-    return x if order == tuple(range(len(order))) else ops.transpose(x, order)
+    return x if _is_range(order) else ops.transpose(x, order)
+
+
+def _is_range(order):
+    return order == tuple(range(len(order)))
+
+
+def _is_plain_memory(tensor):
+    """Whether PyTorch may multiply into a tensor, in one pass over it.
+
+    Not so where there is a gradient, which would be copied for it.
+    """
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return not torch.is_grad_enabled() and tensor.is_contiguous()

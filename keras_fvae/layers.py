@@ -63,8 +63,10 @@ def recorded_posteriors():
         yield records
 
 
-class Adapter(NotRematerialized, keras.Layer):
+class Adapter(keras.Layer):
     """The update `scale * z1 B`, and the loss of the FVAE that gives z1.
+
+    Not called itself: for what it does, that would take as long on PyTorch.
 
     Args:
         config: `FVAELoRAConfig`.
@@ -72,16 +74,6 @@ class Adapter(NotRematerialized, keras.Layer):
         regularizer: Optional regularizer of B.
         finalized: Boolean. Whether to hold only what inference needs.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
-
-    Call arguments:
-        inputs: Tensor, the input of the adapted layer.
-        training: Boolean. In training z1 is drawn and the loss is added; at
-            inference z1 is its posterior mean.
-        mask: Optional tensor of the shape of the first axes of `inputs`, 1 or
-            `True` for the tokens that count in the loss.
-
-    Returns:
-        Tensor of the shape of the adapted layer's output.
     """
 
     def __init__(
@@ -107,14 +99,26 @@ class Adapter(NotRematerialized, keras.Layer):
             initializer=self._initial_kernel_b,
             regularizer=self.regularizer,
             dtype="float32",
+            autocast=False,
         )
 
     def _initial_kernel_b(self, shape, dtype=None):
         numbers = self.fvae.initial_generator("kernel_b").normal(size=shape)
         return ops.convert_to_tensor((0.02 * numbers).astype(dtype), dtype)
 
-    def call(self, inputs, training=None, mask=None):
-        config = self.config
+    def encode(self, inputs, training, mask):
+        """The latent z1 of each token. In training, the loss is added.
+
+        Args:
+            inputs: Tensor, the input of the adapted layer.
+            training: Boolean. In training z1 is drawn; at inference it is its
+                posterior mean.
+            mask: Optional tensor of the shape of the first axes of `inputs`,
+                1 or `True` for the tokens that count in the loss.
+
+        Returns:
+            Float32 tensor of shape `(..., rank)`.
+        """
         contraction = analyze_equation(self.equation, len(inputs.shape))
         x = contraction.to_tokens(inputs, self.kernel_shape)
         records = _recorded.value
@@ -129,16 +133,37 @@ class Adapter(NotRematerialized, keras.Layer):
             z1, _ = ops.unstack(score.z, 2, axis=-2)
             elbo_weight = self.fvae.objective_weights.elbo_weight
             self._add_to_mean_loss(elbo_weight * score.loss)
-        elif config.sample_at_inference:
+        elif self.config.sample_at_inference:
             z1 = self.fvae.sample_z1(x)
         else:
             z1 = self.fvae.posterior_mean(x)
         if len(z1.shape) > len(x.shape):
             # The update is linear in z1: the mean of the draws is enough.
             z1 = ops.mean(z1, axis=0)
-        kernel_b = ops.cast(config.scale * self.kernel_b, x.dtype)
-        update = ops.matmul(ops.cast(z1, x.dtype), kernel_b)
-        return contraction.from_tokens(update, inputs, self.kernel_shape)
+        return z1
+
+    def add_update(self, outputs, z1, inputs):
+        """Adds the update to what the frozen layer computed.
+
+        Args:
+            outputs: Tensor, the frozen layer's output. On PyTorch it is
+                changed in place, which takes its time to get memory for one
+                more.
+            z1: Tensor, what `encode` returned for the input.
+            inputs: Tensor, the input of the adapted layer.
+
+        Returns:
+            Tensor of the shape and dtype of `outputs`.
+        """
+        kernel_b = self.config.scale * self.kernel_b.value
+        contraction = analyze_equation(self.equation, len(inputs.shape))
+        return contraction.add_product(
+            outputs,
+            ops.cast(z1, outputs.dtype),
+            ops.cast(kernel_b, outputs.dtype),
+            inputs,
+            self.kernel_shape,
+        )
 
     def _add_to_mean_loss(self, loss):
         """Adds a loss such that those of all calls in a step sum to the mean.
@@ -219,10 +244,10 @@ class FVAELoRAMixin(NotRematerialized):
         self._freeze_base()
 
     def call(self, inputs, training=None):
-        return self._add_update(super().call, inputs, training)
+        return self._add_update_to(super().call, inputs, training)
 
     def quantized_call(self, inputs, training=None):
-        return self._add_update(super().quantized_call, inputs, training)
+        return self._add_update_to(super().quantized_call, inputs, training)
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
@@ -256,7 +281,7 @@ class FVAELoRAMixin(NotRematerialized):
         layer.adapter.fvae.finalized = finalized
         return layer
 
-    def _add_update(self, base_call, inputs, training):
+    def _add_update_to(self, base_call, inputs, training):
         if not self.adapter.enabled:
             return base_call(inputs, training=training)
         training = training or _in_training_step.value
@@ -269,15 +294,14 @@ class FVAELoRAMixin(NotRematerialized):
             mask = masking.find_token_mask(
                 inputs, contraction.num_leading_token_axes
             )
-        update = self.adapter(inputs, training=training, mask=mask)
+        z1 = self.adapter.encode(inputs, training, mask)
         is_linear = self.activation in (None, keras.activations.linear)
         if not is_linear:
             base_call = types.MethodType(
                 base_call.__func__, _WithoutActivation(self)
             )
         outputs = base_call(inputs, training=training)
-        # In place on PyTorch, which takes its time to get memory for one more.
-        outputs += update
+        outputs = self.adapter.add_update(outputs, z1, inputs)
         return outputs if is_linear else self.activation(outputs)
 
     def _freeze_base(self):

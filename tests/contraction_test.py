@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+from helpers import BACKEND
 from helpers import to_numpy
+from keras import ops
 
 from keras_fvae.contraction import analyze_equation
 
@@ -17,6 +19,18 @@ CASES = [
     ("ab...,bc->ac...", (2, 3, 4, 5), (3, 6)),
     ("abc,c->ab", (2, 3, 4), (4,)),
 ]
+
+
+@pytest.fixture(params=[False, True] if BACKEND == "torch" else [None])
+def with_gradients(request):
+    """Whether PyTorch records gradients: it does not while a model predicts."""
+    if BACKEND == "torch":
+        import torch
+
+        with torch.set_grad_enabled(request.param):
+            yield
+    else:
+        yield
 
 
 @pytest.mark.parametrize("equation, input_shape, kernel_shape", CASES)
@@ -36,6 +50,30 @@ def test_a_map_of_tokens_is_the_einsum(
     outputs = contraction.from_tokens(rows @ matrix, x, kernel_shape)
     np.testing.assert_allclose(
         to_numpy(outputs), np.einsum(equation, x, kernel), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("equation, input_shape, kernel_shape", CASES)
+def test_a_product_is_added_to_the_outputs(
+    equation, input_shape, kernel_shape, rng, with_gradients
+):
+    x = rng.normal(size=input_shape).astype("float32")
+    contraction = analyze_equation(equation, len(input_shape))
+    token_shape = contraction.token_shape(x)
+    tokens = rng.normal(size=(*token_shape, 3)).astype("float32")
+    matrix = rng.normal(size=(3, contraction.units(kernel_shape)))
+    matrix = matrix.astype("float32")
+    shape = np.einsum(equation, x, np.ones(kernel_shape)).shape
+    before = rng.normal(size=shape).astype("float32")
+
+    outputs = contraction.add_product(
+        ops.array(before),
+        *map(ops.convert_to_tensor, (tokens, matrix, x)),
+        kernel_shape,
+    )
+    product = contraction.from_tokens(tokens @ matrix, x, kernel_shape)
+    np.testing.assert_allclose(
+        to_numpy(outputs), before + to_numpy(product), rtol=1e-5, atol=1e-5
     )
 
 

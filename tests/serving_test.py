@@ -310,6 +310,26 @@ def test_export_to_saved_model(finalized, tmp_path):
     )
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="Of PyTorch's own format")
+def test_export_to_pytorch(finalized, tmp_path):
+    import torch
+
+    model, predictions = finalized
+    x, _ = zoo.data("image_classifier")
+    path = tmp_path / "model.pt2"
+    dynamic_shapes = {0: torch.export.Dim("batch", min=1, max=64)}
+    model.export(
+        path, format="torch", verbose=False, dynamic_shapes=dynamic_shapes
+    )
+    served = torch.export.load(path).module()
+    scale = np.abs(predictions).max()
+    np.testing.assert_allclose(
+        served(torch.tensor(x)).detach().numpy() / scale,
+        predictions / scale,
+        atol=1e-5,
+    )
+
+
 EXPORT = """
 import sys
 import keras
