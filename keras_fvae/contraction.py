@@ -88,13 +88,18 @@ class Contraction(NamedTuple):
             kernel_shape: Tuple of integers, the shape of the layer's kernel.
 
         Returns:
-            Tensor of the shape of `outputs`.
+            Tensor of the shape and dtype of `outputs`.
         """
         if _is_plain_memory(outputs) and _is_range(self.output_order):
             rank, units = matrix.shape
-            outputs.view(-1, units).addmm_(tokens.reshape(-1, rank), matrix)
+            outputs.view(-1, units).addmm_(
+                tokens.reshape(-1, rank).to(outputs.dtype),
+                matrix.to(outputs.dtype),
+            )
             return outputs
-        product = ops.matmul(tokens, matrix)
+        product = ops.matmul(
+            ops.cast(tokens, outputs.dtype), ops.cast(matrix, outputs.dtype)
+        )
         outputs += self.from_tokens(product, inputs, kernel_shape)
         return outputs
 

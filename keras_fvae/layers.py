@@ -158,11 +158,7 @@ class Adapter(keras.Layer):
         kernel_b = self.config.scale * self.kernel_b.value
         contraction = analyze_equation(self.equation, len(inputs.shape))
         return contraction.add_product(
-            outputs,
-            ops.cast(z1, outputs.dtype),
-            ops.cast(kernel_b, outputs.dtype),
-            inputs,
-            self.kernel_shape,
+            outputs, z1, kernel_b, inputs, self.kernel_shape
         )
 
     def _add_to_mean_loss(self, loss):

@@ -16,6 +16,7 @@ from keras_fvae import draws
 from keras_fvae import lean_gradients
 from keras_fvae import objective
 from keras_fvae.layout import layout
+from keras_fvae.packing import reshape
 from keras_fvae.rematerialization import rematerialize
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
@@ -121,14 +122,16 @@ class Networks:
         Returns:
             Float32 tensor of shape `(..., rank)`.
         """
-        weights = self.unpack(feature_weights, latent_weights, "encoder")
+        packing, packed = self.feature_packing, feature_weights
         for level, width in enumerate(self.z1_mean_widths):
+            kernel = packing.unpack_one(packed, f"encoder_kernel_{level}")
             if level > 0:
                 x = ops.relu(x)
+                kernel = reshape(kernel, (x.shape[-1], -1))
+            packing, packed = self.latent_packing, latent_weights
+            bias = packing.unpack_one(packed, f"encoder_bias_{level}")
             # The first trunk's first head is the mean of q1.
-            kernel = weights[f"encoder_kernel_{level}"][:, 0, :width]
-            bias = weights[f"encoder_bias_{level}"][0, :width]
-            x = _affine(x, kernel, bias)
+            x = _affine(x, kernel[:, :width], bias[:width])
         return ops.cast(x, "float32")
 
     def posteriors(self, x, feature_weights, latent_weights):
@@ -376,13 +379,14 @@ def _traced_once(function, *static_arguments):
 
 
 def _affine(x, kernel, bias):
-    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
     if keras.config.backend() == "torch":
         # In one operation, where Keras's take longer to call than to run.
         import torch
 
-        rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), kernel)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = torch.addmm(bias.to(x.dtype), rows, kernel.to(x.dtype))
         return rows.reshape(*x.shape[:-1], -1)
+    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
     return ops.matmul(x, kernel) + bias
 
 

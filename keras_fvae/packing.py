@@ -28,7 +28,9 @@ class Packing:
         self.shapes = shapes
         self.shared_shape = next(iter(shapes.values()))[:num_shared_axes]
         self.sizes = [math.prod(s[num_shared_axes:]) for s in shapes.values()]
-        self.shape = (*self.shared_shape, sum(self.sizes))
+        ends = [*itertools.accumulate(self.sizes)]
+        self.slices = dict(zip(shapes, map(slice, [0, *ends], ends)))
+        self.shape = (*self.shared_shape, ends[-1])
 
     def pack(self, arrays):
         """From a dict of name to array to the one array."""
@@ -48,12 +50,20 @@ class Packing:
             prefix: String. Only arrays whose names begin so are unpacked.
         """
         return {
-            name: part if part.shape == shape else _reshape(part, shape)
+            name: part if part.shape == shape else reshape(part, shape)
             for (name, shape), part in zip(
                 self.shapes.items(), split(array, self.sizes)
             )
             if name.startswith(prefix)
         }
+
+    def unpack_one(self, array, name):
+        """One of the arrays, with all axes that it does not share as one.
+
+        A slice: for where there is no gradient, which would be padded to the
+        size of the whole.
+        """
+        return array[..., self.slices[name]]
 
 
 def split(array, sizes):
@@ -84,7 +94,8 @@ def split(array, sizes):
     return ops.split(array, boundaries, axis=-1)
 
 
-def _reshape(array, shape):
+def reshape(array, shape):
+    """Another shape for one of the arrays."""
     if isinstance(array, np.ndarray) or keras.config.backend() == "torch":
         # Keras would take longer to look for symbolic tensors in the shape
         # than PyTorch takes for a small product.

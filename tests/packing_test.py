@@ -23,6 +23,10 @@ def test_what_is_packed_comes_out_again(shapes, rng):
         assert [*unpacked] == [*shapes]
         for name, part in unpacked.items():
             np.testing.assert_allclose(to_numpy(part), arrays[name], rtol=1e-6)
+            np.testing.assert_array_equal(
+                to_numpy(packing.unpack_one(array, name)),
+                to_numpy(part).reshape(4, -1),
+            )
     assert [*packing.unpack(packed, prefix="a")] == ["a"]
 
 
