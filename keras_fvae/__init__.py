@@ -8,6 +8,7 @@ from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.fvae import FVAE
 from keras_fvae.groups import WorstGroupAccuracy
 from keras_fvae.groups import evaluate_groups
+from keras_fvae.imports import when_imported
 from keras_fvae.interop import load_peft_adapter
 from keras_fvae.interop import save_peft_adapter
 from keras_fvae.layers import FVAELoRADense
@@ -24,7 +25,7 @@ from keras_fvae.serving import fvae_lora_disabled
 from keras_fvae.serving import merge_fvae_lora
 from keras_fvae.sharding import fvae_lora_layout_map
 
-hub.extend_keras_hub()
+when_imported("keras_hub", hub.extend_keras_hub)
 
 
 def __getattr__(name):

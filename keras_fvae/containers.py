@@ -98,9 +98,10 @@ class AdaptedContainer(NotRematerialized):
         """As what an adapted container of class `base` is saved.
 
         Returns:
-            Name, and the class that Keras is to make for it on loading.
+            Registered name, name of the module in which Keras looks for the
+            class if nothing is registered, and the class to make on loading.
         """
-        return "keras_fvae>AdaptedContainer", AdaptedContainer
+        return "keras_fvae>AdaptedContainer", __name__, AdaptedContainer
 
 
 # The model that is being called, the innermost of them.
@@ -463,16 +464,16 @@ def _container_class(base):
     def call(self, *args, **kwargs):
         return mixin.call(self, *args, **kwargs)
 
+    registered_name, module, loaded_class = mixin.registration(base)
     container_class = type(
         base.__name__,
         (mixin, base),
         {
-            "__module__": mixin.__module__,
+            "__module__": module,
             "call": call,
             "base_call_signature": _signature(base.call),
         },
     )
-    registered_name, loaded_class = mixin.registration(base)
     package, name = registered_name.split(">")
     register = keras.saving.register_keras_serializable(package, name)
     register(container_class)

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import sys
+import types
 
 import keras
 
@@ -12,6 +14,11 @@ from keras_fvae import lookup
 from keras_fvae import saving
 
 CONFIG_KEY = "keras_fvae"
+# Keras imports modules of KerasHub to find a class that a file names, and no
+# others: so this one is known where KerasHub is extended, imported or not.
+MODULE = "keras_hub.keras_fvae"
+# The attribute of a replaced method that holds what it replaced.
+ORIGINAL = "keras_fvae_original"
 
 
 class AdaptedHubModel(containers.AdaptedModel):
@@ -35,38 +42,36 @@ class AdaptedHubModel(containers.AdaptedModel):
 
     @classmethod
     def registration(cls, base):
-        return f"keras_fvae>{base.__name__}", base
+        return f"keras_fvae>{base.__name__}", MODULE, base
 
 
 def extend_keras_hub():
     """Gives KerasHub's backbones the FVAE-LoRA methods, and saves adapters.
 
-    Does nothing without KerasHub, which this package does not need.
+    Called twice it does the same as called once.
     """
-    try:
-        from keras_hub.models import Backbone
-        from keras_hub.models import DFineObjectDetector
-        from keras_hub.models import Task
-    except ImportError:
-        return
+    from keras_hub.models import Backbone
+    from keras_hub.models import DFineObjectDetector
+    from keras_hub.models import Task
+
     Backbone.enable_fvae_lora = adapt.enable_fvae_lora
     Backbone.save_fvae_lora_weights = saving.save_fvae_lora_weights
     Backbone.load_fvae_lora_weights = saving.load_fvae_lora_weights
     custom_objects = keras.saving.get_custom_objects()
+    module = sys.modules[MODULE] = types.ModuleType(MODULE)
     for cls in {*filter(inspect.isclass, custom_objects.values())}:
         if issubclass(cls, (Backbone, Task)):
-            registered_name, _ = AdaptedHubModel.registration(cls)
+            registered_name, *_ = AdaptedHubModel.registration(cls)
             custom_objects[registered_name] = cls
-    DFineObjectDetector.compute_loss = _with_losses_of_layers(
-        DFineObjectDetector.compute_loss
-    )
+            setattr(module, cls.__name__, cls)
+    _replace(DFineObjectDetector, "compute_loss", _with_losses_of_layers)
     for cls in (Backbone, Task):
         containers.register_container(cls, AdaptedHubModel)
-        cls.__init__ = _restore_adapters_after(cls.__init__)
-        cls._compute_loss = _in_training(cls._compute_loss)
+        _replace(cls, "__init__", _restore_adapters_after)
+        _replace(cls, "_compute_loss", _in_training)
     # A task is not a container where its backbone alone is adapted.
-    Task.get_config = _with_adapters(Task.get_config)
-    Task.rematerialized_call = _unless_adapted(Task.rematerialized_call)
+    _replace(Task, "get_config", _with_adapters)
+    _replace(Task, "rematerialized_call", _unless_adapted)
     for name, function in (
         ("fit", containers.refuse_training_if_finalized),
         ("train_on_batch", containers.refuse_training_if_finalized),
@@ -75,11 +80,26 @@ def extend_keras_hub():
         ("make_test_function", containers.join_distribution),
         ("make_predict_function", containers.join_distribution),
     ):
-        setattr(Task, name, _preceded_by(function, getattr(Task, name)))
+        _replace(Task, name, functools.partial(_preceded_by, function))
     if keras.config.backend() == "tensorflow":
-        Task._maybe_symbolic_build = _preceded_by(
-            containers.make_state, Task._maybe_symbolic_build, told=True
+        _replace(
+            Task,
+            "_maybe_symbolic_build",
+            functools.partial(_preceded_by, containers.make_state, told=True),
         )
+
+
+def _replace(cls, name, change):
+    """Replaces a method of a class by what `change` makes of it.
+
+    KerasHub, or this package, may be imported anew: what is changed is the
+    method that was there at first.
+    """
+    method = getattr(cls, name)
+    original = getattr(method, ORIGINAL, method)
+    changed = change(original)
+    setattr(changed, ORIGINAL, original)
+    setattr(cls, name, changed)
 
 
 def _with_adapters(get_config):
