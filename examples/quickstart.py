@@ -11,16 +11,13 @@ With your own texts, a CSV file with one text and one label a line:
 """
 
 import argparse
-import ast
-import collections
-import csv
 import math
 import os
 import pathlib
-import random
 import sys
-import sysconfig
 import time
+
+import texts
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,6 +52,13 @@ parser.add_argument(
     help="where the adapter and the picture go (default: output)",
 )
 arguments = parser.parse_args()
+# Before Keras, which takes seconds to import.
+if arguments.csv:
+    data = texts.read_csv(
+        arguments.csv, arguments.text_column, arguments.label_column
+    )
+else:
+    data = texts.read_standard_library()
 os.environ["KERAS_BACKEND"] = arguments.backend
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -63,20 +67,15 @@ import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
 import sklearn.metrics
-import sklearn.model_selection
 
 import keras_fvae
 
-NUM_CLASSES = 16
-NUM_TRAINING_TEXTS = 960
-NUM_TEST_TEXTS = 320
 SEQUENCE_LENGTH = 24
 BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
 
 
-def main():
-    train, test = read_csv() if arguments.csv else read_standard_library()
+def main(train, test):
     classes = sorted({label for _, label in train})
     print(
         f"{len(train)} texts to train on and {len(test)} to test on, in "
@@ -120,76 +119,6 @@ def main():
     print_table(results)
     plot_curves(results, picture)
     print(f"The adapter and the head are in {adapter}, the curves in {picture}")
-
-
-def read_standard_library():
-    """Docstrings labelled with their package, split by module."""
-    library = pathlib.Path(sysconfig.get_path("stdlib"))
-    packages = collections.defaultdict(list)
-    for path in sorted(library.glob("*/**/*.py")):
-        package, *inside = path.relative_to(library).parts
-        if {package, *inside} & {"site-packages", "test", "tests"}:
-            continue
-        if docstrings := read_docstrings(path):
-            packages[package].append([(text, package) for text in docstrings])
-    # With fewer modules none would be left to test on.
-    packages = [modules for modules in packages.values() if len(modules) >= 3]
-    packages.sort(key=lambda modules: -sum(map(len, modules)))
-    train, test = [], []
-    for modules in packages[:NUM_CLASSES]:
-        # A quarter of the package goes to the test, never the largest module.
-        num_test = sum(map(len, modules)) / 4
-        largest, *others = sorted(modules, key=len, reverse=True)
-        train.extend(largest)
-        for module in random.Random(0).sample(others, len(others)):
-            (test if num_test > 0 else train).extend(module)
-            num_test -= len(module)
-    return sample(train, NUM_TRAINING_TEXTS), sample(test, NUM_TEST_TEXTS)
-
-
-def read_docstrings(path):
-    """The docstrings of a Python file that have a few words at least."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [
-        ast.get_docstring(node)
-        for node in ast.walk(tree)
-        if isinstance(node, kinds)
-    ]
-    return [text for text in docstrings if text and len(text.split()) >= 4]
-
-
-def read_csv():
-    """Texts and labels of a CSV file, split at random."""
-    columns = [arguments.text_column, arguments.label_column]
-    try:
-        with open(arguments.csv, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            for column in columns:
-                if column not in (reader.fieldnames or []):
-                    sys.exit(
-                        f"{arguments.csv} has no column '{column}'. Its "
-                        f"columns are: {', '.join(reader.fieldnames or [])}"
-                    )
-            rows = [(row[columns[0]], row[columns[1]]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        sys.exit(f"Cannot read {arguments.csv}: {error}")
-    counts = collections.Counter(label for _, label in rows)
-    if len(counts) < 2 or min(counts.values()) < 4:
-        sys.exit(
-            f"{arguments.csv} must have two labels or more, and each at least "
-            f"four texts. Found: {dict(counts)}"
-        )
-    return sklearn.model_selection.train_test_split(
-        rows, test_size=0.25, random_state=0, stratify=[row[1] for row in rows]
-    )
-
-
-def sample(texts, number):
-    return random.Random(0).sample(texts, min(number, len(texts)))
 
 
 def load_classifier(num_classes):
@@ -339,4 +268,4 @@ def plot_curves(results, path):
 
 
 if __name__ == "__main__":
-    main()
+    main(*data)
