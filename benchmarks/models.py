@@ -47,41 +47,86 @@ SIZES = {
     "ViT-B/16, 4 blocks": Size("vit", 768, 4, 8, 224),
     "ViT-B/16, 12 blocks": Size("vit", 768, 12, 8, 224),
     "tiny": Size("vit", 64, 1, 2, 32),
+    # Those of `benchmarks.device`.
+    **{
+        f"ViT-B/16, {depth} blocks, batch 64": Size("vit", 768, depth, 64, 224)
+        for depth in (3, 6, 12)
+    },
+    "BERT-base, batch 64": Size("bert", 768, 12, 64, 128),
+    "Llama 3, 1 block, batch 8": Size("llama3", 4096, 1, 8, 1024),
+    "Llama 3, 2 blocks, batch 8": Size("llama3", 4096, 2, 8, 1024),
+    "tiny, 2 blocks": Size("vit", 64, 2, 2, 32),
+    "tiny BERT": Size("bert", 64, 1, 2, 8),
+    "tiny Llama": Size("llama3", 512, 1, 1, 8),
 }
 
 
 def make(size):
     """A task of that size, its inputs and targets."""
     keras.utils.set_random_seed(0)
-    rng = np.random.default_rng(0)
-    num_heads = size.width // 64
-    if size.kind == "vit":
-        backbone = keras_hub.models.ViTBackbone(
-            image_shape=(size.length, size.length, 3),
-            patch_size=16,
-            num_layers=size.num_blocks,
-            num_heads=num_heads,
-            hidden_dim=size.width,
-            mlp_dim=4 * size.width,
-        )
-        task = keras_hub.models.ViTImageClassifier(
-            backbone, num_classes=10, preprocessor=None
-        )
-        shape = (size.batch_size, size.length, size.length, 3)
-        images = rng.normal(size=shape).astype("float32")
-        return task, images, np.arange(size.batch_size) % 10
+    makers = {"vit": make_vit, "bert": make_bert}
+    return makers.get(size.kind, make_llama)(size, np.random.default_rng(0))
+
+
+def make_vit(size, rng):
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(size.length, size.length, 3),
+        patch_size=16,
+        num_layers=size.num_blocks,
+        num_heads=size.width // 64,
+        hidden_dim=size.width,
+        mlp_dim=4 * size.width,
+    )
+    task = keras_hub.models.ViTImageClassifier(
+        backbone, num_classes=10, preprocessor=None
+    )
+    shape = (size.batch_size, size.length, size.length, 3)
+    images = rng.normal(size=shape).astype("float32")
+    return task, images, np.arange(size.batch_size) % 10
+
+
+def make_bert(size, rng):
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=30522,
+        num_layers=size.num_blocks,
+        num_heads=size.width // 64,
+        hidden_dim=size.width,
+        intermediate_dim=4 * size.width,
+    )
+    task = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=2, preprocessor=None
+    )
+    inputs = make_tokens(size, rng)
+    inputs["segment_ids"] = np.zeros_like(inputs["token_ids"])
+    return task, inputs, np.arange(size.batch_size) % 2
+
+
+def make_llama(size, rng):
+    """Of kind "llama3", with the heads of Llama 3, which is a bit wider."""
+    if size.kind == "llama3":
+        num_heads = size.width // 128
+        # Four heads share a key and a value.
+        num_key_value_heads = num_heads // 4
+        intermediate_dim = 7 * size.width // 2
+    else:
+        num_heads = num_key_value_heads = size.width // 64
+        intermediate_dim = 11 * size.width // 4
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=1000,
         num_layers=size.num_blocks,
         num_query_heads=num_heads,
-        num_key_value_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
         hidden_dim=size.width,
-        intermediate_dim=11 * size.width // 4,
+        intermediate_dim=intermediate_dim,
     )
     task = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    inputs = make_tokens(size, rng)
+    return task, inputs, np.roll(inputs["token_ids"], -1, axis=1)
+
+
+def make_tokens(size, rng):
     token_ids = rng.integers(1, 1000, (size.batch_size, size.length))
-    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
-    return task, inputs, np.roll(token_ids, -1, axis=1)
+    return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
 
 
 class LoRAOnX(keras.layers.EinsumDense):
@@ -115,7 +160,12 @@ def enable_fvae_lora(task, rank, then=None, **options):
 
 
 def freeze(task, rank):
+    """Leaves the head to train: of a language model, the output embeddings."""
     task.backbone.trainable = False
+    if isinstance(task, keras_hub.models.CausalLM):
+        embedding = task.backbone.token_embedding
+        embedding.trainable = True
+        embedding.embeddings.trainable = False
 
 
 # What trains, and what only predicts.
@@ -136,6 +186,8 @@ METHODS = {
         enable_fvae_lora, then=keras_fvae.merge_fvae_lora, encoder_units=()
     ),
 }
+# What `benchmarks.device` measures: the head alone, and what else trains.
+DEVICE_METHODS = ("base", *TRAINING_METHODS)
 
 
 def make_adapted(size, method, rank, jit_compile="auto"):
