@@ -13,17 +13,37 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
 # Nor do their steps run often enough to pay for optimizing them.
 test-%: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+# Of two cores each of the two workers takes one.
+test-%: export OMP_NUM_THREADS ?= 1
+test-%: export NPROC ?= 1
+test-%: export TF_NUM_INTRAOP_THREADS ?= 1
+test-%: export TF_NUM_INTEROP_THREADS ?= 1
 
-.PHONY: demo bench test lint notebooks table install clean $(addprefix test-,$(BACKENDS))
+PYTEST := $(BIN)/python -m pytest -n 2 --dist load --durations 5
+TESTS := $(addprefix test-,$(BACKENDS))
+
+.PHONY: demo bench test test-all lint notebooks table install clean $(TESTS)
 
 demo: install
 	$(BIN)/python examples/quickstart.py $(DEMO)
 
-test: lint $(addprefix test-,$(BACKENDS))
+# What each change has to pass: the kinds of cases, each once or few times.
+test: install
+	$(call timed,$(TESTS))
+
+# Each night: all cases, the long tail of them too, on each backend.
+test-all: install
+	$(call timed,$(TESTS) PYTEST_OPTIONS=--all)
+
+define timed
+@begin=$$(date +%s); $(MAKE) --no-print-directory lint $(1) && \
+	echo "make $@ passed in $$((($$(date +%s) - begin) / 60)) minutes and" \
+	"$$((($$(date +%s) - begin) % 60)) seconds."
+endef
 
 # One backend: `make test-jax`.
-$(addprefix test-,$(BACKENDS)): test-%: install
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -n 2 --dist loadfile
+$(TESTS): test-%: install
+	KERAS_BACKEND=$* $(PYTEST) $(PYTEST_OPTIONS)
 
 # What FVAE-LoRA costs beside LoRA: `make bench BENCH="--backends jax"`.
 bench: install

@@ -57,14 +57,20 @@ def fit_a_step(model, x):
 
 
 # What takes long to run on all of them runs where it is quickest.
-BACKBONES_HERE = {
-    "torch": sorted({*BACKBONES} - {*table.TENSORFLOW_ALONE}),
-    "tensorflow": table.SAMPLE + table.TENSORFLOW_ALONE,
-    "jax": table.SAMPLE,
+LONG_TAIL = {
+    "torch": sorted({*BACKBONES} - {*table.SAMPLE} - {*table.TENSORFLOW_ALONE}),
+    "tensorflow": table.TENSORFLOW_ALONE,
+    "jax": [],
 }[BACKEND]
 
 
-@pytest.mark.parametrize("name", BACKBONES_HERE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *table.SAMPLE,
+        *[pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL],
+    ],
+)
 def test_backbone(name, tmp_path):
     model = make(name)
     x = data(model)
@@ -128,6 +134,7 @@ def test_every_backbone_is_in_the_table():
     assert sorted(rows) == sorted(BACKBONES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="takes long to build elsewhere")
 def test_what_the_table_says_of_gemma_4s_audio_encoder():
     summary = make("Gemma4Backbone").enable_fvae_lora(
@@ -136,6 +143,7 @@ def test_what_the_table_says_of_gemma_4s_audio_encoder():
     assert len(summary.layer_paths) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="takes long to build elsewhere")
 def test_what_the_table_says_of_sams_mask_decoder():
     task = keras_hub.models.SAMImageSegmenter(

@@ -18,6 +18,7 @@ RANK, NUM_TOKENS = 4, 30
 SMALL = Size("vit", 64, 2, 2, 32)
 
 
+@pytest.mark.one_backend
 def test_what_inference_takes_is_what_it_keeps():
     task, _, _ = make_adapted(SMALL, "FVAE-LoRA", RANK)
     layers = adapted_layers(task)
@@ -51,6 +52,7 @@ def test_what_training_takes_is_counted(method):
     assert counter.get_total_flops() / 2 / NUM_TOKENS == pytest.approx(counted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="it starts all backends itself")
 def test_the_benchmark_runs(tmp_path):
     result = subprocess.run(

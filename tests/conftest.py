@@ -1,9 +1,67 @@
+import gc
+import os
+
+# For the tests on several devices, which a backend counts when it starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+)
+
 import keras
 import numpy as np
 import pytest
 import zoo
+from helpers import BACKEND
 
 import keras_fvae
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+
+# Where those run that are marked `one_backend`.
+ONE_BACKEND = "torch"
+# What only one backend has.
+collect_ignore = [
+    name
+    for name, backend in {
+        "mesh_test.py": "jax",
+        "replicas_test.py": "tensorflow",
+    }.items()
+    if backend != BACKEND
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="the long tail, too, and all tests on each backend",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    marks = {"slow"} if BACKEND == ONE_BACKEND else {"slow", "one_backend"}
+    left_out = [
+        item
+        for item in items
+        if marks & {mark.name for mark in item.iter_markers()}
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish(session):
+    # Keras collects garbage wherever a layer loses a weight, and what was
+    # imported is none.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Several devices, replicas and processes, each in processes of its own."""
+"""Several processes that train one model together."""
 
 import socket
 import subprocess
@@ -18,7 +18,6 @@ from fits import make_attention_model
 from helpers import BACKEND
 from helpers import ROOT
 from helpers import environment
-from helpers import run_python
 
 import keras_fvae
 from keras_fvae.lookup import adapted_layers
@@ -32,16 +31,7 @@ def only(backend):
     )
 
 
-@only("jax")
-def test_a_mesh_of_devices():
-    run_python("-m", "pytest", FOLDER / "mesh.py", devices=8)
-
-
-@only("tensorflow")
-def test_replicas():
-    run_python("-m", "pytest", FOLDER / "replicas.py")
-
-
+@pytest.mark.slow
 @only("jax")
 def test_two_processes_of_jax(tmp_path):
     (tmp_path / "damaged.fvae_lora.h5").write_bytes(b"no HDF5")

@@ -17,17 +17,11 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 from helpers import ROOT
-from helpers import run_python
 
 import keras_fvae
 
 README = (ROOT / "README.md").read_text()
-GUIDES = [
-    path
-    for path in sorted((ROOT / "guides").glob("*.py"))
-    # This one chooses its backends itself.
-    if path.stem != "distributed" or BACKEND == "jax"
-]
+GUIDES = sorted((ROOT / "guides").glob("*.py"))
 MODULES = sorted(
     module.name for module in pkgutil.iter_modules(keras_fvae.__path__)
 )
@@ -37,18 +31,20 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("example", blocks("python"))
-def test_python_of_the_readme(example, tmp_path):
-    path = tmp_path / "example.py"
-    path.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{example}")
-    run_python(path)
+def test_python_of_the_readme(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.one_backend
 def test_the_readme_has_examples():
     assert len(blocks("python")) == 4
     assert "model.backbone.enable_fvae_lora(rank=16)" in blocks("python")[0]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "command",
     [
@@ -73,24 +69,39 @@ def test_commands_of_the_readme(command):
         assert name in (ROOT / "constraints.txt").read_text()
 
 
+@pytest.mark.one_backend
 def test_pictures_and_links_of_the_readme_are_there():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).is_file()
 
 
+def read_notebook(guide):
+    return nbformat.read(guide.with_suffix(".ipynb"), as_version=4)
+
+
+@pytest.mark.one_backend
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_guides_run_as_notebooks(guide, tmp_path):
-    notebook = nbformat.read(guide.with_suffix(".ipynb"), as_version=4)
+def test_notebooks_are_those_of_the_guides(guide):
+    cells = read_notebook(guide).cells
     written = jupytext.read(guide)
-    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+    assert [(cell.cell_type, cell.source) for cell in cells] == [
         (cell.cell_type, cell.source) for cell in written.cells
     ], f"Make the notebook of {guide.name} anew: `make notebooks`."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_guides_run_as_notebooks(guide, tmp_path):
+    if guide.stem == "distributed" and BACKEND != "jax":
+        pytest.skip("It chooses its backends itself.")
+    notebook = read_notebook(guide)
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3"
     )
     client.execute(cwd=tmp_path)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -103,6 +114,7 @@ def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     assert results.failed == 0
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", keras_fvae.__all__)
 def test_public_docstrings(name):
     docstring = getattr(keras_fvae, name).__doc__
@@ -110,6 +122,7 @@ def test_public_docstrings(name):
         assert section in docstring, section
 
 
+@pytest.mark.one_backend
 def test_the_project_speaks_of_itself_alone():
     files = subprocess.run(
         ["git", "ls-files"],

@@ -73,6 +73,7 @@ def check_output(output, folder, rank):
     assert (folder / "quickstart.fvae_lora.h5").is_file()
 
 
+@pytest.mark.one_backend
 def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
     output = quickstart(
         "--preset", preset,
@@ -94,18 +95,14 @@ def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    BACKEND != "torch", reason="some minutes; PyTorch is the first to start"
-)
+@pytest.mark.slow
 def test_quickstart_as_it_is(tmp_path):
     output = quickstart("--epochs", 1, "--output", tmp_path).stdout
     assert "960 texts to train on and 320 to test on, in 16 classes" in output
     check_output(output, tmp_path, rank=16)
 
 
-@pytest.mark.skipif(
-    BACKEND != "torch", reason="a minute; PyTorch is the first to start"
-)
+@pytest.mark.slow
 def test_spurious_digits(tmp_path):
     output = run_python(
         SPURIOUS_DIGITS, "--quick", "--backend", BACKEND, "--output", tmp_path
@@ -133,7 +130,7 @@ def test_spurious_digits(tmp_path):
         assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="no matter of the backend")
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -1,7 +1,7 @@
 """What a fresh process makes of the models that another one saved.
 
-Run with a directory: loads each `NAME.keras` and preset in it, and writes what
-they predict and how they go on to `loaded.npz`.
+Run with a directory: loads each `KIND-NAME.keras` and preset in it, all of one
+name, and writes what they predict and how they go on to `loaded.npz`.
 """
 
 import pathlib
@@ -26,8 +26,8 @@ def main(directory):
     results = {}
 
     def check(kind, name, model):
-        results[f"{kind}/{name}/predictions"] = zoo.predict(model, name)
-        results[f"{kind}/{name}/trainable"] = np.array(
+        results[f"{kind}/predictions"] = zoo.predict(model, name)
+        results[f"{kind}/trainable"] = np.array(
             [str(weight.shape) for weight in model.trainable_weights]
         )
 
@@ -40,15 +40,14 @@ def main(directory):
         # KerasHub does not keep how a task was compiled.
         if kind == "trained" and name not in TASKS:
             zoo.fit(model, name)
-            results[f"{kind}/{name}/after"] = zoo.predict(model, name)
+            check("after", name, model)
             model.save(directory / "again.keras")
             again = keras.saving.load_model(directory / "again.keras")
             check("again", name, again)
             (directory / "again.keras").unlink()
-    for name, cls in TASKS.items():
-        for kind in ("trained", "finalized"):
-            path = str(directory / f"{kind}-{name}-preset")
-            check(f"{kind}-preset", name, cls.from_preset(path))
+    for path in directory.glob("*-preset"):
+        kind, name, _ = path.name.split("-")
+        check(f"{kind}-preset", name, TASKS[name].from_preset(str(path)))
     np.savez(directory / "loaded.npz", **results)
 
 

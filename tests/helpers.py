@@ -7,13 +7,22 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 import keras_fvae
 
 BACKEND = keras.config.backend()
-# Keras runs PyTorch eagerly by default.
-JIT_COMPILE = [False] if BACKEND == "torch" else [False, True]
+BACKENDS = ("jax", "tensorflow", "torch")
+# Around the ring, files go from each backend to one other.
+NEXT_BACKEND = BACKENDS[(BACKENDS.index(BACKEND) + 1) % len(BACKENDS)]
+# Keras runs PyTorch eagerly by default. JAX takes long where it compiles each
+# operation by itself.
+JIT_COMPILE = {
+    "jax": [pytest.param(False, marks=pytest.mark.slow), True],
+    "tensorflow": [False, True],
+    "torch": [False],
+}[BACKEND]
 ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import pytest
 import zoo
+from helpers import BACKENDS
+from helpers import NEXT_BACKEND
 from helpers import move_adapters
 from helpers import run_python
 from helpers import snapshot
@@ -169,8 +171,9 @@ def trained_here(tmp_path_factory):
     base_predictions = zoo.predict(model, "text_classifier")
     model.save_weights(directory / "base.weights.h5")
     model.backbone.enable_fvae_lora(**SMALL)
+    move_adapters(model, np.random.default_rng(0), scale=1.0)
     zoo.compile_model(model, "text_classifier")
-    zoo.fit(model, "text_classifier", epochs=15)
+    zoo.fit(model, "text_classifier")
     predictions = zoo.predict(model, "text_classifier")
     assert np.abs(predictions - base_predictions).max() > 0.1
     model.backbone.save_fvae_lora_weights(directory / FILE)
@@ -178,7 +181,13 @@ def trained_here(tmp_path_factory):
     return directory, predictions
 
 
-@pytest.mark.parametrize("backend", ["jax", "tensorflow", "torch"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(b, marks=[pytest.mark.slow] if b != NEXT_BACKEND else [])
+        for b in BACKENDS
+    ],
+)
 def test_trained_here_and_loaded_on_every_backend(backend, trained_here):
     directory, predictions = trained_here
     run_python("-c", LOAD, directory, backend=backend)
@@ -382,6 +391,7 @@ keras_fvae.save_fvae_lora_weights(model, sys.argv[1])
 """
 
 
+@pytest.mark.one_backend
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
     path = tmp_path / FILE
     result = run_python("-c", KILLED, path, check=False)

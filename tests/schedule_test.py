@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import BACKEND
+from helpers import JIT_COMPILE
 from helpers import to_numpy
 from monitor_test import fit
 from monitor_test import make_model
@@ -23,7 +24,7 @@ def weights_of(model):
     ]
 
 
-@pytest.mark.parametrize("jit_compile", [False] + [True] * (BACKEND != "torch"))
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
 def test_the_loss_follows_the_schedules(jit_compile, xy, rng):
     model = make_model(rng, reconstruction_weight=0.5)
     task = np.square(model.predict(xy[0], verbose=0) - xy[1]).mean()

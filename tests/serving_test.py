@@ -390,7 +390,13 @@ CAUSAL_LMS = {
 }
 
 
-@pytest.mark.parametrize("family", CAUSAL_LMS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Llama",
+        *[pytest.param(f, marks=pytest.mark.slow) for f in ("Gemma", "GPT2")],
+    ],
+)
 def test_generation_with_a_cache(family, rng):
     backbone = getattr(keras_hub.models, f"{family}Backbone")(
         vocabulary_size=30,

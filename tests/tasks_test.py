@@ -412,7 +412,25 @@ def weights_of_adapter(layer):
     return to_numpy(layer.adapter.kernel_b), reference[name]
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLE if name in TASKS])
+# Of the others there are many of a kind, or they take long.
+IN_SHORT = (
+    "causal_lm",
+    "image_classifier",
+    "object_detector",
+    "text_classifier",
+)
+
+
+def sample_of(tasks):
+    """The parameters of a test that is to run on some tasks."""
+    return [
+        pytest.param(name, marks=[] if name in IN_SHORT else [pytest.mark.slow])
+        for name in SAMPLE
+        if name in tasks
+    ]
+
+
+@pytest.mark.parametrize("name", sample_of(TASKS))
 def test_fit_and_use(name, rng):
     case = TASKS[name]()
     task = case.task
@@ -441,9 +459,7 @@ def test_fit_and_use(name, rng):
     assert_adapters_are_used(case, rng)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SAMPLE if name in TASKS_FOR_INFERENCE]
-)
+@pytest.mark.parametrize("name", sample_of(TASKS_FOR_INFERENCE))
 def test_use_alone(name, rng):
     case = TASKS_FOR_INFERENCE[name]()
     case.task.backbone.enable_fvae_lora(**SMALL)

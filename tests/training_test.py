@@ -64,7 +64,9 @@ def test_fit_trains_the_adapters_and_the_head_alone(bert, inputs, jit_compile):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="no other has traces")
 @pytest.mark.parametrize("kind", ["arrays", "dataset", "generator", "batch"])
 @pytest.mark.parametrize("is_task", [False, True])
-@pytest.mark.parametrize("metrics", [None, ["accuracy"]])
+@pytest.mark.parametrize(
+    "metrics", [None, pytest.param(["accuracy"], marks=pytest.mark.slow)]
+)
 def test_a_step_is_traced_once(
     metrics, is_task, kind, bert, attention_model, inputs
 ):

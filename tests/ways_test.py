@@ -37,7 +37,11 @@ COMPILED = (
 SAME_NOISE = {
     "jax": COMPILED,
     "tensorflow": COMPILED[:1],
-    "torch": [{"run_eagerly": True}, {"jit_compile": True}],
+    # By the other, PyTorch takes minutes to compile.
+    "torch": [
+        {"run_eagerly": True},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+    ],
 }[BACKEND]
 
 

@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 import pytest
 import zoo
+from helpers import move_adapters
 from helpers import run_python
 
 import keras_fvae
@@ -19,6 +20,8 @@ OPTIONS = {
 HUB_MODELS = ["text_classifier", "image_classifier", "causal_lm", "backbone"]
 # Keras saves the optimizer of these; KerasHub's tasks have their own compile.
 KERAS_MODELS = ["functional", "sequential", "subclassed"]
+# Of each kind one.
+SHORT = ["functional", "subclassed", "text_classifier", "backbone"]
 
 
 def enable(model, name):
@@ -29,89 +32,63 @@ def enable(model, name):
     return getattr(model, "backbone", model).enable_fvae_lora(**OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A directory of saved models, what they predict, what a process loads."""
-    directory = tmp_path_factory.mktemp("saved")
-    expected = {}
-
-    def note(kind, name, model):
-        expected[f"{kind}/{name}/predictions"] = zoo.predict(model, name)
-        expected[f"{kind}/{name}/trainable"] = np.array(
-            [str(weight.shape) for weight in model.trainable_weights]
-        )
-
-    def save(kind, name, model):
-        note(kind, name, model)
-        model.save(directory / f"{kind}-{name}.keras")
-        if name in HUB_MODELS:
-            model.save_to_preset(str(directory / f"{kind}-{name}-preset"))
-            note(f"{kind}-preset", name, model)
-
-    keras.utils.clear_session(free_memory=False)
-    for name, make in zoo.MODELS.items():
-        keras.utils.set_random_seed(1)
-        model = make()
-        enable(model, name)
-        zoo.compile_model(model, name)
-        zoo.fit(model, name, epochs=40)
-        with keras_fvae.fvae_lora_disabled(model):
-            expected[f"{name}/base"] = zoo.predict(model, name)
-        save("trained", name, model)
-        if name in KERAS_MODELS:
-            zoo.fit(model, name)
-            note("again", name, model)
-        keras_fvae.finalize_fvae_lora(model)
-        save("finalized", name, model)
-    run_python("tests/fresh_load.py", directory)
-    with np.load(directory / "loaded.npz") as file:
-        return directory, expected, dict(file)
+def describe(model, name):
+    """What a model predicts, and what of it trains."""
+    trainable = [str(weight.shape) for weight in model.trainable_weights]
+    return zoo.predict(model, name), trainable
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
-@pytest.mark.parametrize("kind", ["trained", "finalized"])
-def test_keras_files_bring_the_adapters_back(saved, kind, name):
-    _, expected, loaded = saved
-    what = f"{kind}/{name}"
-    predictions = expected[f"{what}/predictions"]
-    # A dropped adapter could not pass.
-    assert np.abs(predictions - expected[f"{name}/base"]).max() > 0.1
-    np.testing.assert_allclose(
-        loaded[f"{what}/predictions"], predictions, atol=1e-6
-    )
-    trainable = expected[f"{what}/trainable"].tolist()
-    assert loaded[f"{what}/trainable"].tolist() == trainable
+def save(directory, kind, name, model):
+    """Saves a model as a file, and as a preset if it can be one.
+
+    Returns:
+        Dict of what was saved to what `describe` says of it.
+    """
+    model.save(directory / f"{kind}-{name}.keras")
+    expected = {kind: describe(model, name)}
+    if name in HUB_MODELS:
+        model.save_to_preset(str(directory / f"{kind}-{name}-preset"))
+        expected[f"{kind}-preset"] = expected[kind]
+    return expected
 
 
-@pytest.mark.parametrize("name", KERAS_MODELS)
-def test_fit_goes_on_where_it_stopped(saved, name):
-    _, expected, loaded = saved
-    after = expected[f"again/{name}/predictions"]
-    before = expected[f"trained/{name}/predictions"]
-    assert np.abs(after - before).max() > 1e-3
-    np.testing.assert_allclose(
-        loaded[f"trained/{name}/after"], after, atol=1e-5
-    )
-    # And what was loaded can be saved in its turn.
-    np.testing.assert_allclose(
-        loaded[f"again/{name}/predictions"], after, atol=1e-5
-    )
-    trainable = expected[f"again/{name}/trainable"].tolist()
-    assert loaded[f"again/{name}/trainable"].tolist() == trainable
-
-
-@pytest.mark.parametrize("name", HUB_MODELS)
-@pytest.mark.parametrize("kind", ["trained-preset", "finalized-preset"])
-def test_presets_bring_the_adapters_back(saved, kind, name):
-    _, expected, loaded = saved
-    what = f"{kind}/{name}"
-    np.testing.assert_allclose(
-        loaded[f"{what}/predictions"],
-        expected[f"{what}/predictions"],
-        atol=1e-6,
-    )
-    trainable = expected[f"{what}/trainable"].tolist()
-    assert loaded[f"{what}/trainable"].tolist() == trainable
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n not in SHORT else [])
+        for n in zoo.MODELS
+    ],
+)
+def test_what_is_saved_comes_back_in_a_fresh_process(name, tmp_path):
+    model = zoo.MODELS[name]()
+    enable(model, name)
+    # Far enough that a dropped adapter is seen.
+    move_adapters(model, np.random.default_rng(0), scale=1.0)
+    zoo.compile_model(model, name)
+    zoo.fit(model, name, epochs=2)
+    with keras_fvae.fvae_lora_disabled(model):
+        base_predictions = zoo.predict(model, name)
+    expected = save(tmp_path, "trained", name, model)
+    assert np.abs(expected["trained"][0] - base_predictions).max() > 0.1
+    if name in KERAS_MODELS:
+        # There, `fit` goes on where it stopped, and saves once more.
+        zoo.fit(model, name)
+        expected["after"] = expected["again"] = describe(model, name)
+        moved = expected["after"][0] - expected["trained"][0]
+        assert np.abs(moved).max() > 1e-3
+    keras_fvae.finalize_fvae_lora(model)
+    expected |= save(tmp_path, "finalized", name, model)
+    run_python("tests/fresh_load.py", tmp_path)
+    with np.load(tmp_path / "loaded.npz") as loaded:
+        kinds = {what.split("/")[0] for what in loaded}
+        assert kinds == {*expected}
+        for kind, (predictions, trainable) in expected.items():
+            np.testing.assert_allclose(
+                loaded[f"{kind}/predictions"],
+                predictions,
+                atol=1e-5 if kind in ("after", "again") else 1e-6,
+            )
+            assert loaded[f"{kind}/trainable"].tolist() == trainable
 
 
 WITHOUT_THE_PACKAGE = """
@@ -136,15 +113,22 @@ for path, load in loaders.items():
 """
 
 
-def test_without_the_package_no_adapter_is_dropped_in_silence(saved):
-    directory, _, _ = saved
-    output = run_python("-c", WITHOUT_THE_PACKAGE, directory).stdout
-    assert output.count("refused") == 2 * len(zoo.MODELS) + 4
+def test_without_the_package_no_adapter_is_dropped_in_silence(tmp_path):
+    for name in SHORT:
+        model = zoo.MODELS[name]()
+        enable(model, name)
+        save(tmp_path, "trained", name, model)
+        keras_fvae.finalize_fvae_lora(model)
+        save(tmp_path, "finalized", name, model)
+    output = run_python("-c", WITHOUT_THE_PACKAGE, tmp_path).stdout
+    assert output.count("refused") == 2 * len(SHORT) + 4
 
 
-def test_a_loaded_backbone_is_of_its_class(saved):
-    directory, _, _ = saved
-    model = keras.saving.load_model(directory / "trained-text_classifier.keras")
+def test_a_loaded_backbone_is_of_its_class(tmp_path):
+    model = zoo.make_text_classifier()
+    enable(model, "text_classifier")
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
     assert isinstance(model.backbone, keras_hub.models.BertBackbone)
     assert isinstance(model, keras_hub.models.BertTextClassifier)
 
@@ -204,53 +188,46 @@ def test_model_checkpoint(tmp_path):
     )
 
 
-BACKUP = """
+def train_with_backup(directory, callbacks=()):
+    """What a model predicts after four epochs, whenever they were trained."""
+    keras.utils.set_random_seed(0)
+    model = zoo.make_sequential()
+    enable(model, "sequential")
+    zoo.compile_model(model, "sequential")
+    x, y = zoo.data("sequential")
+    backup = keras.callbacks.BackupAndRestore(directory)
+    model.fit(
+        x, y, batch_size=4, epochs=4, shuffle=False, verbose=0,
+        callbacks=[backup, *callbacks],
+    )  # fmt: skip
+    return zoo.predict(model, "sequential")
+
+
+DIE = """
 import os, sys
-import keras, numpy as np
-sys.path.insert(0, "tests")
-import zoo
-import keras_fvae
+import keras
+import whole_model_test
 
 class Die(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if int(self.model.optimizer.iterations) == 5:
             os._exit(9)  # In the middle of the third epoch.
 
-directory, die = sys.argv[1], sys.argv[2] == "die"
-keras.utils.set_random_seed(0)
-model = zoo.make_sequential()
-keras_fvae.enable_fvae_lora(
-    model,
-    2,
-    decoder_units=(4,),
-    trainable_layer_names=["head"],
-    dropout=0.0,
-)
-zoo.compile_model(model, "sequential")
-x, y = zoo.data("sequential")
-callbacks = [keras.callbacks.BackupAndRestore(directory + "/backup")]
-model.fit(
-    x, y, batch_size=4, epochs=4, shuffle=False, verbose=0,
-    callbacks=callbacks + [Die()] * die,
-)
-np.save(directory + "/predictions.npy", zoo.predict(model, "sequential"))
+whole_model_test.train_with_backup(sys.argv[1], [Die()])
 """
 
 
 def test_a_killed_run_is_resumed(tmp_path):
-    predictions = {}
-    for name in ("whole", "killed"):
-        directory = tmp_path / name
-        directory.mkdir()
-        if name == "killed":
-            killed = run_python("-c", BACKUP, directory, "die", check=False)
-            assert killed.returncode == 9
-            assert not (directory / "predictions.npy").exists()
-        run_python("-c", BACKUP, directory, "live")
-        predictions[name] = np.load(directory / "predictions.npy")
-    np.testing.assert_allclose(
-        predictions["killed"], predictions["whole"], atol=1e-6
+    expected = train_with_backup(tmp_path / "whole")
+    killed = run_python("-c", DIE, tmp_path / "killed", check=False)
+    assert killed.returncode == 9, killed.stderr
+    epochs = []
+    count = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: epochs.append(epoch)
     )
+    predictions = train_with_backup(tmp_path / "killed", [count])
+    assert epochs == [2, 3]
+    np.testing.assert_allclose(predictions, expected, atol=1e-6)
 
 
 def test_clone_model_clones_the_adapters(rng):

@@ -1,7 +1,4 @@
-"""Adapted backbones on a mesh of eight devices; `distributed_test.py` runs it.
-
-`XLA_FLAGS` and `KERAS_BACKEND=jax` must be set before JAX starts.
-"""
+"""Adapted backbones on a mesh of eight devices of JAX."""
 
 import jax
 import keras
@@ -159,6 +156,7 @@ def test_slots_of_the_optimizer_lie_as_the_weights_do():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize(
     "is_set", ["before building", "before enabling", "before training"]

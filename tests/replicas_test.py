@@ -1,7 +1,4 @@
-"""Adapted models on two replicas of TensorFlow.
-
-`distributed_test.py` runs it.
-"""
+"""Adapted models on two replicas of TensorFlow."""
 
 import keras
 import numpy as np
@@ -15,10 +12,6 @@ import keras_fvae
 from keras_fvae import draws
 from keras_fvae.lookup import adapted_layers
 
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2,
-)
 # Sequences of unequal lengths: the replicas have unequal shares.
 LENGTHS = np.array([6, 6, 6, 5, 1, 1, 2, 1, 6, 1, 6, 1, 2, 5, 4, 3])
 
