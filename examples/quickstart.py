@@ -84,7 +84,7 @@ def main(train, test):
     classifier = load_classifier(len(classes))
     train, test = (encode(classifier, part, classes) for part in (train, test))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    adapter = arguments.output / "quickstart.fvae_lora.h5"
+    adapter = arguments.output / "quickstart.safetensors"
     picture = arguments.output / "quickstart.png"
 
     def run(name, adapt):

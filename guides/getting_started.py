@@ -145,7 +145,7 @@ history = classifier.fit(
 # that anyone can get.
 
 # %%
-path = pathlib.Path(tempfile.mkdtemp()) / "modules.fvae_lora.h5"
+path = pathlib.Path(tempfile.mkdtemp()) / "modules.safetensors"
 keras_fvae.save_fvae_lora_weights(classifier, path)
 print(f"{path.stat().st_size / 1e6:.1f} MB")
 

@@ -13,13 +13,14 @@ from keras_fvae.config import resolve_config
 from keras_fvae.containers import attach_adapters
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
-from keras_fvae.lookup import adapted_layers
 from keras_fvae.lookup import check_model
-from keras_fvae.lookup import holders
 from keras_fvae.targets import find_targets
 from keras_fvae.targets import match_layers
 from keras_fvae.training import forget_training
-from keras_fvae.training import freeze_all_but
+from keras_fvae.training import note_state
+from keras_fvae.training import refuse_while_running
+from keras_fvae.training import train_only
+from keras_fvae.tree import LayerTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +124,19 @@ def enable_fvae_lora(
     """
     check_model(model)
     config = resolve_config(rank, config, **config_options)
-    adapted = adapted_layers(model)
-    if adapted:
+    tree = LayerTree(model)
+    if tree.adapted:
         raise ValueError(
             f"Model '{model.name}' is adapted by FVAE-LoRA already: "
-            f"{len(adapted)} layers, the first is '{adapted[0].path}'. It can "
-            "be enabled only once; start from the base model."
+            f"{len(tree.adapted)} layers, the first is "
+            f"'{tree.adapted[0].path}'. It can be enabled only once; start "
+            "from the base model."
         )
     targets = find_targets(model, target_layer_names)
     for layer in targets:
         check_adaptable(layer)
-    _refuse_loops(model, targets)
+    _refuse_loops(tree, targets)
+    refuse_while_running(targets)
     trainable_layers = match_layers(
         model,
         trainable_layer_names,
@@ -145,21 +148,22 @@ def enable_fvae_lora(
         for layer, share in zip(targets, share_config(config, len(targets)))
     ]
     sharding.join_distribution(model.variables)
+    note_state(tree)
     attach_adapters(model, targets, adapters)
-    trainable_weights = [w for a in adapters for w in a.weights]
-    for layer in trainable_layers:
-        layer.trainable = True
-        trainable_weights += layer.trainable_weights
-    freeze_all_but(model, trainable_weights)
+    adapter_weights = [w for adapter in adapters for w in adapter.weights]
+    train_only(model, trainable_layers, adapter_weights)
     forget_training(targets)
     return summarize(model, config, targets)
 
 
-def _refuse_loops(model, targets):
+def _refuse_loops(tree, targets):
     """Refuses layers in a loop, out of which TensorFlow and JAX let no loss."""
-    for holder in holders(model, targets):
+    for holder in tree.holders(targets):
         if isinstance(holder, keras.layers.RNN) and not holder.unroll:
-            layer = next(t for t in targets if holders(holder, [t]))
+            inner_ids = {
+                id(inner) for inner in keras_internals.flatten_layers(holder)
+            }
+            layer = next(t for t in targets if id(t) in inner_ids)
             raise ValueError(
                 f"The layer '{layer.path}' is in the loop of the recurrent "
                 f"layer '{holder.name}', out of which the loss of an adapter "

@@ -265,11 +265,13 @@ def _is_integer(value):
 
 
 def _is_finite(value):
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    )
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # An integer, but no float.
+        return False
 
 
 def _is_weight(value):

@@ -1,35 +1,38 @@
-"""Models with adapted layers inside: attach, merge, describe, restore."""
+"""Models with adapted layers inside: what they can do besides, and saving."""
 
 import contextlib
 import functools
 import inspect
+import pathlib
 
 import keras
 
 from keras_fvae import keras_internals
 from keras_fvae import masking
 from keras_fvae import sharding
-from keras_fvae.config import FVAELoRAConfig
+from keras_fvae import switching
+from keras_fvae import training
 from keras_fvae.fvae import NotRematerialized
-from keras_fvae.layers import ADAPTED_CLASSES
+from keras_fvae.layers import ADAPTED_MARK
+from keras_fvae.layers import CONTAINER_MARK
 from keras_fvae.layers import FVAELoRAMixin
 from keras_fvae.layers import attach_adapter
-from keras_fvae.layers import build_adapter
-from keras_fvae.layers import check_adaptable
+from keras_fvae.layers import called_in_this_trace
 from keras_fvae.layers import detach_adapter
 from keras_fvae.layers import follow_kernel
 from keras_fvae.layers import has_widened_bias
+from keras_fvae.layers import known_training
 from keras_fvae.layers import merge_update
 from keras_fvae.layers import widen_bias
 from keras_fvae.lookup import adapted_layers
-from keras_fvae.lookup import base_weights_by_path
-from keras_fvae.lookup import by_recorded_paths
-from keras_fvae.lookup import holders
-from keras_fvae.lookup import layers_by_path
+from keras_fvae.record import CONFIG_KEY
+from keras_fvae.record import build_recorded_adapter
+from keras_fvae.record import check_version
+from keras_fvae.record import describe
+from keras_fvae.record import find_layers
+from keras_fvae.record import restore_flags
 from keras_fvae.scoped import ScopedValue
-from keras_fvae.training import freeze_all_but
-
-RECORD_VERSION = 1
+from keras_fvae.tree import LayerTree
 
 
 def _traced_in_parts(method):
@@ -54,7 +57,7 @@ def _traced_in_parts(method):
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class AdaptedContainer(NotRematerialized):
+class AdaptedContainer(NotRematerialized, keras_internals.Pickled):
     """What a layer with adapted layers inside it can do besides.
 
     It tells the adapted layers which tokens count, and its config says what is
@@ -69,28 +72,33 @@ class AdaptedContainer(NotRematerialized):
         arguments = self.base_call_signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         masks = masking.find_masks(arguments.arguments)
-        with masking.known_masks(masks, inherit=self.knows_outer_masks):
+        with (
+            masking.known_masks(masks, inherit=self.knows_outer_masks),
+            called_in_this_trace(),
+        ):
             return super().call(*args, **kwargs)
 
     def get_config(self):
+        if keras_internals.is_saving_to_h5():
+            raise ValueError(NO_H5)
         with _as_base_class(self):
             layer = keras.saving.serialize_keras_object(self)
         # Whoever serializes this layer adds how it was compiled.
         layer.pop("compile_config", None)
-        return {
-            "layer": layer,
-            "layer_build_config": layer.pop("build_config", None),
-            "adapters": describe_adapters(self),
-        }
+        config = layer.pop("config")
+        # The class that the layer is of otherwise leaves the record alone.
+        record = {"layer": layer, **describe(self)}
+        return {**config, CONFIG_KEY: record}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
+        config = {**config}
+        record = config.pop(CONFIG_KEY, {})
+        check_version(record)
         layer = keras.saving.deserialize_keras_object(
-            config["layer"], custom_objects
+            {**record["layer"], "config": config}, custom_objects
         )
-        if not layer.built and config["layer_build_config"]:
-            layer.build_from_config(config["layer_build_config"])
-        restore_adapters(layer, config["adapters"])
+        restore_adapters(layer, record)
         return layer
 
     @classmethod
@@ -104,17 +112,60 @@ class AdaptedContainer(NotRematerialized):
         return "keras_fvae>AdaptedContainer", __name__, AdaptedContainer
 
 
+NO_H5 = (
+    "Keras's old `.h5` format cannot bring adapters back. Save the model to a "
+    "`.keras` file."
+)
+# The attributes that hold a model's compiled steps, if it has them.
+STEPS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+)
 # The model that is being called, the innermost of them.
 _called_model = ScopedValue()
 
 
-class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
+def _by_what_is_off(name):
+    """A property that holds a compiled step, one for each set of adapters.
+
+    Of those that are off: a step that was traced without an adapter knows
+    nothing of it.
+    """
+
+    def steps_of(model):
+        return vars(model).setdefault(f"{name}s_by_what_is_off", {})
+
+    def key_of(model):
+        off = switching.ids_off()
+        if not off:
+            return frozenset()
+        return frozenset(off) & {id(layer) for layer in adapted_layers(model)}
+
+    def get(model):
+        return steps_of(model).get(key_of(model))
+
+    def set(model, step):
+        if step is None:
+            # Whatever is new, it is new for all.
+            steps_of(model).clear()
+        else:
+            steps_of(model)[key_of(model)] = step
+
+    return property(get, set)
+
+
+class AdaptedModel(AdaptedContainer):
     """A `keras.Model` with adapted layers inside it."""
 
     knows_outer_masks = False
 
     def __call__(self, *args, **kwargs):
-        with _called_model.set_to(self):
+        told = contextlib.nullcontext()
+        if kwargs.get("training") is not None:
+            told = known_training(kwargs["training"])
+        with _called_model.set_to(self), told:
             return super().__call__(*args, **kwargs)
 
     def call(self, *args, **kwargs):
@@ -124,7 +175,27 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
             return self(*args, **kwargs)
         return super().call(*args, **kwargs)
 
+    def train_step(self, *args):
+        off = switching.ids_off()
+        kept = [
+            weight
+            for layer in (adapted_layers(self) if off else ())
+            if id(layer) in off
+            for weight in layer.adapter.trainable_weights
+        ]
+        step = super().train_step
+        with known_training(True):
+            if not kept:
+                return step(*args)
+            return keras_internals.without_moving(kept, self, step, args)
+
     # What cannot be done is refused here, before any weight is touched.
+
+    def save(self, filepath, *args, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            # Before there is such a file.
+            raise ValueError(NO_H5)
+        return super().save(filepath, *args, **kwargs)
 
     def fit(self, *args, **kwargs):
         refuse_training_if_finalized(self)
@@ -134,20 +205,28 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
         refuse_training_if_finalized(self)
         return super().train_on_batch(*args, **kwargs)
 
+    def load_weights(self, filepath, *args, **kwargs):
+        _refuse_weights_of_others(self, pathlib.Path(filepath))
+        return super().load_weights(filepath, *args, **kwargs)
+
     def _maybe_symbolic_build(self, *args, **kwargs):
         # Of Keras's trainer for TensorFlow.
-        make_state(self, *args, **kwargs)
+        if keras_internals.trace_makes_state(self):
+            keras_internals.make_state(self, *args, **kwargs)
         super()._maybe_symbolic_build(*args, **kwargs)
 
     # Its steps go where the distribution is that is set when they are made.
 
     def make_train_function(self, *args, **kwargs):
         join_distribution(self)
-        return super().make_train_function(*args, **kwargs)
+        training.remember_training(self)
+        with _another_function(self, "train_step"):
+            return super().make_train_function(*args, **kwargs)
 
     def make_test_function(self, *args, **kwargs):
         join_distribution(self)
-        return super().make_test_function(*args, **kwargs)
+        with _another_function(self, "test_step"):
+            return super().make_test_function(*args, **kwargs)
 
     def make_predict_function(self, *args, **kwargs):
         join_distribution(self)
@@ -155,7 +234,28 @@ class AdaptedModel(keras_internals.ToldOfTraining, AdaptedContainer):
 
     def _check_quantize_args(self, *args):
         # What Keras calls first: it binds `quantize` when a model is made.
-        refuse_quantization(self)
+        for layer in adapted_layers(self):
+            layer.adapter.fvae.refuse_quantization()
+
+
+@contextlib.contextmanager
+def _another_function(model, name):
+    """Makes a model's method another function, for the time of the block.
+
+    JAX compiles functions that are equal once, whatever is off meanwhile.
+    """
+    method, attributes = getattr(model, name), vars(model)
+    own = {key: attributes[key] for key in (name,) if key in attributes}
+    attributes[name] = functools.partial(method)
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(own)
+
+
+for name in STEPS:
+    setattr(AdaptedModel, name, _by_what_is_off(name))
 
 
 class AdaptedSequential(AdaptedModel):
@@ -164,7 +264,7 @@ class AdaptedSequential(AdaptedModel):
     knows_outer_masks = True
 
 
-# Of which base classes the containers are of a class of their own.
+# Mixins for specific base classes; all other layers get `AdaptedContainer`.
 _container_mixins = {
     keras.Model: AdaptedModel,
     keras.Sequential: AdaptedSequential,
@@ -181,16 +281,29 @@ def register_container(base, mixin):
     _container_mixins[base] = mixin
 
 
+def _refuse_weights_of_others(model, filepath):
+    """Raises a `ValueError` if a file has the weights of other adapters.
+
+    Keras would find that out after it had loaded most of them.
+    """
+    if not filepath.is_file():
+        # Keras says so, or fetches it.
+        return
+    num_saved = keras_internals.count_saved(ADAPTED_MARK, filepath)
+    num_layers = len(adapted_layers(model))
+    if num_saved != num_layers:
+        raise ValueError(
+            f"'{filepath}' has the weights of a model with {num_saved} adapted "
+            f"layers, and model '{model.name}' has {num_layers}. Load the "
+            "weights of a base model before you adapt it; load those of an "
+            "adapted one into a model that is adapted in the same way."
+        )
+
+
 def refuse_training_if_finalized(model):
     """Raises a `ValueError` if a model is finalized."""
     for layer in adapted_layers(model):
         layer.adapter.fvae.refuse_if_finalized()
-
-
-def refuse_quantization(model):
-    """Raises a `ValueError` if a model has adapters."""
-    for layer in adapted_layers(model):
-        layer.adapter.fvae.refuse_quantization()
 
 
 def join_distribution(model):
@@ -212,12 +325,6 @@ def join_distribution(model):
         )
 
 
-def make_state(model, *args, **kwargs):
-    """Makes all state of a model with adapters before TensorFlow traces it."""
-    if keras_internals.trace_makes_state(model) and adapted_layers(model):
-        keras_internals.make_state(model, *args, **kwargs)
-
-
 def attach_adapters(model, layers, adapters):
     """Adapts layers of a model, in place.
 
@@ -228,7 +335,7 @@ def attach_adapters(model, layers, adapters):
     """
     for layer, adapter in zip(layers, adapters):
         attach_adapter(layer, adapter)
-    _make_containers(model, layers)
+    make_containers(model, layers)
 
 
 def replace_adapters(layers, adapters):
@@ -246,160 +353,76 @@ def merge_adapters(model, layers, updates):
         layers: List of all adapted layers inside it.
         updates: List of what `linear_update` returned for their adapters.
     """
-    containers = holders(model, layers)
+    containers = _holders(model, layers)
     for layer, update in zip(layers, updates):
         detach_adapter(layer)
         merge_update(layer, update)
     for container in containers:
-        is_changed = any(
-            isinstance(layer, FVAELoRAMixin) or has_widened_bias(layer)
-            for layer in keras_internals.flatten_layers(container)
-        )
-        if isinstance(container, AdaptedContainer) and not is_changed:
-            container.__class__ = _base_class(type(container))
+        if isinstance(container, AdaptedContainer) and not _needs_record(
+            container
+        ):
+            container.__class__ = base_class(type(container))
     for layer in [*layers, *containers]:
         keras_internals.publish_weights(layer)
 
 
-def describe_adapters(container):
-    """What `restore_adapters` needs to know, as JSON can hold it.
+def _needs_record(container):
+    """Whether a container's own config does not say all of its layers.
 
-    Args:
-        container: `keras.Model` or layer with adapted layers inside.
-
-    Returns:
-        Dict: the paths, relative to the container, of all layers and weights,
-        which of them are adapted and how, and which train.
+    Functional models have the configs of their layers in theirs, and with them
+    what biases these have.
     """
-    layers = layers_by_path(container)
-    weights = base_weights_by_path(container)
-    return {
-        "version": RECORD_VERSION,
-        "layer_paths": list(layers),
-        "adapted": {
-            path: {
-                "config": layer.config.get_config(),
-                "finalized": layer.adapter.finalized,
-                "trainable": container.trainable and layer.adapter.trainable,
-            }
-            for path, layer in layers.items()
-            if isinstance(layer, FVAELoRAMixin)
-        },
-        "quantized": {
-            path: {
-                "mode": layer.quantization_mode,
-                "config": keras.saving.serialize_keras_object(
-                    getattr(layer, "quantization_config", None)
-                ),
-            }
-            for path, layer in layers.items()
-            if layer.quantization_mode is not None
-        },
-        "widened_biases": [
-            path for path, layer in layers.items() if has_widened_bias(layer)
-        ],
-        "weight_paths": list(weights),
-        "trainable": [
-            path
-            for path, weight in weights.items()
-            if container.trainable and weight.trainable
-        ],
+    layers = keras_internals.flatten_layers(container)
+    described_ids = {
+        id(inner)
+        for layer in layers
+        if keras_internals.is_described_by_layers(
+            base_class(type(layer))
+            if isinstance(layer, AdaptedContainer)
+            else type(layer)
+        )
+        for inner in keras_internals.layers_of(layer)
     }
+    return any(
+        isinstance(layer, FVAELoRAMixin)
+        or (has_widened_bias(layer) and id(layer) not in described_ids)
+        for layer in layers
+    )
 
 
-def restore_adapters(container, record):
-    """Adapts and freezes a model as `describe_adapters` said it was.
+def restore_adapters(model, record):
+    """Adapts and freezes a model as a record says.
 
-    Layers that are adapted already, by what was restored inside the container
+    Layers that are adapted already, by what was restored inside the model
     before, stay as they are.
 
     Args:
-        container: `keras.Model` or layer, built.
-        record: Dict that `describe_adapters` returned.
+        model: `keras.Model` or layer, built, of the architecture that was
+            described.
+        record: Dict that `record.describe` returned.
 
     Raises:
-        ValueError: If the record does not fit the container, which is then
-            as it was.
+        ValueError: If the record does not fit the model.
     """
-    quantized = _find_layers(container, record, record["quantized"])
-    for path, layer in quantized.items():
-        _quantize(layer, **record["quantized"][path])
-    widened = _find_layers(container, record, record["widened_biases"])
-    for layer in widened.values():
+    check_version(record)
+    layers = find_layers(LayerTree(model), record)
+    for path, entry in record["quantized"].items():
+        _quantize(layers[path], **entry)
+    widened = [layers[path] for path in record["widened_biases"]]
+    for layer in widened:
         widen_bias(layer)
-    _make_containers(container, widened.values())
-    layers = {
-        path: layer
-        for path, layer in find_recorded_layers(container, record).items()
+    adapted = {path: layers[path] for path in record["adapted"]}
+    adapters = {
+        path: build_recorded_adapter(layer, record["adapted"][path])
+        for path, layer in adapted.items()
         if not isinstance(layer, FVAELoRAMixin)
     }
-    adapters = build_recorded_adapters(layers, record)
-    attach_recorded_adapters(container, layers, adapters, record)
-
-
-def find_recorded_layers(container, record):
-    """The layers that a record says are adapted, by recorded path.
-
-    Raises:
-        ValueError: If the record is of a newer version, or a layer is missing.
-    """
-    return _find_layers(container, record, record["adapted"])
-
-
-def find_recorded_weights(container, record):
-    """The weights beside the adapters' that train, by recorded path.
-
-    Raises:
-        ValueError: If a weight is missing.
-    """
-    weights = by_recorded_paths(
-        record["weight_paths"], base_weights_by_path(container)
+    attach_adapters(
+        model, [adapted[path] for path in adapters], adapters.values()
     )
-    for path in record["trainable"]:
-        if path not in weights:
-            raise ValueError(
-                f"the weight '{path}' was trainable when it was saved. The "
-                "model has no such weight."
-            )
-    return {path: weights[path] for path in record["trainable"]}
-
-
-def build_recorded_adapters(layers, record):
-    """Adapters for recorded layers, neither attached nor loaded.
-
-    Args:
-        layers: Dict of recorded path to layer.
-        record: Dict that `describe_adapters` returned.
-
-    Returns:
-        Dict of recorded path to adapter.
-
-    Raises:
-        ValueError: If one of the layers cannot be adapted.
-    """
-    for layer in layers.values():
-        check_adaptable(layer)
-    return {
-        path: build_adapter(
-            layer,
-            FVAELoRAConfig(**record["adapted"][path]["config"]),
-            record["adapted"][path]["finalized"],
-        )
-        for path, layer in layers.items()
-    }
-
-
-def attach_recorded_adapters(container, layers, adapters, record):
-    """Attaches what `build_recorded_adapters` built, and freezes the rest."""
-    trainable_weights = [*find_recorded_weights(container, record).values()]
-    attach_adapters(container, layers.values(), adapters.values())
-    recorded = find_recorded_layers(container, record)
-    # Also where all layers were restored already, by what is inside.
-    _make_containers(container, recorded.values())
-    for path, entry in record["adapted"].items():
-        if entry["trainable"]:
-            trainable_weights += recorded[path].adapter.weights
-    freeze_all_but(container, trainable_weights)
+    # Also where all was restored by what is inside.
+    make_containers(model, [*adapted.values(), *widened])
+    restore_flags(LayerTree(model), record)
 
 
 def _quantize(layer, mode, config):
@@ -419,36 +442,37 @@ def _quantize(layer, mode, config):
             layer.quantize(config=config)
 
 
-def _find_layers(container, record, paths):
-    if record["version"] > RECORD_VERSION:
-        raise ValueError(
-            "it was saved by a newer version of keras_fvae, in format "
-            f"{record['version']}. This one reads formats up to "
-            f"{RECORD_VERSION}. Install a newer keras_fvae."
-        )
-    layers = by_recorded_paths(record["layer_paths"], layers_by_path(container))
-    for path in paths:
-        if path not in layers:
-            adaptable_paths = [
-                path
-                for path, layer in layers.items()
-                if isinstance(layer, (*ADAPTED_CLASSES, FVAELoRAMixin))
-            ]
-            raise ValueError(
-                f"the layer '{path}' was adapted when it was saved. The model "
-                f"has no such layer, only these: {adaptable_paths}."
-            )
-    return {path: layers[path] for path in paths}
+def make_containers(model, layers):
+    """Makes what holds one of the layers adapted containers.
 
-
-def _make_containers(model, layers):
-    """Makes the layers that hold one of the layers adapted containers."""
-    containers = holders(model, layers)
+    The layers inside the model, the model, and models that it is in.
+    """
+    containers = _holders(model, layers)
     for container in containers:
-        if not isinstance(container, AdaptedContainer):
-            container.__class__ = _container_class(type(container))
+        make_container(container)
     for layer in [*layers, *containers]:
         keras_internals.publish_weights(layer)
+
+
+def _holders(model, layers):
+    inside = LayerTree(model).holders(layers)
+    around = training.living_models_with(layers)
+    return [*{id(holder): holder for holder in [*inside, *around]}.values()]
+
+
+def make_container(layer):
+    """Makes one layer that holds adapted layers an adapted container."""
+    if isinstance(layer, AdaptedContainer):
+        return
+    names = [name for name in STEPS if vars(layer).get(name) is not None]
+    steps = {name: vars(layer)[name] for name in names}
+    for name in names:
+        vars(layer)[name] = None
+    layer.__class__ = _container_class(type(layer))
+    for name, step in steps.items():
+        setattr(layer, name, step)
+    if isinstance(layer, keras.Model):
+        training.known_models.add(layer)
 
 
 @functools.cache
@@ -471,7 +495,7 @@ def _container_class(base):
         {
             "__module__": module,
             "call": call,
-            "base_call_signature": _signature(base.call),
+            CONTAINER_MARK: _signature(base.call),
         },
     )
     package, name = registered_name.split(">")
@@ -481,7 +505,8 @@ def _container_class(base):
     return container_class
 
 
-def _base_class(container_class):
+def base_class(container_class):
+    """The class that a container is of otherwise."""
     return container_class.__bases__[-1]
 
 
@@ -489,7 +514,7 @@ def _base_class(container_class):
 def _as_base_class(container):
     """Makes a container for a while what it would be without adapters."""
     container_class = type(container)
-    container.__class__ = _base_class(container_class)
+    container.__class__ = base_class(container_class)
     try:
         yield
     finally:

@@ -170,4 +170,9 @@ def _is_plain_memory(tensor):
         return False
     import torch
 
-    return not torch.is_grad_enabled() and tensor.is_contiguous()
+    return (
+        not torch.is_grad_enabled()
+        and tensor.is_contiguous()
+        # Where `torch.vmap` maps, a tensor stands for many.
+        and torch._C._functorch.maybe_current_level() is None
+    )

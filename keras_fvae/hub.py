@@ -9,11 +9,11 @@ import keras
 
 from keras_fvae import adapt
 from keras_fvae import containers
-from keras_fvae import layers
-from keras_fvae import lookup
 from keras_fvae import saving
+from keras_fvae import training
+from keras_fvae.lookup import adapted_layers
+from keras_fvae.record import CONFIG_KEY
 
-CONFIG_KEY = "keras_fvae"
 # Keras imports modules of KerasHub to find a class that a file names, and no
 # others: so this one is known where KerasHub is extended, imported or not.
 MODULE = "keras_hub.keras_fvae"
@@ -24,25 +24,31 @@ ORIGINAL = "keras_fvae_original"
 class AdaptedHubModel(containers.AdaptedModel):
     """A backbone or task with adapted layers inside it.
 
-    KerasHub makes these from a flat config, by a class of its own. So the
-    adapters are one more entry of the config, and the name that the class is
-    saved by is known only where this package is.
+    KerasHub looks at the class that a preset names, so it must be the plain
+    one, whose constructor takes the record.
     """
-
-    def get_config(self):
-        return {
-            **super(containers.AdaptedContainer, self).get_config(),
-            CONFIG_KEY: containers.describe_adapters(self),
-        }
 
     @classmethod
     def from_config(cls, config, **kwargs):
-        base = super(containers.AdaptedContainer, cls)
-        return base.from_config(config, **kwargs)
+        return containers.base_class(cls).from_config(config, **kwargs)
 
     @classmethod
     def registration(cls, base):
         return f"keras_fvae>{base.__name__}", MODULE, base
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"'{self.name}' is adapted by FVAE-LoRA already. A model takes "
+            "either LoRA or FVAE-LoRA, not both."
+        )
+
+    def export_to_transformers(self, *args, **kwargs):
+        raise ValueError(
+            f"'{self.name}' has adapters, or biases that came of merging them, "
+            "and KerasHub would write its base weights alone. To go to Hugging "
+            "Face, save the adapters by `save_peft_adapter`, beside the base "
+            "model."
+        )
 
 
 def extend_keras_hub():
@@ -65,28 +71,12 @@ def extend_keras_hub():
             custom_objects[registered_name] = cls
             setattr(module, cls.__name__, cls)
     _replace(DFineObjectDetector, "compute_loss", _with_losses_of_layers)
-    for cls in (Backbone, Task):
-        containers.register_container(cls, AdaptedHubModel)
-        _replace(cls, "__init__", _restore_adapters_after)
-        _replace(cls, "_compute_loss", _in_training)
-    # A task is not a container where its backbone alone is adapted.
-    _replace(Task, "get_config", _with_adapters)
-    _replace(Task, "rematerialized_call", _unless_adapted)
-    for name, function in (
-        ("fit", containers.refuse_training_if_finalized),
-        ("train_on_batch", containers.refuse_training_if_finalized),
-        ("_check_quantize_args", containers.refuse_quantization),
-        ("make_train_function", containers.join_distribution),
-        ("make_test_function", containers.join_distribution),
-        ("make_predict_function", containers.join_distribution),
-    ):
-        _replace(Task, name, functools.partial(_preceded_by, function))
-    if keras.config.backend() == "tensorflow":
-        _replace(
-            Task,
-            "_maybe_symbolic_build",
-            functools.partial(_preceded_by, containers.make_state, told=True),
-        )
+    for base in (Backbone, Task):
+        containers.register_container(base, AdaptedHubModel)
+        for cls in training.subclasses(base):
+            if not issubclass(cls, containers.AdaptedContainer):
+                _extend_constructor(cls)
+        _extend_future_subclasses(base)
 
 
 def _replace(cls, name, change):
@@ -102,33 +92,45 @@ def _replace(cls, name, change):
     setattr(cls, name, changed)
 
 
-def _with_adapters(get_config):
-    """A `get_config` that says what is adapted, if anything is."""
-
-    @functools.wraps(get_config)
-    def get_config_with_adapters(self):
-        config = get_config(self)
-        if lookup.adapted_layers(self):
-            config[CONFIG_KEY] = containers.describe_adapters(self)
-        return config
-
-    return get_config_with_adapters
+def _extend_constructor(cls):
+    """Lets the constructor of a class take the record of adapters."""
+    if "__init__" in vars(cls):
+        _replace(cls, "__init__", _restore_adapters_after)
 
 
-def _in_training(compute_loss):
-    """A `_compute_loss` in which adapted layers know whether they train.
+def _restore_adapters_after(init):
+    """A constructor that takes what `AdaptedContainer.get_config` adds.
 
-    Keras calls it in every step and always says whether it trains; it calls
-    `compute_loss`, which may not be told. SigLIP's and PARSeq's call the model
-    once more, without a word of it.
+    The outermost one takes it: when that has ended, the model is whole. A
+    model that is made around adapted layers has adapters as well.
     """
 
-    @functools.wraps(compute_loss)
-    def compute_loss_in_training(self, *args, training=True, **kwargs):
-        with layers.training_step(training):
-            return compute_loss(self, *args, training=training, **kwargs)
+    @functools.wraps(init)
+    def init_and_restore(self, *args, **kwargs):
+        record = kwargs.pop(CONFIG_KEY, None)
+        init(self, *args, **kwargs)
+        training.known_models.add(self)
+        if record is not None:
+            containers.restore_adapters(self, record)
+        elif type(self).__init__ is init_and_restore and adapted_layers(self):
+            containers.make_container(self)
 
-    return compute_loss_in_training
+    # Keras reads from it whether a class can be cloned as functional models
+    # are, and does not see through wrappers.
+    init_and_restore.__signature__ = inspect.signature(
+        init, follow_wrapped=False
+    )
+    return init_and_restore
+
+
+def _extend_future_subclasses(base):
+    """Extends the constructors of classes that will derive from one."""
+
+    def extend_subclass(cls, **kwargs):
+        super(base, cls).__init_subclass__(**kwargs)
+        _extend_constructor(cls)
+
+    base.__init_subclass__ = classmethod(extend_subclass)
 
 
 def _with_losses_of_layers(compute_loss):
@@ -142,49 +144,3 @@ def _with_losses_of_layers(compute_loss):
         return compute_loss(self, *args, **kwargs) + sum(self.losses)
 
     return compute_loss_with_losses
-
-
-def _unless_adapted(rematerialized_call):
-    """A `rematerialized_call` that does nothing if anything is adapted."""
-
-    @functools.wraps(rematerialized_call)
-    def rematerialized_call_unless_adapted(self, layer_call, *args, **kwargs):
-        if lookup.adapted_layers(self):
-            return layer_call
-        return rematerialized_call(self, layer_call, *args, **kwargs)
-
-    return rematerialized_call_unless_adapted
-
-
-def _restore_adapters_after(init):
-    """A constructor that takes what `AdaptedHubModel.get_config` adds."""
-
-    @functools.wraps(init)
-    def init_and_restore(self, *args, **kwargs):
-        record = kwargs.pop(CONFIG_KEY, None)
-        init(self, *args, **kwargs)
-        if record is not None:
-            containers.restore_adapters(self, record)
-
-    return init_and_restore
-
-
-def _preceded_by(function, method, told=False):
-    """A method that calls `function` on its object first.
-
-    Args:
-        function: Function of the object, and if `told`, of what the method is
-            called with.
-        method: Function.
-        told: Boolean.
-    """
-
-    @functools.wraps(method)
-    def call_both(self, *args, **kwargs):
-        if told:
-            function(self, *args, **kwargs)
-        else:
-            function(self)
-        return method(self, *args, **kwargs)
-
-    return call_both

@@ -7,7 +7,10 @@ import re
 import warnings
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 from keras import ops
 
 from keras_fvae import adapt
@@ -16,13 +19,24 @@ from keras_fvae import lookup
 from keras_fvae import replicas
 from keras_fvae import training
 from keras_fvae.config import FVAELoRAConfig
+from keras_fvae.files import read_json
+from keras_fvae.files import replaced_when_complete
+from keras_fvae.layers import adapter_shapes
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
-from keras_fvae.saving import replaced_when_complete
+from keras_fvae.layout import reference_views
+from keras_fvae.tree import LayerTree
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ROOT = "base_model.model."
+# The dtypes of PyTorch in which adapters are saved, as safetensors has them.
+FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": ml_dtypes.bfloat16,
+}
 # Beside the rank, in the scale of the update, there and not here.
 RANK_OFFSET = 1e-5
 
@@ -197,34 +211,32 @@ def load_peft_adapter(model, directory):
             "adapter onto the base model."
         )
     settings, tensors = _read(pathlib.Path(directory))
-    config = config_from_peft(settings)
     modules, head_tensors = _group_by_module(tensors)
-    present = _modules(backbone, architecture)
-    shares = adapt.share_config(config, len(modules))
-    layers, adapters = [], []
-    for (module, arrays), share in zip(modules.items(), shares):
-        # What is around the blocks is called differently: `vit.encoder...`.
-        names = [n for n in present if f".{module}".endswith(f".{n}")]
-        if not names:
-            raise ValueError(
-                f"The adapter is for a layer '{module}', which the model does "
-                f"not have. It has these: {list(present)}."
-            )
-        layer = present[names[0]]
+    _check_sizes(settings, tensors)
+    config = config_from_peft(settings)
+    layers = _find_layers(modules, _modules(backbone, architecture))
+    for module, layer in layers.items():
         check_adaptable(layer)
-        adapter = build_adapter(layer, share)
-        _set_arrays(adapter, arrays, module)
-        layers.append(layer)
-        adapters.append(adapter)
+        _check_shapes(config, layer, modules[module], module)
+    training.refuse_while_running(layers.values())
     head = _match_head(model, architecture, head_tensors)
+    adapters = [
+        build_adapter(layer, share)
+        for layer, share in zip(
+            layers.values(), adapt.share_config(config, len(layers))
+        )
+    ]
     # From here on nothing is refused.
-    containers.attach_adapters(backbone, layers, adapters)
+    for module, adapter in zip(layers, adapters):
+        _set_arrays(adapter, modules[module])
+    training.note_state(LayerTree(backbone))
+    containers.attach_adapters(backbone, layers.values(), adapters)
     adapter_weights = [w for adapter in adapters for w in adapter.weights]
-    training.freeze_all_but(backbone, adapter_weights)
-    training.forget_training(layers)
+    training.train_only(backbone, [], adapter_weights)
+    training.forget_training(layers.values())
     for weight, value in head:
         weight.assign(value)
-    return adapt.summarize(backbone, config, layers)
+    return adapt.summarize(backbone, config, [*layers.values()])
 
 
 def save_peft_adapter(model, directory):
@@ -250,8 +262,6 @@ def save_peft_adapter(model, directory):
     Reference: the format is that of the code published with [Latent Space
     Factorization in LoRA](https://arxiv.org/abs/2510.19640).
     """
-    from safetensors.numpy import save_file
-
     lookup.check_model(model)
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
@@ -283,11 +293,11 @@ def save_peft_adapter(model, directory):
     settings["modules_to_save"] = saved_modules or None
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with replaced_when_complete(directory / WEIGHTS_FILE) as unfinished:
-        tensors = {n: np.ascontiguousarray(a) for n, a in tensors.items()}
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-    with replaced_when_complete(directory / CONFIG_FILE) as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    tensors = {n: np.ascontiguousarray(a) for n, a in tensors.items()}
+    with replaced_when_complete(directory / WEIGHTS_FILE) as file:
+        file.write(safetensors.numpy.save(tensors, {"format": "pt"}))
+    with replaced_when_complete(directory / CONFIG_FILE) as file:
+        file.write(json.dumps(settings, indent=2, sort_keys=True).encode())
 
 
 def config_from_peft(settings):
@@ -338,7 +348,7 @@ def config_from_peft(settings):
             elbo_weight=1 / settings["lambda_downstream"],
             num_samples=settings["num_of_z_sampled"],
         )
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ArithmeticError) as error:
         raise ValueError(
             f"`{CONFIG_FILE}` is not one of FVAE-LoRA: {error!r}."
         ) from error
@@ -443,7 +453,7 @@ def _find_architecture(backbone):
 def _modules(backbone, architecture):
     """The layers of a backbone by their names in Hugging Face."""
     modules = {}
-    for path, layer in lookup.layers_by_path(backbone).items():
+    for path, layer in LayerTree(backbone).layers.items():
         name = architecture.module_name(path)
         if name is not None:
             modules[name] = layer
@@ -475,26 +485,91 @@ def _group_by_module(tensors):
     return modules, others
 
 
-def _set_arrays(adapter, arrays, module):
+def _find_layers(modules, present):
+    """Dict of module to the layer that it is for.
+
+    Args:
+        modules: Dict whose keys are the names of modules in a file.
+        present: Dict of the layers of a model by their names there.
+    """
+    layers, names_by_layer = {}, {}
+    for module in modules:
+        # What is around the blocks is called differently: `vit.encoder...`.
+        names = [n for n in present if f".{module}".endswith(f".{n}")]
+        if not names:
+            raise ValueError(
+                f"The adapter is for a layer '{module}', which the model does "
+                f"not have. It has these: {list(present)}."
+            )
+        other = names_by_layer.setdefault(names[0], module)
+        if other != module:
+            raise ValueError(
+                f"`{WEIGHTS_FILE}` has two adapters for one layer, as "
+                f"'{other}' and as '{module}'."
+            )
+        layers[module] = present[names[0]]
+    return layers
+
+
+def _check_sizes(settings, tensors):
+    """Raises a `ValueError` if settings call for more than a file can have.
+
+    Before anything is made as large as they say.
+    """
+    largest = max(max(a.shape, default=1) for a in tensors.values())
+    limits = {
+        "latent_dim": largest,
+        "enc_hidden_layer": largest,
+        "dec_hidden_layer": largest,
+        "enc_num_of_layer": len(tensors),
+        "dec_num_of_layer": len(tensors),
+    }
+    for name, limit in limits.items():
+        value = settings.get(name, 0)
+        if isinstance(value, (int, float)) and not value <= limit:
+            raise ValueError(
+                f"`{CONFIG_FILE}` says {name}={value}, which is more than "
+                f"`{WEIGHTS_FILE}` has room for."
+            )
+
+
+def _check_shapes(config, layer, arrays, module):
+    """Raises a `ValueError` if the tensors of a module are not a layer's."""
+    shapes = adapter_shapes(layer, config)
+    rank, units = shapes.pop("kernel_b")
+    # Of no size in memory, whatever their shapes are.
+    nothing = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
+    views = reference_views(config, nothing)
+    expected = {
+        "lora_B": (units, rank),
+        **{f"lora_A.{name}": view.shape for name, view in views.items()},
+    }
+    for name in arrays:
+        if name not in expected:
+            raise ValueError(
+                f"Unknown weight: '{module}.{name}'. By its settings a module "
+                f"has these: {list(expected)}."
+            )
+    for name, shape in expected.items():
+        if name not in arrays or arrays[name].shape != shape:
+            problem = "" if name in arrays else "Missing weight: "
+            received = getattr(arrays.get(name), "shape", "none")
+            raise ValueError(
+                f"{problem}'{module}.{name}' must have shape {shape} for this "
+                f"model. Received: {received}."
+            )
+
+
+def _set_arrays(adapter, arrays):
     """Sets an adapter's weights from a module's tensors."""
-    rank, units = adapter.kernel_b.shape
-    kernel_b = arrays.get("lora_B")
-    if kernel_b is None or kernel_b.shape != (units, rank):
-        raise ValueError(
-            f"'{module}.lora_B' must have shape {(units, rank)} for this "
-            f"model. Received: {getattr(kernel_b, 'shape', 'none')}."
-        )
-    try:
-        adapter.fvae.set_reference_weights(
-            {
-                name.removeprefix("lora_A."): array
-                for name, array in arrays.items()
-                if name.startswith("lora_A.")
-            }
-        )
-    except ValueError as error:
-        raise ValueError(f"In '{module}.lora_A': {error}") from error
-    adapter.kernel_b.assign(kernel_b.T)
+    adapter.fvae.set_reference_weights(
+        {
+            name.removeprefix("lora_A."): array
+            for name, array in arrays.items()
+            if name.startswith("lora_A.")
+        }
+    )
+    adapter.kernel_b.assign(arrays["lora_B"].T)
 
 
 def _get_arrays(adapter):
@@ -541,23 +616,38 @@ def _match_head(model, architecture, tensors):
 
 
 def _read(directory):
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"There is no file '{directory / name}'.")
     try:
-        settings = json.loads((directory / CONFIG_FILE).read_text())
-        tensors = load_file(directory / WEIGHTS_FILE)
-    except (ValueError, SafetensorError) as error:
+        settings = read_json((directory / CONFIG_FILE).read_bytes())
+        entries = safetensors.deserialize(
+            (directory / WEIGHTS_FILE).read_bytes()
+        )
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"The adapter in '{directory}' cannot be read: it is damaged, cut "
             f"short, or of another kind ({error})."
         ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"'{directory / CONFIG_FILE}' is no JSON object.")
-    return settings, tensors
+    return settings, {name: _to_array(name, entry) for name, entry in entries}
+
+
+def _to_array(name, entry):
+    """A float32 array, of what safetensors has read."""
+    if entry["dtype"] not in FLOATS:
+        raise ValueError(
+            f"'{name}' in `{WEIGHTS_FILE}` is of dtype {entry['dtype']}. It "
+            f"must be one of {list(FLOATS)}."
+        )
+    array = np.frombuffer(entry["data"], FLOATS[entry["dtype"]])
+    array = array.reshape(entry["shape"]).astype("float32")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"'{name}' in `{WEIGHTS_FILE}` has numbers that are not finite."
+        )
+    return array
 
 
 def _to_numpy(weight):

@@ -5,11 +5,165 @@ when Keras changes one of these.
 """
 
 import contextlib
+import inspect
+import io
+import json
+import sys
+import zipfile
 
+import h5py
 import keras
 import numpy as np
+from keras import ops
 from keras.src import backend
 from keras.src.backend.common import global_state
+from keras.src.models.functional import Functional
+from keras.src.saving import saving_lib
+
+# The methods of a model that run steps, one after the other.
+RUNS = (
+    "fit",
+    "evaluate",
+    "predict",
+    "train_on_batch",
+    "test_on_batch",
+    "predict_on_batch",
+)
+
+
+STEPS = ("train_step", "test_step", "predict_step")
+
+
+def layers_of(layer):
+    """The layers that a layer holds itself, a list."""
+    return layer._layers
+
+
+def state_of(layer):
+    """The weights of a layer's own that were never meant for a gradient."""
+    return layer._non_trainable_variables
+
+
+def optimized_variables(model):
+    """The variables that the optimizer of a model was built for, a list."""
+    return getattr(
+        getattr(model, "optimizer", None), "_trainable_variables", []
+    )
+
+
+def is_compiling():
+    """Whether `torch.compile` is tracing, which knows little but tensors."""
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
+def is_in_training_step():
+    """Whether a model's `train_step` is running, as the call stack has it.
+
+    The innermost step counts: a model may evaluate another one in its own.
+    """
+    if is_compiling():
+        # There is no stack of Python's then.
+        return False
+    for frame in stack_of_calls():
+        if frame.f_code.co_name in STEPS and isinstance(
+            frame.f_locals.get("self"), keras.Model
+        ):
+            return frame.f_code.co_name == "train_step"
+    return False
+
+
+def stack_of_calls(frame=None):
+    """Yields the frames of Python's calls, from the innermost on."""
+    frame = frame or sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def running_trainers():
+    """Pairs of a method's name and the model that is in the middle of it.
+
+    Of `fit` and its like, in any thread.
+    """
+    names = {inspect.unwrap(getattr(keras.Model, n)).__code__: n for n in RUNS}
+    pairs = []
+    for innermost in sys._current_frames().values():
+        for frame in stack_of_calls(innermost):
+            if frame.f_code in names:
+                pairs.append((names[frame.f_code], frame.f_locals["self"]))
+    return pairs
+
+
+def model_within(model):
+    """The functional model that a `keras.Sequential` makes of its layers.
+
+    `None` for other models, or before it is built.
+    """
+    return getattr(model, "_functional", None)
+
+
+def is_saving_to_h5():
+    """Whether Keras writes or reads a whole model in its old format."""
+    return bool(global_state.get_global_attribute("use_legacy_config"))
+
+
+def is_described_by_layers(model_class):
+    """Whether the config of a model has those of its layers in it."""
+    return model_class in (Functional, keras.Sequential)
+
+
+class Pickled:
+    """A model or layer that `pickle` takes, whatever its class is called.
+
+    As Keras's own, by the content of a `.keras` file; but theirs name the
+    class, which must then be found in a module.
+    """
+
+    def __reduce__(self):
+        file = io.BytesIO()
+        saving_lib._save_model_to_fileobj(self, file, "h5")
+        return load_pickled, (file.getvalue(),)
+
+
+def load_pickled(content):
+    """What `pickle` makes of a `Pickled`."""
+    return saving_lib._load_model_from_fileobj(
+        io.BytesIO(content), custom_objects=None, compile=True, safe_mode=False
+    )
+
+
+def count_saved(name, filepath):
+    """How many layers saved a variable of that name in a file of weights.
+
+    Args:
+        name: String.
+        filepath: Path of a file that `load_weights` takes.
+
+    Returns:
+        Integer.
+    """
+    if filepath.suffix == ".json":
+        shards = json.loads(filepath.read_text())["weight_map"].values()
+        names = {n for s in shards for n in ([s] if isinstance(s, str) else s)}
+        return sum(count_saved(name, filepath.with_name(n)) for n in names)
+    if filepath.suffix == ".keras":
+        with zipfile.ZipFile(filepath) as archive:
+            content = io.BytesIO(archive.read(saving_lib._VARS_FNAME_H5))
+    else:
+        content = filepath
+    count = 0
+
+    def visit(path):
+        nonlocal count
+        count += path.split("/")[-1] == name
+
+    with h5py.File(content, "r") as file:
+        file.visit(visit)
+    return count
 
 
 def flatten_layers(layer):
@@ -114,8 +268,8 @@ def losses_kept():
     Inside it other threads may call the same layers: the replicas of a
     `tf.distribute` strategy take turns where they wait for each other.
     """
-    context = global_state.get_global_attribute("current_call_ctx")
-    layers = [] if context is None else flatten_layers(context.entry_layer)
+    entry = entry_layer()
+    layers = [] if entry is None else flatten_layers(entry)
     kept = [(layer, [*layer._losses]) for layer in layers]
     try:
         yield
@@ -123,6 +277,86 @@ def losses_kept():
         for layer, losses in kept:
             layer._losses.clear()
             layer._losses.extend(losses)
+
+
+def entry_layer():
+    """The outermost layer that is being called, or `None`."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return None if context is None else context.entry_layer
+
+
+def trace_state():
+    """What differs where a backend traces a function within another one."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.core.get_opaque_trace_state()
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # `tf.vectorized_map` traces into the same graph, for one element.
+        is_mapped = any(
+            "/parallel_for/" in frame.f_code.co_filename
+            for frame in stack_of_calls()
+        )
+        return tf.compat.v1.get_default_graph(), is_mapped
+    if is_compiling():
+        return None
+    import torch
+
+    return torch._C._functorch.maybe_current_level()
+
+
+def is_sparse(x):
+    """Whether a tensor is one of a backend's sparse ones."""
+    if keras.config.backend() == "jax":
+        from jax.experimental import sparse
+
+        return isinstance(x, sparse.JAXSparse)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return isinstance(x, tf.SparseTensor)
+    return False
+
+
+def without_moving(variables, model, step, arguments):
+    """Calls a training step, and leaves some variables as they were before it.
+
+    Args:
+        variables: List of `keras.Variable` of the model, which train.
+        model: `keras.Model`.
+        step: Function, its `train_step`.
+        arguments: Tuple, what it is called with.
+
+    Returns:
+        What the step returned.
+    """
+    if keras.config.backend() == "jax":
+        kept_ids = {id(variable) for variable in variables}
+        logs, (after, *state) = step(*arguments)
+        values = [
+            old if id(variable) in kept_ids else new
+            for variable, old, new in zip(
+                model.trainable_variables, arguments[0][0], after
+            )
+        ]
+        return logs, (values, *state)
+    values = [ops.copy(variable.value) for variable in variables]
+    logs = step(*arguments)
+    with no_gradients():
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+    return logs
+
+
+def no_gradients():
+    """Context in which PyTorch records nothing for gradients."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()
 
 
 def get_keras_mask(x):
@@ -175,20 +409,3 @@ def make_state(model, iterator=None, data_batch=None):
     )
     if is_known:
         model._symbolic_build(data_batch=data_batch)
-
-
-class ToldOfTraining:
-    """A model to which Keras's trainers say `training`, whatever `call` takes.
-
-    They leave it out where `call` has no such argument; the layers inside
-    would not know that they train.
-    """
-
-    @property
-    def _call_has_training_arg(self):
-        return True
-
-    @_call_has_training_arg.setter
-    def _call_has_training_arg(self, value):
-        # Keras sets it; it counts again when the model has no adapters.
-        vars(self)["_call_has_training_arg"] = value

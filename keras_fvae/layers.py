@@ -13,29 +13,79 @@ from keras_fvae import keras_internals
 from keras_fvae import masking
 from keras_fvae import replicas
 from keras_fvae import sharding
+from keras_fvae import switching
 from keras_fvae.config import FVAELoRAConfig
 from keras_fvae.config import resolve_config
 from keras_fvae.contraction import analyze_equation
 from keras_fvae.fvae import FVAE
 from keras_fvae.fvae import NotRematerialized
+from keras_fvae.layout import layout
 from keras_fvae.scoped import ScopedValue
 
 # Those in which Keras gives the gradient with respect to a layer's input.
 QUANTIZATION_MODES = (None, "int8", "int4")
 ADAPTED_MARK = "keras_fvae"
+# An attribute that models which hold adapted layers have.
+CONTAINER_MARK = "base_call_signature"
 
 
-# Whether adapted layers train that are told they do not, or nothing.
-_in_training_step = ScopedValue(default=False)
+# What the model or the step around adapted layers says of `training`.
+_training = ScopedValue()
 
 
-def training_step(training):
+def known_training(training):
     """Says whether adapted layers train that are called inside the block.
 
-    That is, for models whose `compute_loss` calls layers once more, and tells
-    them nothing of it.
+    Not all models pass `training` on to all layers, and some call themselves
+    once more in `compute_loss` without a word of it.
+
+    Args:
+        training: Boolean, or `None` if nothing is known.
     """
-    return _in_training_step.set_to(training)
+    return _training.set_to(training)
+
+
+def is_training(training):
+    """Whether a layer trains.
+
+    It does if it is told so; else if the innermost model or step around it
+    was; and if nothing was said at all, if Keras is in a training step.
+
+    Args:
+        training: Boolean or `None`, what the layer was called with. Layers
+            around it may pass on `False` by default, unasked.
+    """
+    if training or _training.value:
+        return True
+    return _training.value is None and keras_internals.is_in_training_step()
+
+
+# In which trace of the backend the outermost model was called.
+_outer_trace = ScopedValue()
+
+
+def called_in_this_trace():
+    """Says where a model is called that adapted layers are in, for a block."""
+    if _outer_trace.value is not None:
+        return contextlib.nullcontext()
+    return _outer_trace.set_to((keras_internals.trace_state(),))
+
+
+def refuse_inside_transformation(layer):
+    """Refuses to train inside a function that the backend transforms.
+
+    Raises:
+        ValueError: If the layer is in such a function inside the model.
+    """
+    if _outer_trace.value not in (None, (keras_internals.trace_state(),)):
+        raise ValueError(
+            f"The adapted layer '{layer.path}' is called inside a function "
+            f"that {keras.config.backend()} transforms, such as a branch of "
+            "`ops.cond`, the body of a loop or of `ops.map`, `jax.jit` or "
+            "`jax.checkpoint`. In training, neither the loss of its adapter "
+            "nor its random numbers get out of there. Call the layer outside "
+            "of it, or leave it out of `target_layer_names`."
+        )
 
 
 # Where adapted layers put their posteriors, if anywhere.
@@ -83,8 +133,6 @@ class Adapter(keras.Layer):
         self.config = config
         self.equation = equation
         self.regularizer = regularizer
-        # Turned off by `keras_fvae.fvae_lora_disabled`.
-        self.enabled = True
         self.fvae = FVAE(
             config, finalized, dtype=self.dtype_policy, name="fvae"
         )
@@ -201,7 +249,7 @@ class Adapter(keras.Layer):
         return rank * units + self.fvae.num_inference_parameters
 
 
-class FVAELoRAMixin(NotRematerialized):
+class FVAELoRAMixin(NotRematerialized, keras_internals.Pickled):
     """What the adapted layers share: all but how they contract.
 
     The frozen layer computes what it always did, with Keras's own code for
@@ -278,9 +326,13 @@ class FVAELoRAMixin(NotRematerialized):
         return layer
 
     def _add_update_to(self, base_call, inputs, training):
-        if not self.adapter.enabled:
+        _note_entry()
+        if switching.is_off(self):
             return base_call(inputs, training=training)
-        training = training or _in_training_step.value
+        training = self._draws_latents(inputs, training)
+        if training or self.config.sample_at_inference:
+            refuse_inside_transformation(self)
+        base_inputs, inputs = inputs, self._features(inputs)
         mask = None
         # Inference needs to know of no token whether it counts.
         if training or _recorded.value is not None:
@@ -296,9 +348,30 @@ class FVAELoRAMixin(NotRematerialized):
             base_call = types.MethodType(
                 base_call.__func__, _WithoutActivation(self)
             )
-        outputs = base_call(inputs, training=training)
+        outputs = base_call(base_inputs, training=training)
         outputs = self.adapter.add_update(outputs, z1, inputs)
         return outputs if is_linear else self.activation(outputs)
+
+    def _draws_latents(self, inputs, training):
+        """Whether the layer computes as in training.
+
+        As all of Keras's layers do, it does not while it is frozen. Nor is
+        there anything to draw for no tokens.
+        """
+        if not is_training(training):
+            return False
+        self.adapter.fvae.refuse_if_finalized()
+        return 0 not in inputs.shape and bool(
+            self.adapter.fvae.trainable_weights
+        )
+
+    def _features(self, inputs):
+        """What the autoencoder sees of the inputs: dense floats."""
+        if keras_internals.is_sparse(inputs):
+            inputs = ops.convert_to_tensor(inputs, sparse=False)
+        if not keras.backend.is_float_dtype(inputs.dtype):
+            inputs = ops.cast(inputs, self.compute_dtype)
+        return inputs
 
     def _freeze_base(self):
         """Keeps every weight but the adapter's from training."""
@@ -306,6 +379,21 @@ class FVAELoRAMixin(NotRematerialized):
         for variable in self.variables:
             if id(variable) not in adapter_ids:
                 variable.trainable = False
+
+
+def _note_entry():
+    """Makes the model that is being called one that knows of adapters.
+
+    Those that were made around an adapted model do not yet.
+    """
+    if keras_internals.is_compiling():
+        return
+    entry = keras_internals.entry_layer()
+    if isinstance(entry, keras.Model) and not hasattr(entry, CONTAINER_MARK):
+        # Which imports this module.
+        from keras_fvae import containers
+
+        containers.make_container(entry)
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
@@ -394,11 +482,25 @@ class FVAELoRAEinsumDense(FVAELoRAMixin, keras.layers.EinsumDense):
         self._init_adapter(rank, config)
 
 
+def _in_place(adapted_class, base):
+    """The class of a layer of class `base` once it is adapted.
+
+    Keras finds the weights of the layers in a list by the names of their
+    classes, which so stay what they were.
+    """
+    register = keras.saving.register_keras_serializable(package="keras_fvae")
+    return register(
+        type(base.__name__, (adapted_class,), {"__module__": __name__})
+    )
+
+
 ADAPTED_CLASSES = {
-    keras.layers.Dense: FVAELoRADense,
-    keras.layers.EinsumDense: FVAELoRAEinsumDense,
+    base: _in_place(adapted_class, base)
+    for base, adapted_class in (
+        (keras.layers.Dense, FVAELoRADense),
+        (keras.layers.EinsumDense, FVAELoRAEinsumDense),
+    )
 }
-BASE_CLASSES = {adapted: base for base, adapted in ADAPTED_CLASSES.items()}
 
 
 def check_adaptable(layer):
@@ -416,9 +518,16 @@ def check_adaptable(layer):
     if isinstance(layer, FVAELoRAMixin):
         raise ValueError(f"The {what} is adapted by FVAE-LoRA already.")
     if type(layer) not in ADAPTED_CLASSES:
+        kind = f"of class `{type(layer).__name__}`"
+        for base in ADAPTED_CLASSES:
+            if isinstance(layer, base):
+                kind += (
+                    f", which derives from `{base.__name__}` and may compute "
+                    "something else"
+                )
         raise ValueError(
-            f"FVAE-LoRA adapts `Dense` and `EinsumDense` layers. The {what} is "
-            f"of class `{type(layer).__name__}`."
+            "FVAE-LoRA adapts layers of the classes `Dense` and `EinsumDense` "
+            f"themselves. The {what} is {kind}."
         )
     if not layer.built:
         raise ValueError(
@@ -463,6 +572,29 @@ def new_adapter(layer, config, finalized=False):
         dtype=layer.compute_dtype,
         name="adapter",
     )
+
+
+def adapter_shapes(layer, config, finalized=False):
+    """The shapes of an adapter's arrays, without an adapter.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`, built.
+        config: `FVAELoRAConfig`.
+        finalized: Boolean. Whether only what inference needs is held.
+
+    Returns:
+        Dict of name to shape, as `Adapter.array_shapes`.
+    """
+    contraction = analyze_equation(_equation(layer), _input_rank(layer))
+    kernel_shape = layer.kernel.shape
+    feature_packing, latent_packing = layout(
+        config, contraction.width(kernel_shape), finalized
+    )
+    return {
+        "kernel_b": (config.rank, contraction.units(kernel_shape)),
+        **feature_packing.shapes,
+        **latent_packing.shapes,
+    }
 
 
 def build_adapter(layer, config, finalized=False):
@@ -512,7 +644,9 @@ def detach_adapter(layer):
     """
     keras_internals.untrack(layer, layer.adapter)
     del layer.adapter
-    layer.__class__ = BASE_CLASSES[type(layer)]
+    layer.__class__ = next(
+        base for base in ADAPTED_CLASSES if isinstance(layer, base)
+    )
 
 
 def merge_update(layer, update):

@@ -85,7 +85,9 @@ def find_token_mask(inputs, num_token_axes):
     for pairs in reversed((*_known_masks.value, [own_pair])):
         own_masks = [mask for sequence, mask in pairs if sequence is inputs]
         for mask in own_masks or [mask for _, mask in pairs]:
-            if mask is not None and _fits(mask, inputs, num_token_axes):
+            if _fits(mask, inputs, num_token_axes) and (
+                own_masks or _is_of_the_first_axes(mask, inputs, num_token_axes)
+            ):
                 return mask
     return None
 
@@ -149,3 +151,17 @@ def _fits(mask, inputs, num_token_axes):
         None in (given, needed) or given == needed
         for given, needed in zip(mask.shape, inputs.shape)
     )
+
+
+def _is_of_the_first_axes(mask, inputs, num_token_axes):
+    """Whether a mask of another sequence can be of no other axes of these.
+
+    Inside attention the axis after that of the batch is of tokens or of heads,
+    and there may be as many of these as of those.
+    """
+    num_axes = len(mask.shape)
+    if num_axes == num_token_axes:
+        return True
+    sizes = tuple(mask.shape)[1:]
+    others = tuple(inputs.shape)[num_axes:num_token_axes]
+    return sizes == tuple(inputs.shape)[1:num_axes] and not {*sizes} & {*others}

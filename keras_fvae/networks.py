@@ -385,7 +385,7 @@ def _affine(x, kernel, bias):
 
         rows = x.reshape(-1, x.shape[-1])
         rows = torch.addmm(bias.to(x.dtype), rows, kernel.to(x.dtype))
-        return rows.reshape(*x.shape[:-1], -1)
+        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
     kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
     return ops.matmul(x, kernel) + bias
 

@@ -124,12 +124,17 @@ def token_mean(values, token_weights=None, feature_axes=0):
             are kept.
 
     Returns:
-        Float32 tensor of the shape of the kept axes.
+        Float32 tensor of the shape of the kept axes; 0 if there is no token.
     """
     values = _float32(values)
     axes = tuple(range(len(values.shape) - feature_axes))
     if token_weights is None:
-        return ops.mean(values, axis=axes)
+        sizes = ops.shape(values)[: len(axes)]
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return ops.mean(values, axis=axes)
+        # There may be no tokens, of which the mean is 0.
+        num_values = ops.cast(ops.prod(ops.stack(sizes)), "float32")
+        return ops.divide_no_nan(ops.sum(values, axis=axes), num_values)
     weights = ops.reshape(token_weights, (-1, *[1] * feature_axes))
     num_draws = math.prod(values.shape[: len(axes) - 1])
     return ops.sum(values * weights, axis=axes) * (1 / num_draws)

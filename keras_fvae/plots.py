@@ -6,15 +6,18 @@ writes. Takes matplotlib.
 
 import os
 
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 from keras import ops
 
+from keras_fvae import extras
 from keras_fvae import objective
 from keras_fvae.probing import LATENTS
 from keras_fvae.totals import ACTIVE_UNIT_VARIANCE
 from keras_fvae.totals import NAMES
+
+with extras.needed("analysis"):
+    import matplotlib.figure
+    import matplotlib.ticker
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and marks
 # for those who print in grey.

@@ -10,11 +10,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae import extras
 from keras_fvae import masking
+from keras_fvae import switching
 from keras_fvae.layers import recorded_posteriors
-from keras_fvae.lookup import numbered
 from keras_fvae.lookup import require_adapted_layers
 from keras_fvae.training import forget_compiled_functions
+from keras_fvae.tree import numbered
 
 LATENTS = ("z1", "z2")
 
@@ -81,7 +83,7 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
         )
     for layer in layers:
         layer.adapter.fvae.refuse_if_finalized()
-        if not layer.adapter.enabled:
+        if switching.is_off(layer):
             raise ValueError(
                 f"The adapters of model '{model.name}' are turned off. Leave "
                 "the `fvae_lora_disabled` block first."
@@ -213,11 +215,12 @@ def probe_latents(
 
 
 def _probe(features, target, num_folds):
-    import scipy.stats
-    import sklearn.linear_model
-    import sklearn.model_selection
-    import sklearn.pipeline
-    import sklearn.preprocessing
+    with extras.needed("analysis"):
+        import scipy.stats
+        import sklearn.linear_model
+        import sklearn.model_selection
+        import sklearn.pipeline
+        import sklearn.preprocessing
 
     probe = sklearn.pipeline.make_pipeline(
         sklearn.preprocessing.StandardScaler(),

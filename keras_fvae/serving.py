@@ -1,10 +1,9 @@
 """From training to use: finalize, merge, or do without the adapters."""
 
-import contextlib
-
 from keras_fvae import containers
 from keras_fvae import layers as adapted
 from keras_fvae import lookup
+from keras_fvae import switching
 from keras_fvae import training
 
 
@@ -38,11 +37,11 @@ def finalize_fvae_lora(model):
     """
     layers = lookup.require_adapted_layers(model)
     _refuse_sampling(layers)
+    training.refuse_while_running(layers)
     adapters = []
     for layer in layers:
         adapter = adapted.build_adapter(layer, layer.config, finalized=True)
         adapter.set_arrays(layer.adapter.get_arrays(finalized=True))
-        adapter.enabled = layer.adapter.enabled
         adapter.trainable = False
         adapters.append(adapter)
     containers.replace_adapters(layers, adapters)
@@ -72,14 +71,15 @@ def merge_fvae_lora(model):
     ... )
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2, encoder_units=())
     >>> keras_fvae.merge_fvae_lora(model)
-    >>> type(model.layers[0]).__name__
-    'Dense'
+    >>> hasattr(model.layers[0], "adapter")
+    False
 
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
     layers = lookup.require_adapted_layers(model)
     _refuse_sampling(layers)
+    training.refuse_while_running(layers)
     for layer in layers:
         if layer.config.hidden_units:
             raise ValueError(
@@ -100,15 +100,23 @@ def merge_fvae_lora(model):
     training.forget_training(layers, keep_optimizer=False)
 
 
-@contextlib.contextmanager
 def fvae_lora_disabled(model):
     """Makes a model predict like the base model, inside a `with` block.
+
+    For the thread that enters the block, and in any model that the layers are
+    in. Blocks may be nested, and overlap. Steps are compiled once for each
+    set of adapters that is off, and kept. What trains inside the block does so
+    without the adapters, which stay as they are.
 
     Args:
         model: `keras.Model` or layer with layers adapted by FVAE-LoRA.
 
+    Returns:
+        A context manager.
+
     Raises:
         ValueError: If no layer is adapted.
+        TypeError: If `model` is no Keras model or layer.
 
     Example:
 
@@ -119,24 +127,7 @@ def fvae_lora_disabled(model):
     >>> with keras_fvae.fvae_lora_disabled(model):
     ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
     """
-    layers = lookup.require_adapted_layers(model)
-    before = [layer.adapter.enabled for layer in layers]
-    try:
-        _set_enabled(layers, [False] * len(layers))
-        yield
-    finally:
-        _set_enabled(layers, before)
-
-
-def _set_enabled(layers, enabled):
-    for layer, value in zip(layers, enabled):
-        # What was merged inside the block has no adapter any more.
-        if hasattr(layer, "adapter"):
-            layer.adapter.enabled = value
-    for model in training.living_models_with(layers):
-        training.forget_compiled_functions(
-            model, kinds=("test", "predict", "generate")
-        )
+    return switching.switched_off(lookup.require_adapted_layers(model))
 
 
 def _refuse_sampling(layers):

@@ -2,6 +2,8 @@
 
 import re
 
+import keras
+
 from keras_fvae import keras_internals
 from keras_fvae.lookup import adaptable_layers
 
@@ -53,10 +55,15 @@ def find_targets(model, target_layer_names):
         TypeError: If `target_layer_names` is of the wrong type.
     """
     candidates = adaptable_layers(model)
+    if not model.built or (candidates and not any(c.built for c in candidates)):
+        raise ValueError(
+            f"Model '{model.name}' is not built, so its layers have no weights "
+            "to adapt. Call it on data, or build it, before."
+        )
     if not candidates:
         raise ValueError(
             f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
-            "adapt. If it is not built yet, call it on data first."
+            "adapt."
         )
     if target_layer_names is None:
         targets = _default_targets(model, candidates)
@@ -70,7 +77,7 @@ def find_targets(model, target_layer_names):
         raise ValueError(
             f"Model '{model.name}' has {without}. Received: "
             f"target_layer_names={target_layer_names!r}. "
-            f"{_list_names(candidates)}"
+            f"{_list_names(model, candidates)}"
         )
     return targets
 
@@ -105,7 +112,7 @@ def match_layers(model, choices, candidates, argument):
         if not chosen:
             raise ValueError(
                 f"In `{argument}`, {choice!r} matches no layer. "
-                f"{_list_names(candidates)}"
+                f"{_list_names(model, candidates)}"
             )
         chosen_ids.update(id(layer) for layer in chosen)
     return [layer for layer in candidates if id(layer) in chosen_ids]
@@ -158,6 +165,21 @@ def _is_unnamed(layer):
     return re.fullmatch(r"(einsum_)?dense(_\d+)?", layer.name)
 
 
-def _list_names(candidates):
-    names = sorted({layer.name for layer in candidates})
-    return f"The layers that it can name are: {names}."
+def _list_names(model, candidates):
+    """The names by which layers can be chosen, also when a model is made anew.
+
+    A layer without a name of its own is called what its attribute is.
+    """
+    attributes = {
+        id(value): name
+        for holder in keras_internals.flatten_layers(model)
+        for name, value in vars(holder).items()
+        if isinstance(value, keras.Layer)
+    }
+    names = {
+        attributes.get(id(layer), layer.name)
+        if _is_unnamed(layer)
+        else layer.name
+        for layer in candidates
+    }
+    return f"The layers that it can name are: {sorted(names)}."

@@ -113,7 +113,7 @@ def test_backbone(name, tmp_path):
             for weight in layer.adapter.trainable_weights
         ), layer.path
 
-    path = tmp_path / "adapters.fvae_lora.h5"
+    path = tmp_path / "adapters.safetensors"
     model.save_fvae_lora_weights(path)
     loaded = make(name)
     loaded.load_fvae_lora_weights(path)

@@ -34,7 +34,7 @@ def only(backend):
 @pytest.mark.slow
 @only("jax")
 def test_two_processes_of_jax(tmp_path):
-    (tmp_path / "damaged.fvae_lora.h5").write_bytes(b"no HDF5")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no HDF5")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -89,7 +89,7 @@ def test_two_workers_of_torchrun(tmp_path):
     ]
     np.testing.assert_allclose(workers["losses"], losses, rtol=1e-5)
     loaded = make_attention_model()
-    path = tmp_path / "workers.fvae_lora.h5"
+    path = tmp_path / "workers.safetensors"
     keras_fvae.load_fvae_lora_weights(loaded, path)
     for layer, expected in zip(adapted_layers(loaded), adapted_layers(model)):
         for name, array in layer.adapter.get_arrays().items():

@@ -70,7 +70,7 @@ def check_output(output, folder, rank):
         f"FVAE-LoRA, rank {rank}",
     ]
     assert (folder / "quickstart.png").stat().st_size > 10_000
-    assert (folder / "quickstart.fvae_lora.h5").is_file()
+    assert (folder / "quickstart.safetensors").is_file()
 
 
 @pytest.mark.one_backend
@@ -91,7 +91,7 @@ def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
         str(preset), num_classes=2
     )
     keras_fvae.load_fvae_lora_weights(
-        classifier, tmp_path / "out" / "quickstart.fvae_lora.h5"
+        classifier, tmp_path / "out" / "quickstart.safetensors"
     )
 
 

@@ -81,7 +81,10 @@ print({name.split(".")[0] for name in set(sys.modules) - before}
 """
     seconds, new_modules = run_python("-c", code).stdout.splitlines()
     assert float(seconds) < 0.3
-    assert new_modules == "{'keras_fvae'}"
+    assert new_modules in (
+        "{'keras_fvae', 'safetensors'}",
+        "{'safetensors', 'keras_fvae'}",
+    )
 
 
 def test_a_file_brings_kerashub_with_it(tmp_path):

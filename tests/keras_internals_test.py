@@ -108,17 +108,6 @@ def test_the_keras_mask_of_a_tensor():
     assert keras_internals.get_keras_mask({"x": 1}) is None
 
 
-def test_told_of_training():
-    class Told(keras_internals.ToldOfTraining, keras.Model):
-        def call(self, x):
-            return x
-
-    told = Told()
-    assert told._call_has_training_arg
-    # What Keras sets, and its trainers read.
-    assert vars(told)["_call_has_training_arg"] is False
-
-
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 def test_the_kernel_variable(mode):
     for layer in (

@@ -206,7 +206,7 @@ def test_a_task_with_the_distribution_set_last():
 
 
 def test_files_go_from_one_device_to_a_mesh_and_back(batch, tmp_path):
-    path = tmp_path / "task.fvae_lora.h5"
+    path = tmp_path / "task.safetensors"
     backbone = make_adapted("llama")
     backbone.save_fvae_lora_weights(path)
     expected = backbone.predict(batch[0], verbose=0)

@@ -68,7 +68,7 @@ def test_adapters_of_a_float_model_load_onto_a_quantized_one(rng, tmp_path):
     other.set_weights(model.get_weights())
     model.backbone.enable_fvae_lora(**SMALL)
     move_adapters(model, rng, scale=0.5)
-    path = tmp_path / "task.fvae_lora.h5"
+    path = tmp_path / "task.safetensors"
     model.backbone.save_fvae_lora_weights(path)
     other.quantize("int8")
     base_predictions = zoo.predict(other, "text_classifier")

@@ -154,7 +154,7 @@ def test_replicas_draw_different_numbers(strategy):
 def test_files_from_and_to_replicas(
     make_attention_model, strategy, data, tmp_path
 ):
-    path = tmp_path / "task.fvae_lora.h5"
+    path = tmp_path / "task.safetensors"
     with strategy.scope():
         model = make_attention_model()
         adapt(model)

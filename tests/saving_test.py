@@ -1,9 +1,8 @@
 """Adapter files: round trips, other processes, and files that do not fit."""
 
-import json
-import os
+import re
+import time
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -16,10 +15,11 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
+from keras_fvae import files
 from keras_fvae import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
-FILE = "task.fvae_lora.h5"
+FILE = "task.safetensors"
 
 
 def enable(model, name, **options):
@@ -67,12 +67,8 @@ def test_round_trip_onto_a_plain_model(name, include, rng, tmp_path):
 
 
 def count_numbers(path):
-    with h5py.File(path) as file:
-        counts = []
-        file.visititems(
-            lambda name, item: counts.append(getattr(item, "size", 0))
-        )
-        return sum(counts) - file["header"].size
+    _, arrays = files.parse(path.read_bytes(), path)
+    return sum(array.size for array in arrays.values())
 
 
 def test_only_the_adapters_and_what_trains_is_in_the_file(rng, tmp_path):
@@ -152,7 +148,7 @@ import keras_fvae
 directory = sys.argv[1]
 model = zoo.make_text_classifier()
 model.load_weights(directory + "/base.weights.h5")
-model.backbone.load_fvae_lora_weights(directory + "/task.fvae_lora.h5")
+model.backbone.load_fvae_lora_weights(directory + "/task.safetensors")
 np.save(directory + "/loaded.npy", zoo.predict(model, "text_classifier"))
 other = zoo.make_text_classifier()
 other.load_weights(directory + "/base.weights.h5")
@@ -207,18 +203,17 @@ def test_a_file_is_small(tmp_path):
     keras_fvae.enable_fvae_lora(model, 16, lambda layer: True)
     keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
     keras_fvae.save_fvae_lora_weights(
-        model, tmp_path / "i.fvae_lora.h5", "inference"
+        model, tmp_path / "i.safetensors", "inference"
     )
     assert (tmp_path / FILE).stat().st_size < 20e6
-    assert (tmp_path / "i.fvae_lora.h5").stat().st_size < 3e6
+    assert (tmp_path / "i.safetensors").stat().st_size < 3e6
 
 
-def edit_header(path, change):
-    with h5py.File(path, "r+") as file:
-        header = json.loads(file["header"][()])
-        change(header)
-        del file["header"]
-        file["header"] = json.dumps(header)
+def edit(path, change):
+    """Changes the record and the arrays of a file, as if they were saved so."""
+    record, arrays = files.parse(path.read_bytes(), path)
+    change(record, arrays)
+    files.write(path, record, arrays)
 
 
 def cut(path):
@@ -227,42 +222,72 @@ def cut(path):
 
 def flip(path):
     """One bit of the weights, as a bad disk would."""
-    with h5py.File(path) as file:
-        dataset = file["layers/query/kernel_b"]
-        offset = dataset.id.get_chunk_info(0).byte_offset
     content = bytearray(path.read_bytes())
-    content[offset] ^= 1
+    content[-1] ^= 1
     path.write_bytes(bytes(content))
 
 
-def foreign(path):
-    with h5py.File(path, "w") as file:
-        file["x"] = 1
+B = "layers/query/kernel_b"
 
 
-def reshape(path):
-    with h5py.File(path, "r+") as file:
-        del file["layers/query/kernel_b"]
-        file["layers/query/kernel_b"] = np.zeros((2, 7), "float32")
+def in_record(**entries):
+    return lambda path: edit(path, lambda record, _: record.update(entries))
 
 
-def drop(path):
-    with h5py.File(path, "r+") as file:
-        del file["layers/query/kernel_b"]
+def in_config(**settings):
+    def change(record, arrays):
+        record["adapted"]["query"]["config"].update(settings)
+
+    return lambda path: edit(path, change)
+
+
+def in_arrays(**entries):
+    """Of the array of B, or by other names of other arrays."""
+
+    def change(record, arrays):
+        for name, array in entries.items():
+            name = B if name == "b" else name
+            arrays.pop(name, None)
+            if array is not None:
+                arrays[name] = array
+
+    return lambda path: edit(path, change)
 
 
 DAMAGES = [
     (cut, "damaged, cut short"),
-    (lambda path: path.write_text("no HDF5"), "damaged, cut short"),
-    (lambda path: path.write_bytes(b""), "damaged, cut short"),
-    (flip, "damaged, cut short"),
-    (foreign, "none that `save_fvae_lora_weights` wrote"),
+    (flip, "is damaged"),
+    (in_arrays(b=np.zeros((2, 7), "float32")), r"shape \(2, 7\).*\(2, 8\)"),
+    (in_arrays(b=None), f"only the model has a weight '{B}'"),
+    (in_arrays(c=np.zeros(3)), "only the file has a weight 'c'"),
+    (in_arrays(b=np.zeros((2, 8))), "of dtype float64, and it must be float32"),
+    (in_arrays(b=np.zeros((2, 8), "int32")), "of dtype int32"),
     (
-        lambda path: edit_header(path, lambda h: h["record"].update(version=2)),
-        "newer version of keras_fvae",
+        in_arrays(b=np.full((2, 8), np.nan, "float32")),
+        f"'{B}' has numbers.*not",
     ),
-    (reshape, r"'layers/query/kernel_b' has shape \(2, 7\).*\(2, 8\)"),
-    (drop, "only the model has a weight 'layers/query/kernel_b'"),
+    (
+        in_arrays(b=np.full((2, 8), np.inf, "float32")),
+        f"'{B}' has numbers.*not",
+    ),
+    (in_record(adapted={}), "only the file|adapted only in the model"),
+    (in_record(adapted=None), "'adapted' must be an object"),
+    (in_record(adapted={"query": {}}), "'adapted/query' must be an object of"),
+    (in_record(layer_paths=["query"] * 2), "'layer_paths' must be without rep"),
+    (in_record(layer_paths=[1]), "'layer_paths' must be a list of strings"),
+    (in_record(trained=["no/such"]), "the weight 'no/such' was trained"),
+    (in_record(state="query"), "'state' must be a list of strings"),
+    (in_record(extra=1), "the entries must be these"),
+    (in_config(rank=10**9), "kernel_b' has shape|rank=1000000000"),
+    (in_config(rank=-1), "the settings of 'query' are wrong: `rank` must be"),
+    (in_config(rank=10**400), "the settings of 'query'|kernel_b|rank="),
+    (in_config(alpha=10**400), "the settings of 'query'.*`alpha` must be"),
+    (in_config(decoder_units=[4] * 10**5), "only the model|decoder_units="),
+    (in_config(lora=True), "the settings of 'query' are wrong"),
+    (
+        lambda p: edit(p, lambda r, _: r.pop("state")),
+        "the entries must be these",
+    ),
 ]
 
 
@@ -276,6 +301,66 @@ def test_a_damaged_file_changes_nothing(damage, message, rng, tmp_path):
         with pytest.raises(ValueError, match=message):
             keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
         assert snapshot(model) == before
+
+
+HOSTILE = [None, True, -1, 10**9, 1e308, "", "query", [], ["head"], {}, [{}]]
+
+
+def spoil(value, rng):
+    """A value, or something in it, in the place of which is another."""
+    keys = [*value] if isinstance(value, dict) else [*range(len(value))]
+    if not keys:
+        return value
+    key = keys[rng.integers(len(keys))]
+    if isinstance(value[key], (dict, list)) and rng.random() < 0.7:
+        spoil(value[key], rng)
+    elif rng.random() < 0.2:
+        value.pop(key)
+    else:
+        value[key] = HOSTILE[rng.integers(len(HOSTILE))]
+    return value
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "number", [150, pytest.param(1500, marks=pytest.mark.slow)]
+)
+def test_hostile_records_change_nothing(number, rng, tmp_path):
+    adapted, plain = make_pair("sequential", rng)
+    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    before = snapshot(plain), snapshot(adapted)
+    content, num_refused = (tmp_path / FILE).read_bytes(), 0
+    for _ in range(number):
+        (tmp_path / FILE).write_bytes(content)
+        edit(tmp_path / FILE, lambda record, _: spoil(record, rng))
+        for model in (plain, adapted):
+            begin = time.perf_counter()
+            try:
+                keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+            except ValueError:
+                num_refused += 1
+            else:
+                # What it changed is no matter to what is loaded.
+                assert np.array_equal(
+                    to_numpy(model.get_layer("query").adapter.kernel_b),
+                    to_numpy(adapted.get_layer("query").adapter.kernel_b),
+                )
+                if model is plain:
+                    _, plain = make_pair("sequential", rng)
+                    set_base_weights(plain, adapted.weights)
+                    before = snapshot(plain), before[1]
+            assert time.perf_counter() - begin < 1
+        assert (snapshot(plain), snapshot(adapted)) == before
+    assert num_refused > number
+
+
+def test_numbers_that_were_not_finite_come_back(rng, tmp_path):
+    adapted, plain = make_pair("sequential", rng)
+    kernel_b = adapted.get_layer("query").adapter.kernel_b
+    kernel_b.assign(np.full((2, 8), np.nan))
+    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    assert np.isnan(to_numpy(plain.get_layer("query").adapter.kernel_b)).all()
 
 
 def with_units(units=8, name="query", head="head"):
@@ -303,7 +388,7 @@ def finalized():
 OTHERS = [
     (lambda: with_units(9), r"'layers/query/kernel_b' has shape \(2, 8\)"),
     (lambda: with_units(name="value"), "'query' was adapted.*'value'"),
-    (lambda: with_units(head="top"), "'head/kernel' was trainable"),
+    (lambda: with_units(head="top"), "'head/kernel' was trained"),
     (lambda: adapted_with(rank=3), "'query' the file says rank=2.*rank=3"),
     (lambda: adapted_with(alpha=4.0), "alpha=None, the model alpha=4.0"),
     (
@@ -355,7 +440,7 @@ def test_models_of_another_type(call):
 
 def test_arguments(tmp_path):
     model = zoo.make_sequential()
-    with pytest.raises(ValueError, match="nothing to save"):
+    with pytest.raises(ValueError, match="no layer adapted"):
         keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
@@ -364,55 +449,11 @@ def test_arguments(tmp_path):
         keras_fvae.save_fvae_lora_weights,
         keras_fvae.load_fvae_lora_weights,
     ):
-        with pytest.raises(ValueError, match="end in '.fvae_lora.h5'"):
+        with pytest.raises(ValueError, match="end in '.safetensors'"):
             call(model, tmp_path / "task.h5")
     with pytest.raises(ValueError, match="'all' or 'inference'"):
         keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE, "some")
     assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import os, sys
-import h5py, keras
-import keras_fvae
-layer = keras.layers.Dense(8, name="query")
-model = keras.Sequential([keras.Input((8,)), layer])
-keras_fvae.enable_fvae_lora(model, 2)
-keras_fvae.save_fvae_lora_weights(model, sys.argv[1])
-create = h5py.File.create_dataset
-def die(file, name, **options):
-    if name.endswith("kernel_b"):
-        file.flush()
-        os._exit(9)
-    return create(file, name, **options)
-h5py.File.create_dataset = die
-model.layers[0].adapter.kernel_b.assign(0 * model.layers[0].adapter.kernel_b)
-keras_fvae.save_fvae_lora_weights(model, sys.argv[1])
-"""
-
-
-@pytest.mark.one_backend
-def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
-    path = tmp_path / FILE
-    result = run_python("-c", KILLED, path, check=False)
-    assert result.returncode == 9, result.stderr
-    with h5py.File(path) as file:
-        assert np.abs(file["layers/query/kernel_b"][()]).max() > 0
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    model = adapted_with()
-    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
-    content = (tmp_path / FILE).read_bytes()
-
-    def full(descriptor):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    assert (tmp_path / FILE).read_bytes() == content
 
 
 def test_onto_another_precision(rng, tmp_path):
@@ -430,3 +471,150 @@ def test_onto_another_precision(rng, tmp_path):
         zoo.predict(adapted, "sequential"),
         atol=0.1,
     )
+
+
+def stateful_model(kind):
+    """A model with layers that change state of theirs without a gradient."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8,))
+    x = keras.layers.Dense(8, name="query")(inputs)
+    x = STATEFUL[kind](name="stateful")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+class Counts(keras.layers.Layer):
+    """Divides by a number that each step in training makes larger."""
+
+    def build(self, input_shape):
+        self.count = self.add_weight(
+            (), "ones", dtype="int32", trainable=False, name="count"
+        )
+        self.mean = self.add_weight((8,), "zeros", trainable=False, name="mean")
+
+    def call(self, x, training=None):
+        if training:
+            self.count.assign_add(1)
+            self.mean.assign(keras.ops.mean(x, axis=0))
+        return x / keras.ops.cast(self.count, x.dtype) - self.mean
+
+
+STATEFUL = {
+    "batch_norm": lambda **kw: keras.layers.BatchNormalization(
+        momentum=0.5, **kw
+    ),
+    "statistics_alone": lambda **kw: keras.layers.BatchNormalization(
+        momentum=0.5, center=False, scale=False, **kw
+    ),
+    "spectral": lambda **kw: keras.layers.SpectralNormalization(
+        keras.layers.Dense(8), **kw
+    ),
+    "own": Counts,
+}
+
+
+def fit_stateful(model, rng, epochs=3):
+    x = (3 * rng.normal(size=(16, 8)) + 5).astype("float32")
+    model.compile(
+        keras.optimizers.Adam(0.03),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(x, np.arange(16) % 3, epochs=epochs, verbose=0)
+    return x
+
+
+def without_numbers(path):
+    return re.sub(r"_\d+", "", path)
+
+
+@pytest.mark.parametrize("is_chosen", [True, False])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_state_without_a_gradient_comes_back(kind, is_chosen, rng, tmp_path):
+    model, loaded = stateful_model(kind), stateful_model(kind)
+    chosen = ["stateful", "head"] if is_chosen else ["head"]
+    keras_fvae.enable_fvae_lora(model, trainable_layer_names=chosen, **SMALL)
+    layer = model.get_layer("stateful")
+    before = [to_numpy(weight) for weight in layer.weights]
+    x = fit_stateful(model, rng)
+    moved = not all(map(np.array_equal, map(to_numpy, layer.weights), before))
+    # Frozen, batch normalization changes nothing; others do not ask.
+    assert moved == (is_chosen or kind in ("spectral", "own"))
+    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    _, arrays = files.parse((tmp_path / FILE).read_bytes(), FILE)
+    assert moved == any("stateful" in name for name in arrays)
+    keras_fvae.load_fvae_lora_weights(loaded, tmp_path / FILE)
+    np.testing.assert_allclose(
+        to_numpy(loaded(x)), to_numpy(model(x)), atol=1e-6
+    )
+    # And it trains as it did.
+    trainable = [[la.trainable for la in m.layers] for m in (model, loaded)]
+    assert trainable[0] == trainable[1]
+    keras_fvae.save_fvae_lora_weights(loaded, tmp_path / FILE)
+    _, again = files.parse((tmp_path / FILE).read_bytes(), FILE)
+    assert [*map(without_numbers, again)] == [*map(without_numbers, arrays)]
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        lambda model: setattr(model, "trainable", False),
+        lambda model: setattr(model.get_layer("head"), "trainable", False),
+        lambda model: [setattr(w, "trainable", False) for w in model.weights],
+    ],
+)
+@pytest.mark.parametrize("compile_again", [False, True])
+def test_what_was_trained_and_then_frozen_comes_back(
+    freeze, compile_again, rng, tmp_path
+):
+    model, loaded = zoo.make_sequential(), zoo.make_sequential()
+    loaded.set_weights(model.get_weights())
+    enable(model, "sequential")
+    zoo.compile_model(model, "sequential")
+    zoo.fit(model, "sequential")
+    freeze(model)
+    if compile_again:
+        zoo.compile_model(model, "sequential")
+    predictions = zoo.predict(model, "sequential")
+    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    keras_fvae.load_fvae_lora_weights(loaded, tmp_path / FILE)
+    np.testing.assert_allclose(
+        zoo.predict(loaded, "sequential"), predictions, atol=1e-6
+    )
+    assert len(loaded.trainable_weights) == 5
+    # Also when it goes by a whole model in between.
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    _, arrays = files.parse((tmp_path / FILE).read_bytes(), FILE)
+    assert {"weights/head/kernel", "weights/head/bias"} <= arrays.keys()
+
+
+def test_the_head_of_a_task_that_was_trained_and_then_frozen(rng, tmp_path):
+    model, loaded = zoo.make_text_classifier(), zoo.make_text_classifier()
+    loaded.set_weights(model.get_weights())
+    model.backbone.enable_fvae_lora(**SMALL)
+    zoo.compile_model(model, "text_classifier")
+    zoo.fit(model, "text_classifier")
+    model.trainable = False
+    zoo.compile_model(model, "text_classifier")
+    predictions = zoo.predict(model, "text_classifier")
+    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    keras_fvae.load_fvae_lora_weights(loaded, tmp_path / FILE)
+    np.testing.assert_allclose(
+        zoo.predict(loaded, "text_classifier"), predictions, atol=1e-6
+    )
+
+
+def test_a_layer_by_itself_is_saved(rng, tmp_path):
+    def make():
+        layer = keras.layers.Dense(3, name="query")
+        layer.build((None, 4))
+        return layer
+
+    layer, other = make(), make()
+    other.set_weights(layer.get_weights())
+    keras_fvae.enable_fvae_lora(layer, 2, "query")
+    move_adapters(layer, rng)
+    x = rng.normal(size=(2, 4)).astype("float32")
+    keras_fvae.save_fvae_lora_weights(layer, tmp_path / FILE)
+    keras_fvae.load_fvae_lora_weights(other, tmp_path / FILE)
+    np.testing.assert_allclose(to_numpy(other(x)), to_numpy(layer(x)))

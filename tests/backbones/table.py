@@ -11,8 +11,8 @@ import keras
 import keras_fvae
 from backbones import BACKBONES
 from keras_fvae import keras_internals
-from keras_fvae import lookup
 from keras_fvae import targets
+from keras_fvae.tree import LayerTree
 
 HEADER = """\
 # KerasHub's backbones
@@ -75,17 +75,17 @@ SAMPLE = (
 def row(name, model):
     """The row of an adapted model, or of one with nothing to adapt."""
     projections = collections.defaultdict(set)
-    adapted = lookup.adapted_layers(model)
-    for layer in adapted:
+    tree = LayerTree(model)
+    for layer in tree.adapted:
         # The innermost.
-        holder = min(lookup.holders(model, [layer]), key=_num_layers)
+        holder = min(tree.holders([layer]), key=_num_layers)
         projections[type(holder).__name__].add(_called(layer, holder))
     cell = "; ".join(
         f"`{holder}`: {', '.join(f'`{name}`' for name in sorted(names))}"
         for holder, names in sorted(projections.items())
     )
     stars = "*" * (name in SAMPLE) + "**" * (name in TENSORFLOW_ALONE)
-    return f"| `{name}`{stars} | {cell or 'nothing'} | {len(adapted)} |"
+    return f"| `{name}`{stars} | {cell or 'nothing'} | {len(tree.adapted)} |"
 
 
 def _num_layers(holder):

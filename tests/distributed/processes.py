@@ -39,7 +39,7 @@ def distribution(kind):
 
 def main(kind, dataset):
     keras.utils.clear_session(free_memory=False)
-    path = directory / f"{kind}.fvae_lora.h5"
+    path = directory / f"{kind}.safetensors"
     keras.distribution.set_distribution(distribution(kind))
     backbone = make_backbone("llama")
     backbone.enable_fvae_lora(**CONFIG)
@@ -62,7 +62,7 @@ def main(kind, dataset):
     for name, error in (("damaged", ValueError), ("lost", OSError)):
         # In both processes, of which neither must wait for the other.
         with pytest.raises(error):
-            path = directory / f"{name}.fvae_lora.h5"
+            path = directory / f"{name}.safetensors"
             keras_fvae.load_fvae_lora_weights(backbone, path)
     return history.history["loss"]
 

@@ -40,7 +40,7 @@ def main(directory):
         losses.append(float(loss) / 2)
     if rank == 0:
         keras_fvae.save_fvae_lora_weights(
-            model, directory / "workers.fvae_lora.h5"
+            model, directory / "workers.safetensors"
         )
         np.savez(
             directory / "workers.npz",
