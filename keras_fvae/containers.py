@@ -21,6 +21,7 @@ from keras_fvae.layers import called_in_this_trace
 from keras_fvae.layers import detach_adapter
 from keras_fvae.layers import follow_kernel
 from keras_fvae.layers import has_widened_bias
+from keras_fvae.layers import is_training
 from keras_fvae.layers import known_training
 from keras_fvae.layers import merge_update
 from keras_fvae.layers import widen_bias
@@ -162,11 +163,24 @@ class AdaptedModel(AdaptedContainer):
     knows_outer_masks = False
 
     def __call__(self, *args, **kwargs):
-        told = contextlib.nullcontext()
-        if kwargs.get("training") is not None:
-            told = known_training(kwargs["training"])
-        with _called_model.set_to(self), told:
+        training = kwargs.get("training")
+        told = kept = contextlib.nullcontext()
+        if training is not None:
+            told = known_training(training)
+        if self._is_evaluated_in_a_step(training):
+            # Keras clears the losses of a model that is called once more.
+            kept = keras_internals.losses_kept(self)
+        with _called_model.set_to(self), kept, told:
             return super().__call__(*args, **kwargs)
+
+    def _is_evaluated_in_a_step(self, training):
+        """Whether it is called in `compute_loss`, such as for a reference."""
+        return (
+            (training is False or bool(switching.ids_off()))
+            and not keras_internals.is_compiling()
+            and keras_internals.entry_layer() is None
+            and is_training(None)
+        )
 
     def call(self, *args, **kwargs):
         if _called_model.value is not self:
@@ -184,6 +198,8 @@ class AdaptedModel(AdaptedContainer):
             for weight in layer.adapter.trainable_weights
         ]
         step = super().train_step
+        # Those of the last step, on PyTorch.
+        keras_internals.clear_losses(self)
         with known_training(True):
             if not kept:
                 return step(*args)
@@ -199,7 +215,8 @@ class AdaptedModel(AdaptedContainer):
 
     def fit(self, *args, **kwargs):
         refuse_training_if_finalized(self)
-        return super().fit(*args, **kwargs)
+        with keras_internals.values_kept(self):
+            return super().fit(*args, **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
         refuse_training_if_finalized(self)

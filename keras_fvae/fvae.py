@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_fvae import draws
+from keras_fvae import keras_internals
 from keras_fvae import masking
 from keras_fvae import objective
 from keras_fvae import replicas
@@ -163,6 +164,7 @@ class FVAE(NotRematerialized, keras.Layer):
             self.objective_weights = ObjectiveWeights(self.config)
 
     def call(self, x, training=None, mask=None, noise=None):
+        x = keras_internals.to_features(x, self.compute_dtype)
         token_shape = ops.shape(x)[:-1]
         _check_mask(mask, x)
         mask = masking.flatten_mask(mask, token_shape)

@@ -261,15 +261,15 @@ def without_values():
         global_state.set_global_attribute(name, previous)
 
 
-@contextlib.contextmanager
-def losses_kept():
-    """The losses of the layer that is called are after the block as before.
+def clear_losses(layer):
+    """Forgets the losses that a layer and those inside it have added."""
+    layer._clear_losses()
 
-    Inside it other threads may call the same layers: the replicas of a
-    `tf.distribute` strategy take turns where they wait for each other.
-    """
-    entry = entry_layer()
-    layers = [] if entry is None else flatten_layers(entry)
+
+@contextlib.contextmanager
+def losses_kept(layer):
+    """The losses of a layer, or `None`, are after the block as before."""
+    layers = [] if layer is None else flatten_layers(layer)
     kept = [(layer, [*layer._losses]) for layer in layers]
     try:
         yield
@@ -283,6 +283,20 @@ def entry_layer():
     """The outermost layer that is being called, or `None`."""
     context = global_state.get_global_attribute("current_call_ctx")
     return None if context is None else context.entry_layer
+
+
+def entry_models():
+    """The models that were called, but for those inside of them, a list."""
+    entries = [entry_layer()]
+    if keras.config.backend() == "jax":
+        # Of those whose `call` is called in place of themselves, Keras knows
+        # nothing.
+        entries += [
+            frame.f_locals.get("self")
+            for frame in stack_of_calls()
+            if frame.f_code.co_name == "stateless_call"
+        ]
+    return [entry for entry in entries if isinstance(entry, keras.Model)]
 
 
 def trace_state():
@@ -307,8 +321,21 @@ def trace_state():
     return torch._C._functorch.maybe_current_level()
 
 
-def is_sparse(x):
-    """Whether a tensor is one of a backend's sparse ones."""
+def to_features(x, dtype):
+    """Dense floats, of any tensor that Keras's layers take.
+
+    Args:
+        x: Tensor, dense or sparse.
+        dtype: String, of what is made of integers and booleans.
+    """
+    if _is_sparse(x):
+        x = ops.convert_to_tensor(x, sparse=False)
+    if not keras.backend.is_float_dtype(x.dtype):
+        x = ops.cast(x, dtype)
+    return x
+
+
+def _is_sparse(x):
     if keras.config.backend() == "jax":
         from jax.experimental import sparse
 
@@ -348,6 +375,44 @@ def without_moving(variables, model, step, arguments):
         for variable, value in zip(variables, values):
             variable.assign(value)
     return logs
+
+
+@contextlib.contextmanager
+def values_kept(model):
+    """Gives a model its values back if what runs inside the block raises.
+
+    On JAX Keras takes them while `fit` runs, and forgets them then.
+    """
+    if keras.config.backend() != "jax":
+        yield
+        return
+    purge, purged = model._purge_model_variables, []
+
+    def remember_and_purge(**kinds):
+        optimizer = getattr(model, "optimizer", None)
+        purged[:] = [
+            (variable, variable.value)
+            for variable in [
+                *model.variables,
+                *(optimizer.variables if optimizer else ()),
+                *model.metrics_variables,
+            ]
+        ]
+        purge(**kinds)
+
+    vars(model)["_purge_model_variables"] = remember_and_purge
+    try:
+        yield
+    except BaseException:
+        # Of the last step, if there was one.
+        with contextlib.suppress(RuntimeError):
+            model.jax_state_sync()
+        for variable, value in purged:
+            if not has_value(variable) and not value.is_deleted():
+                variable.assign(value)
+        raise
+    finally:
+        del vars(model)["_purge_model_variables"]
 
 
 def no_gradients():

@@ -326,13 +326,14 @@ class FVAELoRAMixin(NotRematerialized, keras_internals.Pickled):
         return layer
 
     def _add_update_to(self, base_call, inputs, training):
-        _note_entry()
+        _note_entries()
         if switching.is_off(self):
             return base_call(inputs, training=training)
         training = self._draws_latents(inputs, training)
         if training or self.config.sample_at_inference:
             refuse_inside_transformation(self)
-        base_inputs, inputs = inputs, self._features(inputs)
+        base_inputs = inputs
+        inputs = keras_internals.to_features(inputs, self.compute_dtype)
         mask = None
         # Inference needs to know of no token whether it counts.
         if training or _recorded.value is not None:
@@ -365,14 +366,6 @@ class FVAELoRAMixin(NotRematerialized, keras_internals.Pickled):
             self.adapter.fvae.trainable_weights
         )
 
-    def _features(self, inputs):
-        """What the autoencoder sees of the inputs: dense floats."""
-        if keras_internals.is_sparse(inputs):
-            inputs = ops.convert_to_tensor(inputs, sparse=False)
-        if not keras.backend.is_float_dtype(inputs.dtype):
-            inputs = ops.cast(inputs, self.compute_dtype)
-        return inputs
-
     def _freeze_base(self):
         """Keeps every weight but the adapter's from training."""
         adapter_ids = {id(variable) for variable in self.adapter.variables}
@@ -381,19 +374,19 @@ class FVAELoRAMixin(NotRematerialized, keras_internals.Pickled):
                 variable.trainable = False
 
 
-def _note_entry():
-    """Makes the model that is being called one that knows of adapters.
+def _note_entries():
+    """Makes the models that are being called such that know of adapters.
 
     Those that were made around an adapted model do not yet.
     """
     if keras_internals.is_compiling():
         return
-    entry = keras_internals.entry_layer()
-    if isinstance(entry, keras.Model) and not hasattr(entry, CONTAINER_MARK):
-        # Which imports this module.
-        from keras_fvae import containers
+    for model in keras_internals.entry_models():
+        if not hasattr(model, CONTAINER_MARK):
+            # Which imports this module.
+            from keras_fvae import containers
 
-        containers.make_container(entry)
+            containers.make_container(model)
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")

@@ -45,7 +45,8 @@ def mean_over_replicas(value):
         return value
     import tensorflow as tf
 
-    with keras_internals.losses_kept():
+    # Meanwhile other replicas may call the same layers, in their threads.
+    with keras_internals.losses_kept(keras_internals.entry_layer()):
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
 
 

@@ -550,7 +550,9 @@ def test_state_without_a_gradient_comes_back(kind, is_chosen, rng, tmp_path):
     assert trainable[0] == trainable[1]
     keras_fvae.save_fvae_lora_weights(loaded, tmp_path / FILE)
     _, again = files.parse((tmp_path / FILE).read_bytes(), FILE)
-    assert [*map(without_numbers, again)] == [*map(without_numbers, arrays)]
+    assert sorted(map(without_numbers, again)) == sorted(
+        map(without_numbers, arrays)
+    )
 
 
 @pytest.mark.parametrize(
