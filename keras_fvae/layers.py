@@ -256,6 +256,10 @@ class FVAELoRAMixin(NotRematerialized, keras_internals.Pickled):
     its weights, quantized or not; the update is added before the activation.
     """
 
+    def __new__(cls, *args, **kwargs):
+        # Of the same class as a layer that was adapted in place.
+        return super().__new__(IN_PLACE.get(cls, cls), *args, **kwargs)
+
     def _init_adapter(self, rank, config):
         """The part of `__init__` that the adapted layers share."""
         if self.lora_rank:
@@ -487,12 +491,16 @@ def _in_place(adapted_class, base):
     )
 
 
+IN_PLACE = {
+    FVAELoRADense: _in_place(FVAELoRADense, keras.layers.Dense),
+    FVAELoRAEinsumDense: _in_place(
+        FVAELoRAEinsumDense, keras.layers.EinsumDense
+    ),
+}
+# By the class of a plain layer.
 ADAPTED_CLASSES = {
-    base: _in_place(adapted_class, base)
-    for base, adapted_class in (
-        (keras.layers.Dense, FVAELoRADense),
-        (keras.layers.EinsumDense, FVAELoRAEinsumDense),
-    )
+    keras.layers.Dense: IN_PLACE[FVAELoRADense],
+    keras.layers.EinsumDense: IN_PLACE[FVAELoRAEinsumDense],
 }
 
 

@@ -11,6 +11,7 @@ from backbones import data
 from backbones import table
 from helpers import BACKEND
 from helpers import ROOT
+from helpers import move_adapters
 from helpers import to_numpy
 
 import keras_fvae
@@ -64,13 +65,16 @@ LONG_TAIL = {
 }[BACKEND]
 
 
-@pytest.mark.parametrize(
+on_backbones = pytest.mark.parametrize(
     "name",
     [
         *table.SAMPLE,
         *[pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL],
     ],
 )
+
+
+@on_backbones
 def test_backbone(name, tmp_path):
     model = make(name)
     x = data(model)
@@ -118,6 +122,47 @@ def test_backbone(name, tmp_path):
     loaded = make(name)
     loaded.load_fvae_lora_weights(path)
     assert_same(predict(loaded, x), predict(model, x))
+
+
+@on_backbones
+# Some put their name before those of their layers.
+@pytest.mark.parametrize(
+    "is_named", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_file_and_a_preset_bring_a_backbone_back(
+    name, is_named, tmp_path, rng
+):
+    model = make(name)
+    if is_named:
+        config = {**model.get_config(), "name": "some_name"}
+        model = type(model).from_config(config)
+    try:
+        model.enable_fvae_lora(**SMALL)
+    except ValueError:
+        # `test_backbone` looks at why.
+        return
+    move_adapters(model, rng, scale=0.1)
+    x = data(model)
+    expected = predict(model, x)
+    repeated = map(np.array_equal, expected, predict(model, x))
+    repeated = [*repeated]
+    model.save(tmp_path / "model.keras")
+    model.save_to_preset(str(tmp_path / "preset"))
+    # So that no name that Keras makes up is what it was.
+    keras.layers.Dense(1), keras.layers.MultiHeadAttention(1, 1)
+    make(name)
+    for loaded in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        keras_hub.models.Backbone.from_preset(str(tmp_path / "preset")),
+    ):
+        for one, other, is_repeated in zip(
+            predict(loaded, x), expected, repeated
+        ):
+            if is_repeated:
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        assert [tuple(w.shape) for w in loaded.trainable_weights] == [
+            tuple(w.shape) for w in model.trainable_weights
+        ]
 
 
 def test_every_backbone_is_in_the_table():

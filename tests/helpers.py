@@ -103,14 +103,17 @@ def environment(backend=BACKEND, devices=1):
     }
 
 
-def run_python(*arguments, backend=BACKEND, devices=1, check=True):
+def run_python(*arguments, backend=BACKEND, devices=1, check=True, stdin=b""):
     """Runs a fresh Python process at the root of the project."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
+        input=stdin,
         capture_output=True,
-        text=True,
         cwd=ROOT,
         env=environment(backend, devices),
+    )
+    result.stdout, result.stderr = map(
+        bytes.decode, (result.stdout, result.stderr)
     )
     if check and result.returncode != 0:
         raise AssertionError(result.stdout + result.stderr)

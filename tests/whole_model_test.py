@@ -1,5 +1,9 @@
 """Whole models and presets, saved here and loaded in fresh processes."""
 
+import contextlib
+import pickle
+from copy import deepcopy
+
 import keras
 import keras_hub
 import numpy as np
@@ -7,8 +11,12 @@ import pytest
 import zoo
 from helpers import move_adapters
 from helpers import run_python
+from helpers import snapshot
+from helpers import to_numpy
 
 import keras_fvae
+from keras_fvae.containers import AdaptedContainer
+from keras_fvae.lookup import adapted_layers
 
 # Without dropout, which Keras does not seed on PyTorch.
 OPTIONS = {
@@ -156,8 +164,248 @@ def test_weights_files(tmp_path):
     with pytest.raises(ValueError):
         plain.load_weights(path)
     zoo.make_functional().save_weights(path)
-    with pytest.raises(ValueError):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="with 0 adapted layers.* has 3"):
         model.load_weights(path)
+    assert snapshot(model) == before
+
+
+def make_blocks():
+    """Layers that Keras knows by their classes and their order alone."""
+
+    class Blocks(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.blocks = [keras.layers.Dense(8) for _ in range(3)]
+            self.last = keras.layers.EinsumDense("ab,bc->ac", 8)
+
+        def call(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.last(x)
+
+    model = Blocks()
+    model(np.ones((1, 8)))
+    return model
+
+
+def make_of_adapted_layers():
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras_fvae.FVAELoRADense(8, 2),
+            *[keras.layers.Dense(8) for _ in range(3)],
+        ]
+    )
+
+
+def make_of_plain_layers():
+    return keras.Sequential(
+        [keras.Input((8,)), *[keras.layers.Dense(8) for _ in range(4)]]
+    )
+
+
+def kernels_of(model):
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+        and tuple(layer.kernel.shape) == (8, 8)
+    ]
+    return [to_numpy(layer.kernel) for layer in layers]
+
+
+def adapt_second(model):
+    layers = [la for la in model._flatten_layers() if hasattr(la, "units")]
+    keras_fvae.enable_fvae_lora(model, 2, lambda layer: layer is layers[1])
+    return model
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".weights.json", ".keras"])
+@pytest.mark.parametrize("skip_mismatch", [False, True])
+@pytest.mark.parametrize(
+    "make_source, make_model",
+    [
+        (make_blocks, lambda: adapt_second(make_blocks())),
+        (lambda: adapt_second(make_blocks()), make_blocks),
+        (make_of_plain_layers, lambda: adapt_second(make_of_plain_layers())),
+        (lambda: adapt_second(make_of_plain_layers()), make_of_plain_layers),
+        (make_of_plain_layers, make_of_adapted_layers),
+        (make_of_adapted_layers, make_of_plain_layers),
+    ],
+)
+def test_no_layer_gets_the_weights_of_another(
+    make_source, make_model, skip_mismatch, suffix, tmp_path
+):
+    source, model = make_source(), make_model()
+    before, wanted = kernels_of(model), kernels_of(source)
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".keras":
+        if not isinstance(source, keras.Sequential):
+            return
+        source.save(path)
+    elif suffix == ".weights.json":
+        source.save_weights(path, max_shard_size=6e-6)
+    else:
+        source.save_weights(path)
+    with contextlib.suppress(ValueError):
+        model.load_weights(path, skip_mismatch=skip_mismatch)
+    for found, old, new in zip(kernels_of(model), before, wanted):
+        assert np.array_equal(found, old) or np.array_equal(found, new)
+    if isinstance(model, AdaptedContainer):
+        # There before anything is overwritten.
+        for found, old in zip(kernels_of(model), before):
+            np.testing.assert_array_equal(found, old)
+
+
+def assert_a_copy(copy, model, name):
+    """It is adapted as the model is, and with its weights predicts the same."""
+    assert len(adapted_layers(copy)) == len(adapted_layers(model)) > 0
+    copy.set_weights(model.get_weights())
+    np.testing.assert_allclose(
+        zoo.predict(copy, name), zoo.predict(model, name), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "name, cls",
+    [("functional", keras.Model), ("sequential", keras.Sequential)],
+)
+def test_keras_makes_a_copy_of_the_config(name, cls, rng):
+    model = zoo.MODELS[name]()
+    enable(model, name)
+    move_adapters(model, rng)
+    for copy_class in (cls, type(model)):
+        copy = copy_class.from_config(model.get_config())
+        assert_a_copy(copy, model, name)
+
+
+def test_the_config_of_a_subclass_needs_its_own_class(rng):
+    model = zoo.make_subclassed()
+    enable(model, "subclassed")
+    copy = type(model).from_config(model.get_config())
+    assert_a_copy(copy, model, "subclassed")
+    with pytest.raises((TypeError, ValueError), match="keras_fvae"):
+        zoo.Subclassed.from_config(model.get_config())
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("copy", ["pickle", "deepcopy"])
+def test_models_can_be_pickled(name, copy, rng):
+    model = zoo.MODELS[name]()
+    enable(model, name)
+    move_adapters(model, rng, scale=1.0)
+    expected = describe(model, name)
+    if copy == "pickle":
+        found = pickle.loads(pickle.dumps(model))
+    else:
+        found = deepcopy(model)
+    assert type(found).__name__ == type(model).__name__
+    predictions, trainable = describe(found, name)
+    np.testing.assert_allclose(predictions, expected[0], atol=1e-6)
+    assert trainable == expected[1]
+    keras_fvae.finalize_fvae_lora(model)
+    found = pickle.loads(pickle.dumps(model))
+    np.testing.assert_allclose(zoo.predict(found, name), expected[0], atol=1e-6)
+
+
+def test_layers_can_be_pickled(rng):
+    inputs = keras.Input((5, 8))
+    layers = [
+        keras.layers.Dense(8, name="query"),
+        keras.layers.MultiHeadAttention(2, 4, name="attention"),
+    ]
+    outputs = layers[1](*[layers[0](inputs)] * 2)
+    model = keras.Model(inputs, outputs)
+    keras_fvae.enable_fvae_lora(model, **OPTIONS)
+    move_adapters(model, rng)
+    x = rng.normal(size=(2, 5, 8)).astype("float32")
+    for layer, arguments in ((layers[0], [x]), (layers[1], [x, x])):
+        found = pickle.loads(pickle.dumps(layer))
+        np.testing.assert_allclose(
+            to_numpy(found(*arguments)), to_numpy(layer(*arguments)), atol=1e-6
+        )
+
+
+UNPICKLE = """
+import pickle, sys
+import keras
+model = pickle.loads(sys.stdin.buffer.read())
+print(sum(hasattr(layer, "adapter") for layer in model._flatten_layers()))
+"""
+
+
+@pytest.mark.one_backend
+def test_another_process_unpickles_without_a_word_of_the_package():
+    model = zoo.make_functional()
+    enable(model, "functional")
+    output = run_python("-c", UNPICKLE, stdin=pickle.dumps(model)).stdout
+    assert output.split() == ["3"]
+
+
+@pytest.mark.parametrize("name", ["functional", "text_classifier"])
+@pytest.mark.parametrize("suffix", [".h5", ".hdf5"])
+def test_keras_old_format_is_refused_when_saving(name, suffix, tmp_path):
+    model = zoo.MODELS[name]()
+    enable(model, name)
+    path = tmp_path / f"model{suffix}"
+    with pytest.raises(ValueError, match="Save the model to a `.keras` file"):
+        model.save(path)
+    assert not path.exists()
+    with pytest.raises(ValueError, match="Save the model to a `.keras` file"):
+        keras.saving.save_model(model, path)
+
+
+@keras.saving.register_keras_serializable(package="whole_model_test")
+class Late(keras_hub.models.Backbone):
+    """It makes weights and layers after its base class is constructed."""
+
+    def __init__(self, width, dtype=None, name=None, trainable=True):
+        inputs = keras.Input((8,))
+        outputs = keras.layers.Dense(width, name="query")(inputs)
+        super().__init__(
+            inputs, outputs, dtype=dtype, name=name, trainable=trainable
+        )
+        self.width = width
+        self.late = self.add_weight(shape=(2,), name="late")
+        self.value = keras.layers.Dense(2, name="value")
+        self.value.build((None, 8))
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width}
+
+    @classmethod
+    def from_config(cls, config):
+        # Not by way of its base class.
+        return cls(**{**config, "dtype": None})
+
+
+def test_a_users_backbone_is_whole_before_it_is_restored(tmp_path):
+    model = Late(8)
+    model.enable_fvae_lora(2, ["query", "value"])
+    model.save(tmp_path / "model.keras")
+    model.save_to_preset(str(tmp_path / "preset"))
+    for loaded in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        keras_hub.models.Backbone.from_preset(str(tmp_path / "preset")),
+    ):
+        assert isinstance(loaded, Late)
+        assert not loaded.late.trainable
+        assert len(adapted_layers(loaded)) == 2
+        assert len(loaded.trainable_weights) == len(model.trainable_weights)
+
+
+def test_a_task_around_an_adapted_backbone_is_saved_with_it(rng, tmp_path):
+    backbone = zoo.make_text_classifier().backbone
+    backbone.enable_fvae_lora(**OPTIONS)
+    move_adapters(backbone, rng)
+    # After the backbone was adapted.
+    task = keras_hub.models.BertTextClassifier(
+        backbone, num_classes=3, preprocessor=None
+    )
+    task.save(tmp_path / "task.keras")
+    loaded = keras.saving.load_model(tmp_path / "task.keras")
+    assert_a_copy(loaded, task, "text_classifier")
 
 
 def test_weights_of_adapted_inner_layers_are_refused_by_plain_ones(
