@@ -39,6 +39,15 @@ def layers_of(layer):
     return layer._layers
 
 
+def attributes_of(layer):
+    """Dict of name to value, of what was set on a layer."""
+    attributes = dict(vars(layer))
+    if keras.config.backend() == "torch":
+        # PyTorch keeps the layers among them elsewhere.
+        attributes |= dict(layer.named_children())
+    return attributes
+
+
 def state_of(layer):
     """The weights of a layer's own that were never meant for a gradient."""
     return layer._non_trainable_variables

@@ -6,6 +6,7 @@ import keras
 
 from keras_fvae import keras_internals
 from keras_fvae.lookup import adaptable_layers
+from keras_fvae.tree import is_adaptable
 
 # What the query and value projections of attention are called. A layer without
 # a name of its own is called what the attribute that holds it is; where that
@@ -63,7 +64,7 @@ def find_targets(model, target_layer_names):
     if not candidates:
         raise ValueError(
             f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
-            "adapt."
+            f"adapt.{_list_derived(model)}"
         )
     if target_layer_names is None:
         targets = _default_targets(model, candidates)
@@ -173,7 +174,7 @@ def _list_names(model, candidates):
     attributes = {
         id(value): name
         for holder in keras_internals.flatten_layers(model)
-        for name, value in vars(holder).items()
+        for name, value in keras_internals.attributes_of(holder).items()
         if isinstance(value, keras.Layer)
     }
     names = {
@@ -182,4 +183,23 @@ def _list_names(model, candidates):
         else layer.name
         for layer in candidates
     }
-    return f"The layers that it can name are: {sorted(names)}."
+    return (
+        f"The layers that it can name are: {sorted(names)}."
+        f"{_list_derived(model)}"
+    )
+
+
+def _list_derived(model):
+    """A sentence on the layers that look as if they could be adapted."""
+    derived = sorted(
+        f"'{layer.name}' (`{type(layer).__name__}`)"
+        for layer in keras_internals.flatten_layers(model)
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+        and not is_adaptable(layer)
+    )
+    if not derived:
+        return ""
+    return (
+        " Not adapted are layers of classes that derive from those two, which "
+        f"may compute something else: {', '.join(derived)}."
+    )

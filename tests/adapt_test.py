@@ -1,4 +1,5 @@
 import re
+import threading
 
 import keras
 import numpy as np
@@ -313,6 +314,27 @@ def with_custom():
     return keras.Sequential([keras.Input((4,)), Custom(3, name="query")])
 
 
+def unbuilt_subclass():
+    return WithAttribute()
+
+
+class WithAttribute(keras.Model):
+    """Its layer has no name but that of the attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.to_q(x)
+
+
+def with_attribute():
+    model = WithAttribute()
+    model(np.ones((1, 4)))
+    return model
+
+
 def without_names():
     return with_dense(name="projection")
 
@@ -327,8 +349,10 @@ def with_query():
 
 REFUSED_MODELS = [
     (without_names, r"no query or value.*\['projection'\]"),
-    (with_custom, "no `Dense` or `EinsumDense` layer"),
-    (unbuilt, "not built"),
+    (with_custom, r"no `Dense`.* derive from those two.*'query' \(`Custom`\)"),
+    (unbuilt, "is not built, so its layers have no weights"),
+    (unbuilt_subclass, "is not built, so its layers have no weights"),
+    (with_attribute, r"can name are: \['to_q'\]"),
     (with_lora, "LoRA is enabled on the layer '.*query'"),
     (adapted, "adapted by FVAE-LoRA already: 1 layers"),
     (quantized, "quantized in the mode 'float8'"),
@@ -381,6 +405,52 @@ def test_arguments_of_other_types(arguments, message):
     with pytest.raises(TypeError, match=message):
         keras_fvae.enable_fvae_lora(model, **arguments)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_model_that_runs_is_not_changed(name, in_thread, rng, tmp_path):
+    path = tmp_path / "task.safetensors"
+    source = with_query()
+    keras_fvae.enable_fvae_lora(source, encoder_units=(), **SMALL)
+    keras_fvae.save_fvae_lora_weights(source, path)
+    x, y = rng.normal(size=(8, 4)), np.zeros((8, 3))
+    for is_adapted, act in (
+        (False, lambda model: keras_fvae.enable_fvae_lora(model, **SMALL)),
+        (False, lambda m: keras_fvae.load_fvae_lora_weights(m, path)),
+        (True, keras_fvae.finalize_fvae_lora),
+        (True, keras_fvae.merge_fvae_lora),
+    ):
+        model = with_query()
+        if is_adapted:
+            keras_fvae.enable_fvae_lora(model, encoder_units=(), **SMALL)
+        model.compile("sgd", "mse")
+        errors = []
+
+        def try_to(logs=None, model=model, act=act, errors=errors):
+            try:
+                act(model)
+            except ValueError as error:
+                errors.append(str(error))
+
+        def act_at_the_end(logs=None, try_to=try_to):
+            if in_thread:
+                thread = threading.Thread(target=try_to)
+                thread.start()
+                thread.join()
+            else:
+                try_to()
+
+        callback = keras.callbacks.Callback()
+        callback.on_test_end = callback.on_predict_end = act_at_the_end
+        callback.on_epoch_end = lambda epoch, logs=None: act_at_the_end()
+        arguments = (x,) if name == "predict" else (x, y)
+        getattr(model, name)(*arguments, verbose=0, callbacks=[callback])
+        [message] = errors
+        assert f"is in the middle of `{name}`" in message
+        assert np.isfinite(model.predict(x, verbose=0)).all()
+        # And once it has ended, it can be done.
+        act(model)
 
 
 def test_a_model_of_another_type():

@@ -1,13 +1,18 @@
 """Adapters of the authors' PyTorch code, read and written."""
 
 import importlib
+import itertools
 import json
 import pathlib
 import shutil
+import time
+import warnings
 
 import keras_hub
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 import zoo
 from helpers import move_adapters
 from helpers import snapshot
@@ -17,6 +22,7 @@ from safetensors.numpy import save_file
 
 import keras_fvae
 from keras_fvae import interop
+from keras_fvae.lookup import adapted_layers
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 ADAPTER = REFERENCE / "vit_adapter"
@@ -29,11 +35,15 @@ def read(directory):
     return settings, load_file(directory / WEIGHTS)
 
 
-@pytest.fixture
-def vit():
+def load_vit():
     return keras_hub.models.ViTImageClassifier.from_preset(
         str(REFERENCE / "vit"), num_classes=5
     )
+
+
+@pytest.fixture
+def vit():
+    return load_vit()
 
 
 @pytest.fixture
@@ -222,6 +232,14 @@ def set_setting(directory, **changes):
     (directory / CONFIG).write_text(json.dumps({**settings, **changes}))
 
 
+def set_numbers(directory, name, number):
+    set_tensor(directory, lambda t: t.update({name: t[name] * 0 + number}))
+
+
+def set_dtype(directory, name, dtype):
+    set_tensor(directory, lambda t: t.update({name: t[name].astype(dtype)}))
+
+
 LORA_B = "base_model.model.vit.encoder.layer.0.attention.attention.query.lora_B"
 SCALE = LORA_B.replace(
     "lora_B", "lora_A.views_conditionalGaussianDecoders.scale_tril"
@@ -265,10 +283,44 @@ DAMAGES = [
     ),
     (
         lambda d: set_tensor(
-            d, lambda t: t.update({"base_model.model.x": np.zeros(1)})
+            d,
+            lambda t: t.update({"base_model.model.x": np.zeros(1, "float32")}),
         ),
         "has 'x'",
     ),
+    # One layer under two names.
+    (
+        lambda d: set_tensor(
+            d,
+            lambda t: t.update(
+                {
+                    name.replace("model.vit.", "model.x.vit."): array
+                    for name, array in t.items()
+                }
+            ),
+        ),
+        "has two adapters for one layer",
+    ),
+    (lambda d: set_numbers(d, LORA_B, np.nan), "'.*lora_B'.*not finite"),
+    (lambda d: set_numbers(d, SCALE, np.inf), "'.*scale_tril'.*not finite"),
+    (lambda d: set_dtype(d, SCALE, "int32"), "'.*scale_tril'.*of dtype I32"),
+    (lambda d: set_dtype(d, LORA_B, "bool"), "'.*lora_B'.*of dtype BOOL"),
+    # Numbers that would take all memory.
+    (lambda d: (d / CONFIG).write_text("[" * 100_000), "damaged"),
+    (lambda d: (d / CONFIG).write_text('{"r": 1, "r": 2}'), "damaged.*twice"),
+    (
+        lambda d: set_setting(d, dec_num_of_layer=10**8),
+        "dec_num_of_layer=10000",
+    ),
+    (lambda d: set_setting(d, enc_num_of_layer=1e300), "enc_num_of_layer=1e"),
+    (lambda d: set_setting(d, latent_dim=10**9), "latent_dim=1000000000"),
+    (lambda d: set_setting(d, dec_hidden_layer=10**8), "dec_hidden_layer=1000"),
+    (lambda d: set_setting(d, latent_dim=-1), "`rank` must be|not one of"),
+    (lambda d: set_setting(d, lora_alpha=10**400), "not one of FVAE-LoRA"),
+    (lambda d: set_setting(d, z2_latent_std=1e308), "not one of FVAE-LoRA"),
+    (lambda d: set_setting(d, lambda_downstream=0), "not one of FVAE-LoRA"),
+    (lambda d: set_setting(d, latent_dim="4"), "not one of|must be"),
+    (lambda d: set_setting(d, enc_num_of_layer=[1]), "not one of|must be"),
 ]
 
 
@@ -279,6 +331,46 @@ def test_refusals_change_nothing(damage, message, adapter, vit):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         keras_fvae.load_peft_adapter(vit, adapter)
     assert snapshot(vit) == before
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "number", [60, pytest.param(1000, marks=pytest.mark.slow)]
+)
+def test_no_settings_end_in_another_error(number, adapter, vit, rng):
+    """Whatever they say, and however much it would take."""
+    settings = json.loads((adapter / CONFIG).read_text())
+    hostile = [None, True, -1, 0, 10**9, 10**400, 1e308, "", "a", [], [1], {}]
+    pairs = [*itertools.product(settings, hostile)]
+    rng.shuffle(pairs)
+    before = snapshot(vit)
+    for name, value in pairs[:number]:
+        set_setting(adapter, **{**settings, name: value})
+        begin = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                keras_fvae.load_peft_adapter(vit, adapter)
+            except ValueError:
+                assert snapshot(vit) == before
+            else:
+                vit = load_vit()
+                before = snapshot(vit)
+        assert time.perf_counter() - begin < 5
+
+
+def test_adapters_in_half_precision(adapter):
+    tensors = load_file(adapter / WEIGHTS)
+    for dtype in (torch.bfloat16, torch.float16):
+        halves = {n: torch.tensor(a).to(dtype) for n, a in tensors.items()}
+        safetensors.torch.save_file(halves, adapter / WEIGHTS)
+        vit = load_vit()
+        keras_fvae.load_peft_adapter(vit, adapter)
+        np.testing.assert_allclose(
+            to_numpy(adapted_layers(vit)[0].adapter.kernel_b).T,
+            halves[LORA_B].float(),
+            rtol=1e-6,
+        )
 
 
 def test_a_head_needs_its_task(vit):

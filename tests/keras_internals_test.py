@@ -1,5 +1,7 @@
 """Notices when Keras changes the private parts that the package uses."""
 
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -175,8 +177,8 @@ def test_losses_are_kept_while_others_call_the_same_layers():
 
         def call(self, x):
             x = self.first(x)
-            with keras_internals.losses_kept():
-                self._clear_losses()
+            with keras_internals.losses_kept(keras_internals.entry_layer()):
+                keras_internals.clear_losses(self)
                 self.first.add_loss(100.0 * keras.ops.sum(x))
             return self.second(x)
 
@@ -202,3 +204,177 @@ def test_state_is_made_before_a_trace(run_eagerly):
     assert model.optimizer.built != run_eagerly
     assert (len(model.metrics_variables) > num_metrics) != run_eagerly
     assert not keras_internals.trace_makes_state(model)
+
+
+def make_model(**options):
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(2, name="dense"),
+            keras.layers.BatchNormalization(name="norm"),
+        ]
+    )
+    model.compile("sgd", "mse", **options)
+    return model
+
+
+DATA = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
+
+
+def test_what_layers_hold():
+    model = make_model()
+    dense, norm = model.layers
+    assert keras_internals.layers_of(model)[-2:] == [dense, norm]
+    assert keras_internals.model_within(model).layers[-1] is norm
+    assert keras_internals.model_within(dense) is None
+    names = [weight.name for weight in keras_internals.state_of(norm)]
+    assert names == ["moving_mean", "moving_variance"]
+    norm.trainable = dense.trainable = False
+    assert len(keras_internals.state_of(norm)) == 2
+    assert keras_internals.state_of(dense) == []
+    block = Block()
+    assert keras_internals.attributes_of(block)["first"] is block.first
+    assert keras_internals.optimized_variables(dense) == []
+    assert keras_internals.optimized_variables(model) == []
+    dense.trainable = True
+    model.fit(*DATA, verbose=0)
+    assert len(keras_internals.optimized_variables(model)) == 2
+    assert keras_internals.is_described_by_layers(keras.Sequential)
+    functional = keras.Model(model.inputs, model.outputs)
+    assert keras_internals.is_described_by_layers(type(functional))
+    assert not keras_internals.is_described_by_layers(keras.Model)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_what_is_running(run_eagerly):
+    seen = {}
+
+    class Model(keras.Model):
+        def compute_loss(self, *args, **kwargs):
+            seen["steps"] = keras_internals.is_in_training_step()
+            seen["runs"] = keras_internals.running_trainers()
+            return super().compute_loss(*args, **kwargs)
+
+        def call(self, x):
+            seen["entries"] = keras_internals.entry_models()
+            return self.inner(x)
+
+    model = Model()
+    model.inner = keras.layers.Dense(2)
+    model.compile("sgd", "mse", run_eagerly=run_eagerly)
+    for name, is_training in (
+        ("fit", True),
+        ("train_on_batch", True),
+        ("evaluate", False),
+        ("test_on_batch", False),
+    ):
+        getattr(model, name)(*DATA)
+        assert seen["steps"] == is_training, name
+        assert (name, model) in seen["runs"]
+        assert model in seen["entries"]
+    for name in ("predict", "predict_on_batch"):
+        getattr(model, name)(DATA[0])
+        assert model in seen["entries"]
+    assert not keras_internals.is_in_training_step()
+    assert keras_internals.running_trainers() == []
+    assert keras_internals.entry_models() == []
+
+
+def test_functions_within_functions():
+    here, inside = keras_internals.trace_state(), []
+
+    def function(x):
+        inside.append(keras_internals.trace_state())
+        return x
+
+    x = keras.ops.convert_to_tensor(DATA[0])
+    keras.ops.vectorized_map(function, x)
+    assert inside[-1] != here
+    assert keras_internals.trace_state() == here
+    keras.ops.cond(keras.ops.convert_to_tensor(True), lambda: 1, lambda: 2)
+    assert keras_internals.trace_state() == here
+
+
+@pytest.mark.parametrize("jit_compile", [False, True][: 1 + (BACKEND == "jax")])
+def test_a_step_that_leaves_variables_as_they_are(jit_compile):
+    class Model(keras.Sequential):
+        def train_step(self, *args):
+            kept = [self.layers[0].kernel]
+            step = super().train_step
+            return keras_internals.without_moving(kept, self, step, args)
+
+    model = Model([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(
+        keras.optimizers.SGD(0.1, weight_decay=0.1),
+        "mse",
+        jit_compile=jit_compile,
+    )
+    kernel, bias = (keras.ops.convert_to_numpy(w) for w in model.weights)
+    model.fit(*DATA, verbose=0)
+    found = [keras.ops.convert_to_numpy(w) for w in model.weights]
+    np.testing.assert_array_equal(found[0], kernel)
+    assert not np.array_equal(found[1], bias)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_values_are_kept_when_a_fit_raises(steps):
+    class Raises(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == steps:
+                raise KeyError
+
+    model = make_model()
+    for _ in range(2):
+        before = [keras.ops.convert_to_numpy(w) for w in model.weights]
+        with pytest.raises(KeyError), keras_internals.values_kept(model):
+            model.fit(*DATA, batch_size=1, verbose=0, callbacks=[Raises()])
+        after = [keras.ops.convert_to_numpy(w) for w in model.weights]
+        assert all(map(np.array_equal, before, after)) == (steps == 0)
+        model.fit(*DATA, verbose=0)
+
+
+def test_keras_old_format(tmp_path):
+    seen = []
+
+    class Model(keras.Sequential):
+        def get_config(self):
+            seen.append(keras_internals.is_saving_to_h5())
+            return super().get_config()
+
+    model = Model([keras.Input((3,)), keras.layers.Dense(2)])
+    keras.saving.save_model(model, tmp_path / "model.h5")
+    model.save(tmp_path / "model.keras")
+    assert seen[0] and not seen[-1]
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".weights.json", ".keras"])
+def test_what_is_in_a_file_of_weights(suffix, tmp_path):
+    class Marked(keras.layers.Dense):
+        def save_own_variables(self, store):
+            super().save_own_variables(store)
+            store["mark"] = np.ones(())
+
+    model = keras.Sequential([keras.Input((3,)), Marked(2), Marked(2)])
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".keras":
+        model.save(path)
+    elif suffix == ".weights.json":
+        model.save_weights(path, max_shard_size=1e-3)
+    else:
+        model.save_weights(path)
+    assert keras_internals.count_saved("mark", path) == 2
+    assert keras_internals.count_saved("no", path) == 0
+
+
+def test_a_class_that_no_module_has_can_be_pickled():
+    class Dense(keras_internals.Pickled, keras.layers.Dense):
+        pass
+
+    keras.saving.register_keras_serializable("keras_internals_test")(Dense)
+    layer = Dense(2)
+    layer.build((None, 3))
+    found = pickle.loads(pickle.dumps(layer))
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(found.kernel),
+        keras.ops.convert_to_numpy(layer.kernel),
+    )

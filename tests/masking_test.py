@@ -252,3 +252,57 @@ def test_find_token_mask_takes_the_innermost_that_fits():
         with masking.known_masks([], inherit=False):
             assert masking.find_token_mask(inputs, 2) is None
     assert masking.find_token_mask(inputs, 2) is None
+
+
+@pytest.mark.parametrize("num_heads, length", [(3, 3), (3, 5), (5, 3)])
+def test_a_mask_of_tokens_is_none_of_heads(num_heads, length):
+    """Inside attention there may be as many heads as tokens."""
+    mask = np.ones((2, length))
+    with masking.known_masks([(None, mask)]):
+        by_head = np.ones((2, num_heads, length, 4))
+        assert masking.find_token_mask(by_head, 3) is None
+        by_token = np.ones((2, length, num_heads, 4))
+        found = masking.find_token_mask(by_token, 3)
+        assert (found is None) == (num_heads == length)
+        # Of these tokens it is known.
+        with masking.known_masks([(by_token, mask)]):
+            assert masking.find_token_mask(by_token, 3) is mask
+
+
+class HeadsFirst(keras.layers.Layer):
+    """Projects each head's tokens, as some attention does."""
+
+    def __init__(self, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = keras.layers.Dense(4, name="query")
+
+    def build(self, input_shape):
+        self.query.build((None, self.num_heads, input_shape[1], 4))
+
+    def call(self, x, padding_mask=None):
+        heads = ops.reshape(x, (-1, x.shape[1], self.num_heads, 4))
+        heads = self.query(ops.transpose(heads, (0, 2, 1, 3)))
+        return ops.mean(heads, axis=(1, 2))
+
+
+@pytest.mark.parametrize("num_heads", [3, 6])
+def test_as_many_heads_as_tokens(num_heads, rng):
+    """Then the loss is what it is with more tokens than heads."""
+    length = 6
+    x = rng.normal(size=(2, length, 4 * num_heads)).astype("float32")
+    inputs = {
+        "x": keras.Input((length, 4 * num_heads)),
+        "padding_mask": keras.Input((length,), dtype="int32"),
+    }
+    outputs = HeadsFirst(num_heads)(inputs["x"], inputs["padding_mask"])
+    model = keras.Model(inputs, outputs)
+    adapt(model, rng)
+    mask = np.ones((2, length), "int32")
+    mask[0, 2:] = 0
+    losses = [
+        elbo(model, {"x": x, "padding_mask": m})
+        for m in (mask, np.ones_like(mask))
+    ]
+    # Nobody knows which of the axes is that of the tokens: all of them count.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -5,6 +5,7 @@ import matplotlib
 import numpy as np
 import pytest
 import sklearn.decomposition
+from helpers import run_python
 from helpers import to_numpy
 
 import keras_fvae
@@ -12,6 +13,8 @@ from keras_fvae import objective
 from keras_fvae import plots
 from keras_fvae.probing import LayerLatents
 from keras_fvae.probing import Probe
+
+pytestmark = pytest.mark.one_backend
 
 
 @pytest.fixture
@@ -124,3 +127,30 @@ assert "matplotlib" in sys.modules
     code = "import sys, keras, keras_hub; before = {*sys.modules}" + code
     subprocess.run([sys.executable, "-c", code], check=True)
     assert not hasattr(keras_fvae, "plot")
+
+
+@pytest.mark.parametrize(
+    "use, package",
+    [
+        ("keras_fvae.plots", "matplotlib"),
+        ("keras_fvae.probe_latents(model, x, y)", "scipy"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(use, package):
+    code = f"""
+import sys
+import numpy as np
+import keras
+import keras_fvae
+sys.modules["{package}"] = None
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="q")])
+keras_fvae.enable_fvae_lora(model, 2, "q")
+x, y = np.ones((12, 4)), np.arange(12) % 2
+try:
+    {use}
+except ImportError as error:
+    print(error)
+"""
+    output = run_python("-c", code, backend="jax").stdout
+    assert f"takes the package '{package}" in output
+    assert 'pip install "keras-fvae[analysis]"' in output

@@ -10,6 +10,7 @@ from helpers import move_adapters
 from helpers import run_python
 from helpers import snapshot
 from helpers import to_numpy
+from safetensors.numpy import load_file
 
 import keras_fvae
 from keras_fvae import lookup
@@ -432,3 +433,106 @@ def test_generation_with_a_cache(family, rng):
     np.testing.assert_array_equal(tokens, greedy(model, prompt, 12))
     with keras_fvae.fvae_lora_disabled(model):
         np.testing.assert_array_equal(generate(), base)
+
+
+@pytest.mark.parametrize("use", ["adapted", "finalized", "merged"])
+def test_kerashub_does_not_export_what_it_would_drop(use, rng, tmp_path):
+    model = keras_hub.models.Llama3Backbone(
+        vocabulary_size=30,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=16,
+    )
+    task = keras_hub.models.Llama3CausalLM(model, preprocessor=None)
+    model.enable_fvae_lora(**SMALL, encoder_units=())
+    move_adapters(model, rng)
+    if use == "finalized":
+        keras_fvae.finalize_fvae_lora(model)
+    elif use == "merged":
+        keras_fvae.merge_fvae_lora(model)
+    for whole in (model, task):
+        with pytest.raises(ValueError, match="base weights alone.*save_peft"):
+            whole.export_to_transformers(str(tmp_path / "exported"))
+    assert not (tmp_path / "exported").exists()
+
+
+def test_kerashub_exports_a_merged_model_whose_layers_had_biases(rng, tmp_path):
+    def make():
+        keras.utils.set_random_seed(0)
+        return keras_hub.models.GPT2Backbone(
+            vocabulary_size=30,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=16,
+            max_sequence_length=8,
+        )
+
+    def export(model, name):
+        model.export_to_transformers(str(tmp_path / name))
+        return load_file(tmp_path / name / "model.safetensors")
+
+    model = make()
+    base = export(model, "base")
+    model.enable_fvae_lora(**SMALL, encoder_units=())
+    move_adapters(model, rng)
+    keras_fvae.merge_fvae_lora(model)
+    merged = export(model, "merged")
+    assert merged.keys() == base.keys()
+    changed = {k for k in base if not np.array_equal(base[k], merged[k])}
+    assert changed and all("attn.c_attn" in name for name in changed)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+import keras, numpy as np
+assert "keras_fvae" not in sys.modules
+model = keras.saving.load_model(sys.argv[1] + "/model.keras")
+x = np.load(sys.argv[1] + "/x.npy")
+np.save(sys.argv[1] + "/y.npy", keras.ops.convert_to_numpy(model(x)))
+"""
+
+
+@pytest.mark.one_backend
+def test_a_merged_model_of_plain_layers_needs_nothing_of_ours(rng, tmp_path):
+    inputs = keras.Input((8,))
+    x = keras.layers.Dense(8, use_bias=False, name="query")(inputs)
+    x = keras.Sequential([keras.layers.Dense(8, use_bias=False)])(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, use_bias=False)(x))
+    keras_fvae.enable_fvae_lora(
+        model, 2, lambda layer: True, encoder_units=(), decoder_units=(4,)
+    )
+    move_adapters(model, rng)
+    keras_fvae.merge_fvae_lora(model)
+    x = rng.normal(size=(2, 8)).astype("float32")
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", x)
+    run_python("-c", WITHOUT_THE_PACKAGE, tmp_path)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "y.npy"), to_numpy(model(x)), atol=1e-6
+    )
+
+
+def test_a_task_is_plain_again_after_its_backbone_was_merged(rng):
+    model, _, predictions = make_adapted(
+        "text_classifier", rng, encoder_units=()
+    )
+    keras_fvae.merge_fvae_lora(model.backbone)
+    assert type(model) is keras_hub.models.BertTextClassifier
+    assert type(model.backbone) is keras_hub.models.BertBackbone
+    np.testing.assert_allclose(
+        zoo.predict(model, "text_classifier"), predictions, atol=1e-4
+    )
+    zoo.compile_model(model, "text_classifier")
+    assert np.isfinite(zoo.fit(model, "text_classifier").history["loss"]).all()
+
+
+def test_lora_on_an_adapted_backbone_is_refused_at_once():
+    model = zoo.make_text_classifier()
+    model.backbone.enable_fvae_lora(**SMALL)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="either LoRA or FVAE-LoRA"):
+        model.backbone.enable_lora(2)
+    assert snapshot(model) == before
