@@ -13,7 +13,7 @@ from keras_fvae.config import resolve_config
 from keras_fvae.containers import attach_adapters
 from keras_fvae.layers import build_adapter
 from keras_fvae.layers import check_adaptable
-from keras_fvae.lookup import check_model
+from keras_fvae.lookup import check_built
 from keras_fvae.targets import find_targets
 from keras_fvae.targets import match_layers
 from keras_fvae.training import forget_training
@@ -122,7 +122,7 @@ def enable_fvae_lora(
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
-    check_model(model)
+    check_built(model)
     config = resolve_config(rank, config, **config_options)
     tree = LayerTree(model)
     if tree.adapted:

@@ -33,24 +33,40 @@ def check_filepath(filepath):
             path of the local file system.
         TypeError: If it is no path.
     """
-    if not isinstance(filepath, (str, os.PathLike)):
-        raise TypeError(
-            "`filepath` must be a string or path. Received: "
-            f"filepath={filepath!r} (of type {type(filepath)})"
-        )
-    name = os.fspath(filepath)
-    if "://" in name:
-        raise ValueError(
-            "Adapter files are written to and read from the local file system. "
-            f"Received: filepath={name!r}. Copy the file there or from there."
-        )
-    if not name.endswith(SUFFIX):
+    path = check_local(filepath, "filepath")
+    if not path.name.endswith(SUFFIX):
+        name = os.fspath(filepath)
         stem = name.removesuffix(".h5").removesuffix(".fvae_lora")
         raise ValueError(
             f"The name of an adapter file must end in '{SUFFIX}'. Received: "
             f"filepath={name!r}. Call it {stem + SUFFIX!r}."
         )
-    return pathlib.Path(name)
+    return path
+
+
+def check_local(path, argument):
+    """A path of the local file system, if it is one.
+
+    Args:
+        path: String or path.
+        argument: String, how the argument is called that it came by.
+
+    Raises:
+        ValueError: If it is the address of something elsewhere.
+        TypeError: If it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"`{argument}` must be a string or path. Received: "
+            f"{argument}={path!r} (of type {type(path)})"
+        )
+    if "://" in os.fspath(path):
+        raise ValueError(
+            "Adapters are written to and read from the local file system. "
+            f"Received: {argument}={os.fspath(path)!r}. Copy them there or "
+            "from there."
+        )
+    return pathlib.Path(path)
 
 
 def write(filepath, record, arrays):

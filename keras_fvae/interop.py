@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import re
 import warnings
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from keras_fvae import lookup
 from keras_fvae import replicas
 from keras_fvae import training
 from keras_fvae.config import FVAELoRAConfig
+from keras_fvae.files import check_local
 from keras_fvae.files import read_json
 from keras_fvae.files import replaced_when_complete
 from keras_fvae.layers import adapter_shapes
@@ -210,7 +210,7 @@ def load_peft_adapter(model, directory):
             f"Model '{model.name}' is adapted by FVAE-LoRA already. Load the "
             "adapter onto the base model."
         )
-    settings, tensors = _read(pathlib.Path(directory))
+    settings, tensors = _read(check_local(directory, "directory"))
     modules, head_tensors = _group_by_module(tensors)
     _check_sizes(settings, tensors)
     config = config_from_peft(settings)
@@ -263,6 +263,7 @@ def save_peft_adapter(model, directory):
     Factorization in LoRA](https://arxiv.org/abs/2510.19640).
     """
     lookup.check_model(model)
+    directory = check_local(directory, "directory")
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
     adapted = lookup.adapted_layers(backbone)
@@ -291,7 +292,6 @@ def save_peft_adapter(model, directory):
         tensors[ROOT + name] = transpose(_to_numpy(weight))
     saved_modules = sorted({name.split(".")[0] for name in head})
     settings["modules_to_save"] = saved_modules or None
-    directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {n: np.ascontiguousarray(a) for n, a in tensors.items()}
     with replaced_when_complete(directory / WEIGHTS_FILE) as file:

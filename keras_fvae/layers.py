@@ -331,6 +331,12 @@ class FVAELoRAMixin(NotRematerialized, keras_internals.Pickled):
 
     def _add_update_to(self, base_call, inputs, training):
         _note_entries()
+        if switching.is_any_off() and replicas.are_several():
+            raise ValueError(
+                "With several replicas of TensorFlow adapters cannot be "
+                "switched off: each replica is a thread of its own, and does "
+                "not know. Leave the `fvae_lora_disabled` block first."
+            )
         if switching.is_off(self):
             return base_call(inputs, training=training)
         training = self._draws_latents(inputs, training)

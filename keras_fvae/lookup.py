@@ -16,6 +16,16 @@ def check_model(model):
         )
 
 
+def check_built(model):
+    """As `check_model`; a `ValueError` if it has no weights yet."""
+    check_model(model)
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so its layers have no weights "
+            "to adapt. Call it on data, or build it, before."
+        )
+
+
 def adapted_layers(model):
     """The layers of a model that are adapted by FVAE-LoRA, in their order."""
     return [

@@ -50,6 +50,11 @@ def mean_over_replicas(value):
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
 
 
+def are_several():
+    """Whether this is one of several replicas of `tf.distribute`."""
+    return _replica_context() is not None
+
+
 def replica_index():
     """Which replica this is: integer, or scalar tensor; 0 if there is one."""
     context = _replica_context()

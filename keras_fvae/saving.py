@@ -129,7 +129,7 @@ def load_fvae_lora_weights(model, filepath):
     >>> keras_fvae.save_fvae_lora_weights(model, "task.safetensors")
     >>> keras_fvae.load_fvae_lora_weights(make_model(), "task.safetensors")
     """
-    lookup.check_model(model)
+    lookup.check_built(model)
     filepath = files.check_filepath(filepath)
     if not lookup.adapted_layers(model):
         training.refuse_while_running(keras_internals.flatten_layers(model))

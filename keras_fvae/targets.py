@@ -56,11 +56,6 @@ def find_targets(model, target_layer_names):
         TypeError: If `target_layer_names` is of the wrong type.
     """
     candidates = adaptable_layers(model)
-    if not model.built or (candidates and not any(c.built for c in candidates)):
-        raise ValueError(
-            f"Model '{model.name}' is not built, so its layers have no weights "
-            "to adapt. Call it on data, or build it, before."
-        )
     if not candidates:
         raise ValueError(
             f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "

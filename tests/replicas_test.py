@@ -169,3 +169,16 @@ def test_files_from_and_to_replicas(
             np.testing.assert_array_equal(
                 array, saved.adapter.get_arrays()[name]
             )
+
+
+def test_adapters_cannot_be_switched_off(make_attention_model, strategy, data):
+    with strategy.scope():
+        model = make_attention_model()
+        adapt(model)
+        compile_model(model)
+    with (
+        keras_fvae.fvae_lora_disabled(model),
+        pytest.raises(ValueError, match="Leave the `fvae_lora_disabled` block"),
+    ):
+        model.predict(data[0], verbose=0)
+    assert model.predict(data[0], verbose=0).shape == (16, 3)

@@ -438,6 +438,35 @@ def test_models_of_another_type(call):
         call("model")
 
 
+def test_a_model_that_is_not_built(tmp_path):
+    keras_fvae.save_fvae_lora_weights(adapted_with(), tmp_path / FILE)
+    model = keras.Sequential([keras.layers.Dense(8, name="query")])
+    with pytest.raises(ValueError, match="is not built, so its layers have no"):
+        keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        keras_fvae.save_fvae_lora_weights,
+        keras_fvae.load_fvae_lora_weights,
+        lambda model, path: keras_fvae.save_peft_adapter(
+            zoo.make_text_classifier(), path
+        ),
+        lambda model, path: keras_fvae.load_peft_adapter(
+            zoo.make_text_classifier(), path
+        ),
+    ],
+)
+def test_paths_of_other_file_systems(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="local file system.*gs://bucket"):
+        call(adapted_with(), "gs://bucket/task.safetensors")
+    with pytest.raises(TypeError, match="must be a string or path"):
+        call(adapted_with(), 3)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arguments(tmp_path):
     model = zoo.make_sequential()
     with pytest.raises(ValueError, match="no layer adapted"):
