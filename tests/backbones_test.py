@@ -124,6 +124,7 @@ def test_backbone(name, tmp_path):
     assert_same(predict(loaded, x), predict(model, x))
 
 
+@pytest.mark.one_backend
 @on_backbones
 # Some put their name before those of their layers.
 @pytest.mark.parametrize(

@@ -30,7 +30,11 @@ def quantized_weights(model):
 
 
 @pytest.mark.parametrize(
-    "name, mode", [("functional", "int4"), ("text_classifier", "int8")]
+    "name, mode",
+    [
+        ("functional", "int4"),
+        pytest.param("text_classifier", "int8", marks=pytest.mark.one_backend),
+    ],
 )
 def test_a_quantized_model_is_adapted_trained_and_saved(name, mode, tmp_path):
     model = zoo.MODELS[name]()
@@ -62,6 +66,7 @@ def test_a_quantized_model_is_adapted_trained_and_saved(name, mode, tmp_path):
     assert {layer.quantization_mode for layer in layers} == {mode}
 
 
+@pytest.mark.one_backend
 def test_adapters_of_a_float_model_load_onto_a_quantized_one(rng, tmp_path):
     model = zoo.make_text_classifier()
     other = zoo.make_text_classifier()

@@ -292,6 +292,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage, message", DAMAGES)
+@pytest.mark.one_backend
 def test_a_damaged_file_changes_nothing(damage, message, rng, tmp_path):
     adapted, plain = make_pair("sequential", rng)
     keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
@@ -593,6 +594,7 @@ def test_state_without_a_gradient_comes_back(kind, is_chosen, rng, tmp_path):
     ],
 )
 @pytest.mark.parametrize("compile_again", [False, True])
+@pytest.mark.one_backend
 def test_what_was_trained_and_then_frozen_comes_back(
     freeze, compile_again, rng, tmp_path
 ):

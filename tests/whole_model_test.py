@@ -30,6 +30,12 @@ HUB_MODELS = ["text_classifier", "image_classifier", "causal_lm", "backbone"]
 KERAS_MODELS = ["functional", "sequential", "subclassed"]
 # Of each kind one.
 SHORT = ["functional", "subclassed", "text_classifier", "backbone"]
+MARKS = {
+    "functional": [],
+    "text_classifier": [],
+    "subclassed": [pytest.mark.one_backend],
+    "backbone": [pytest.mark.one_backend],
+}
 
 
 def enable(model, name):
@@ -63,7 +69,7 @@ def save(directory, kind, name, model):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[pytest.mark.slow] if n not in SHORT else [])
+        pytest.param(n, marks=MARKS.get(n, [pytest.mark.slow]))
         for n in zoo.MODELS
     ],
 )
@@ -121,6 +127,7 @@ for path, load in loaders.items():
 """
 
 
+@pytest.mark.one_backend
 def test_without_the_package_no_adapter_is_dropped_in_silence(tmp_path):
     for name in SHORT:
         model = zoo.MODELS[name]()
@@ -234,6 +241,7 @@ def adapt_second(model):
         (make_of_adapted_layers, make_of_plain_layers),
     ],
 )
+@pytest.mark.one_backend
 def test_no_layer_gets_the_weights_of_another(
     make_source, make_model, skip_mismatch, suffix, tmp_path
 ):
@@ -289,8 +297,11 @@ def test_the_config_of_a_subclass_needs_its_own_class(rng):
         zoo.Subclassed.from_config(model.get_config())
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", zoo.MODELS)
-@pytest.mark.parametrize("copy", ["pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    "copy", ["pickle", pytest.param("deepcopy", marks=pytest.mark.slow)]
+)
 def test_models_can_be_pickled(name, copy, rng):
     model = zoo.MODELS[name]()
     enable(model, name)
