@@ -5,8 +5,8 @@ import math
 
 import keras
 
-from keras_fvae import keras_internals
-from keras_fvae.contraction import analyze_equation
+from keras_fvae.backend import keras_internals
+from keras_fvae.layers.contraction import analyze_equation
 
 
 def frozen(task, length):

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.models import DEPTHS
 from benchmarks.models import METHODS
 from benchmarks.models import WIDTHS
-from keras_fvae import plots
+from keras_fvae.analysis import plots
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What is held against each other throughout.

@@ -21,7 +21,7 @@ from benchmarks.models import METHODS
 from benchmarks.models import SIZES
 from benchmarks.models import TRAINING_METHODS
 from benchmarks.models import make_adapted
-from keras_fvae.memory import bytes_per_device
+from keras_fvae.analysis.memory import bytes_per_device
 
 PREDICTING_METHODS = ("base", "FVAE-LoRA", "finalized", "merged")
 

@@ -11,8 +11,8 @@ from keras import ops
 import keras_fvae
 from benchmarks.arithmetic import targets
 from benchmarks.arithmetic import width_and_units
-from keras_fvae import keras_internals
-from keras_fvae.contraction import analyze_equation
+from keras_fvae.backend import keras_internals
+from keras_fvae.layers.contraction import analyze_equation
 
 
 @dataclasses.dataclass(frozen=True)

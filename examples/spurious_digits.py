@@ -56,7 +56,7 @@ import sklearn.model_selection
 from keras import ops
 
 import keras_fvae
-from keras_fvae import keras_internals
+from keras_fvae.backend import keras_internals
 
 # KerasHub's models shuffle arrays as well, but Keras cannot see it.
 warnings.filterwarnings("ignore", message=".*shuffle=True")

@@ -2,36 +2,36 @@
 
 import importlib
 
-from keras_fvae import hub
-from keras_fvae.adapt import enable_fvae_lora
-from keras_fvae.config import FVAELoRAConfig
-from keras_fvae.fvae import FVAE
-from keras_fvae.groups import WorstGroupAccuracy
-from keras_fvae.groups import evaluate_groups
-from keras_fvae.imports import when_imported
-from keras_fvae.interop import load_peft_adapter
-from keras_fvae.interop import save_peft_adapter
-from keras_fvae.layers import FVAELoRADense
-from keras_fvae.layers import FVAELoRAEinsumDense
-from keras_fvae.memory import memory_per_device
-from keras_fvae.monitor import FVAELoRAMonitor
-from keras_fvae.probing import latents
-from keras_fvae.probing import probe_latents
-from keras_fvae.saving import load_fvae_lora_weights
-from keras_fvae.saving import save_fvae_lora_weights
-from keras_fvae.schedule import FVAELoRASchedule
-from keras_fvae.serving import finalize_fvae_lora
-from keras_fvae.serving import fvae_lora_disabled
-from keras_fvae.serving import merge_fvae_lora
-from keras_fvae.sharding import fvae_lora_layout_map
+from keras_fvae.analysis.groups import WorstGroupAccuracy
+from keras_fvae.analysis.groups import evaluate_groups
+from keras_fvae.analysis.memory import memory_per_device
+from keras_fvae.analysis.probes import latents
+from keras_fvae.analysis.probes import probe_latents
+from keras_fvae.callbacks.monitor import FVAELoRAMonitor
+from keras_fvae.callbacks.schedule import FVAELoRASchedule
+from keras_fvae.integrations import keras_hub
+from keras_fvae.integrations.imports import when_imported
+from keras_fvae.integrations.peft import load_peft_adapter
+from keras_fvae.integrations.peft import save_peft_adapter
+from keras_fvae.layers.adapted import FVAELoRADense
+from keras_fvae.layers.adapted import FVAELoRAEinsumDense
+from keras_fvae.layers.sharding import fvae_lora_layout_map
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
+from keras_fvae.methods.fvae.fvae import FVAE
+from keras_fvae.model.enable import enable_fvae_lora
+from keras_fvae.model.inference import finalize_fvae_lora
+from keras_fvae.model.inference import fvae_lora_disabled
+from keras_fvae.model.inference import merge_fvae_lora
+from keras_fvae.model.saving import load_fvae_lora_weights
+from keras_fvae.model.saving import save_fvae_lora_weights
 
-when_imported("keras_hub", hub.extend_keras_hub)
+when_imported("keras_hub", keras_hub.extend_keras_hub)
 
 
 def __getattr__(name):
     # Only when it is asked for, since it takes matplotlib.
     if name == "plots":
-        return importlib.import_module("keras_fvae.plots")
+        return importlib.import_module("keras_fvae.analysis.plots")
     raise AttributeError(f"module 'keras_fvae' has no attribute '{name}'")
 
 

@@ -15,7 +15,7 @@ from helpers import move_adapters
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import lookup
+from keras_fvae.model import lookup
 
 DOCUMENT = pathlib.Path(ROOT, "guides/supported_backbones.md").read_text()
 SMALL = {"rank": 2, "decoder_units": (4,), "dropout": 0.0}

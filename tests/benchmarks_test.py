@@ -12,7 +12,7 @@ from keras import ops
 from benchmarks import arithmetic
 from benchmarks.models import Size
 from benchmarks.models import make_adapted
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 RANK, NUM_TOKENS = 4, 30
 SMALL = Size("vit", 64, 2, 2, 32)

@@ -21,7 +21,7 @@ from helpers import to_numpy
 from keras import ops
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 FEATURES = np.random.default_rng(0).normal(size=(16, 4, 5)).astype("float32")
 MODES = [

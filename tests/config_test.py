@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_fvae
-from keras_fvae.config import resolve_config
+from keras_fvae.methods.fvae.config import resolve_config
 
 
 def test_defaults_are_the_published_settings():

@@ -4,7 +4,7 @@ from helpers import BACKEND
 from helpers import to_numpy
 from keras import ops
 
-from keras_fvae.contraction import analyze_equation
+from keras_fvae.layers.contraction import analyze_equation
 
 CASES = [
     ("ab,bc->ac", (3, 4), (4, 5)),

@@ -20,7 +20,7 @@ from helpers import ROOT
 from helpers import environment
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 FOLDER = ROOT / "tests" / "distributed"
 

@@ -23,7 +23,8 @@ import keras_fvae
 README = (ROOT / "README.md").read_text()
 GUIDES = sorted((ROOT / "guides").glob("*.py"))
 MODULES = sorted(
-    module.name for module in pkgutil.iter_modules(keras_fvae.__path__)
+    module.name
+    for module in pkgutil.walk_packages(keras_fvae.__path__, "keras_fvae.")
 )
 
 
@@ -105,7 +106,7 @@ def test_guides_run_as_notebooks(guide, tmp_path):
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(f"keras_fvae.{name}")
+    module = importlib.import_module(name)
     results = doctest.testmod(
         module,
         extraglobs={"keras": keras, "keras_fvae": keras_fvae, "np": np},

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from helpers import run_python
 
-from keras_fvae import files
+from keras_fvae.model import files
 
 pytestmark = pytest.mark.one_backend
 RECORD = {"name": "model", "layers": ["query", "größe"], "rank": 4}
@@ -255,7 +255,7 @@ def test_what_fails_leaves_the_old_file(path, monkeypatch):
 LIMITED = """
 import resource, sys
 import numpy as np
-from keras_fvae import files
+from keras_fvae.model import files
 path = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 try:
@@ -265,7 +265,7 @@ except OSError as error:
 """
 KILLED = """
 import os, sys
-from keras_fvae import files
+from keras_fvae.model import files
 with files.replaced_when_complete(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()

@@ -9,7 +9,7 @@ from helpers import quieten
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 TOKENS = np.random.default_rng(0).integers(1, 50, (16, 6))

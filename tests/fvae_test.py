@@ -12,10 +12,10 @@ from helpers import value_and_gradients
 from keras import ops
 
 import keras_fvae
-from keras_fvae import objective
-from keras_fvae.interop import config_from_peft
-from keras_fvae.layout import REFERENCE_SCALE
-from keras_fvae.layout import reference_views
+from keras_fvae.integrations.peft import config_from_peft
+from keras_fvae.methods.fvae import objective
+from keras_fvae.methods.fvae.layout import REFERENCE_SCALE
+from keras_fvae.methods.fvae.layout import reference_views
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 CASES = sorted(path.stem for path in REFERENCE.glob("fvae_*.npz"))

@@ -53,8 +53,8 @@ import keras_fvae, keras_hub
 for change in (
     lambda: importlib.reload(keras_hub),
     lambda: importlib.reload(keras_fvae),
-    lambda: importlib.reload(sys.modules["keras_fvae.hub"]),
-    lambda: importlib.reload(sys.modules["keras_fvae.draws"]),
+    lambda: importlib.reload(sys.modules["keras_fvae.integrations.keras_hub"]),
+    lambda: importlib.reload(sys.modules["keras_fvae.backend.noise"]),
     lambda: forget("keras_hub"),
     lambda: forget("keras_fvae"),
 ):

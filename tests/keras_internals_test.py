@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 
-from keras_fvae import keras_internals
+from keras_fvae.backend import keras_internals
 
 
 class Block(keras.layers.Layer):

@@ -9,7 +9,7 @@ from keras import ops
 from keras.src.testing import TestCase
 
 import keras_fvae
-from keras_fvae.layout import reference_views
+from keras_fvae.methods.fvae.layout import reference_views
 
 EQUATIONS = [
     # equation, output_shape, bias_axes, input_shape

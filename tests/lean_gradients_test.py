@@ -4,7 +4,7 @@ from helpers import BACKEND
 from helpers import value_and_gradients
 from keras import ops
 
-from keras_fvae import lean_gradients
+from keras_fvae.backend import lean_gradients
 
 RATE = 0.25
 

@@ -10,7 +10,7 @@ from helpers import to_numpy
 from keras import ops
 
 import keras_fvae
-from keras_fvae import masking
+from keras_fvae.layers import masking
 
 SMALL = {"rank": 2, "decoder_units": (4,), "dropout": 0.0, "elbo_weight": 1.0}
 

@@ -16,8 +16,8 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import keras_internals
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.backend import keras_internals
+from keras_fvae.model.lookup import adapted_layers
 
 # How the kernels of `query` and `value` lie, from which the rest follows.
 INPUT_AND_OUTPUT_AXES = {

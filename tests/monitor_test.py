@@ -12,8 +12,8 @@ from helpers import text_inputs
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae.layout import REFERENCE_SCALE
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.methods.fvae.layout import REFERENCE_SCALE
+from keras_fvae.model.lookup import adapted_layers
 
 TERMS = ["negative_log_likelihood", "kl_z1", "gamma", "wasserstein"]
 

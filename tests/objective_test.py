@@ -6,8 +6,8 @@ import scipy.stats
 from helpers import to_numpy
 from keras import ops
 
-from keras_fvae import objective
-from keras_fvae import replicas
+from keras_fvae.backend import replicas
+from keras_fvae.methods.fvae import objective
 
 PRIORS = [(0.0, 1.0), (1.5, 1.0), (-0.75, 2.0)]
 

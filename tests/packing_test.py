@@ -4,7 +4,7 @@ from helpers import to_numpy
 from helpers import value_and_gradients
 from keras import ops
 
-from keras_fvae.packing import Packing
+from keras_fvae.backend.packing import Packing
 
 SHAPES = {
     "one": {"a": (4, 2, 3)},

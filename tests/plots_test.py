@@ -9,10 +9,10 @@ from helpers import run_python
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import objective
-from keras_fvae import plots
-from keras_fvae.probing import LayerLatents
-from keras_fvae.probing import Probe
+from keras_fvae.analysis import plots
+from keras_fvae.analysis.probes import LayerLatents
+from keras_fvae.analysis.probes import Probe
+from keras_fvae.methods.fvae import objective
 
 pytestmark = pytest.mark.one_backend
 

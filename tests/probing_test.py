@@ -12,7 +12,7 @@ from helpers import text_inputs
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 SMALL = {"rank": 2, "decoder_units": (4,), "dropout": 0.0}
 

@@ -11,7 +11,7 @@ from helpers import to_numpy
 from keras import ops
 
 import keras_fvae
-from keras_fvae import lookup
+from keras_fvae.model import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 

@@ -5,8 +5,8 @@ from helpers import BACKEND
 from helpers import value_and_gradients
 from keras import ops
 
-from keras_fvae import draws
-from keras_fvae.rematerialization import rematerialize
+from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.backend.rematerialization import rematerialize
 
 pytestmark = pytest.mark.skipif(
     BACKEND == "torch", reason="`keras.remat` is used there"
@@ -20,7 +20,7 @@ def block(inputs, seed=None):
     hidden = ops.relu(ops.matmul(inputs["x"], inputs["kernel"]))
     if seed is not None:
         units = hidden.shape[-1]
-        _, (mask,) = draws.noise_and_masks(
+        _, (mask,) = noise_and_masks(
             hidden.shape[:-1], seed, 0, [units], rate=0.1
         )
         hidden *= ops.cast(mask, "float32")

@@ -9,8 +9,9 @@ from helpers import quieten
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import draws
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.backend.noise import next_seed
+from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.model.lookup import adapted_layers
 
 # Sequences of unequal lengths: the replicas have unequal shares.
 LENGTHS = np.array([6, 6, 6, 5, 1, 1, 2, 1, 6, 1, 6, 1, 2, 5, 4, 3])
@@ -137,8 +138,8 @@ def test_the_mean_over_a_batch_that_is_not_shared_equally(
 
 def test_replicas_draw_different_numbers(strategy):
     def draw(generator):
-        seed = draws.next_seed(generator)
-        noise, _ = draws.noise_and_masks((), seed, noise_width=1000)
+        seed = next_seed(generator)
+        noise, _ = noise_and_masks((), seed, noise_width=1000)
         return noise
 
     with strategy.scope():

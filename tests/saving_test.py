@@ -15,8 +15,8 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae import files
-from keras_fvae import lookup
+from keras_fvae.model import files
+from keras_fvae.model import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 FILE = "task.safetensors"

@@ -8,7 +8,7 @@ from monitor_test import fit
 from monitor_test import make_model
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 
 @pytest.fixture

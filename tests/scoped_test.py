@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from keras_fvae.scoped import ScopedValue
+from keras_fvae.backend.scoped import ScopedValue
 
 
 def test_the_value_holds_inside_the_block_alone():

@@ -13,7 +13,7 @@ from helpers import to_numpy
 from safetensors.numpy import load_file
 
 import keras_fvae
-from keras_fvae import lookup
+from keras_fvae.model import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 NAMES = [*zoo.MODELS]

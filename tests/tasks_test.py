@@ -18,7 +18,7 @@ from keras_hub import models
 from keras_hub import tokenizers
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
 BATCH_SIZE = 2

@@ -24,7 +24,7 @@ from helpers import text_inputs
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 # On PyTorch, Keras refuses the one and compiles slowly by the other, which is
 # tried once, below.

@@ -15,8 +15,8 @@ from helpers import snapshot
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae.containers import AdaptedContainer
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.containers import AdaptedContainer
+from keras_fvae.model.lookup import adapted_layers
 
 # Without dropout, which Keras does not seed on PyTorch.
 OPTIONS = {

@@ -10,9 +10,9 @@ import keras
 
 import keras_fvae
 from backbones import BACKBONES
-from keras_fvae import keras_internals
-from keras_fvae import targets
-from keras_fvae.tree import LayerTree
+from keras_fvae.backend import keras_internals
+from keras_fvae.model import targets
+from keras_fvae.model.tree import LayerTree
 
 HEADER = """\
 # KerasHub's backbones

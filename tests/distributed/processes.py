@@ -24,7 +24,7 @@ from distributed.common import make_batch
 from distributed.common import model_parallel
 
 import keras_fvae
-from keras_fvae.lookup import adapted_layers
+from keras_fvae.model.lookup import adapted_layers
 
 KINDS = ("data", "model")
 

@@ -1,0 +1,170 @@
+"""Random numbers from the state of a `keras.random.SeedGenerator`."""
+
+import math
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fvae.backend import packing
+from keras_fvae.backend.replicas import replica_index
+
+
+def next_seed(seed_generator):
+    """What a call of `noise_and_masks` draws from.
+
+    Args:
+        seed_generator: `keras.random.SeedGenerator`, whose state moves on.
+
+    Returns:
+        Integer tensor, from which the same numbers come each time.
+    """
+    if keras.config.backend() != "torch":
+        return seed_generator.next()
+    # The same, without the NumPy array that `torch.compile` can't trace.
+    seed = ops.copy(seed_generator.state.value)
+    seed_generator.state.assign(
+        seed + ops.convert_to_tensor([0, 1], seed.dtype)
+    )
+    return seed
+
+
+def noise_and_masks(shape, seed, noise_width, mask_widths=(), rate=0.0):
+    """Standard normal noise, and which units dropout keeps.
+
+    All in one call to the generator, which costs more than the numbers do.
+
+    Args:
+        shape: Tuple of integers or scalar tensors, one set of numbers each.
+        seed: What `next_seed` returned.
+        noise_width: Integer, how many normal numbers are in a set.
+        mask_widths: Sequence of integers, how many units each mask is for.
+        rate: Float in `[0, 1)`, the share of the units that don't stay; on
+            PyTorch rounded to a multiple of `2**-16`.
+
+    Returns:
+        Float32 tensor of shape `(*shape, noise_width)`, and a sequence of
+        boolean tensors of shape `(*shape, mask_width)`.
+    """
+    if keras.config.backend() == "torch":
+        noise, numbers = _noise_and_numbers(
+            seed, (*shape, noise_width), (*shape, sum(mask_widths))
+        )
+        masks = packing.split(are_at_least(numbers, rate), mask_widths)
+    else:
+        widths = NUMBERS_PER_NORMAL * noise_width, *mask_widths
+        numbers = _random_bits((*shape, sum(widths)), seed)
+        numbers, *parts = packing.split(numbers, widths)
+        noise = to_normal(numbers)
+        masks = [are_at_least(part, rate) for part in parts]
+    return noise, masks
+
+
+def are_at_least(numbers, share):
+    """Which numbers are not among the smallest.
+
+    Args:
+        numbers: Integer tensor, uniform over all values of its dtype.
+        share: Float in `[0, 1)`, that of the smallest.
+
+    Returns:
+        Boolean tensor of the same shape.
+    """
+    # As they come: to get to `[0, 1)` takes operations, which XLA repeats
+    # wherever the numbers are read.
+    limits = np.iinfo(keras.backend.standardize_dtype(numbers.dtype))
+    threshold = limits.min + round(share * (limits.max - limits.min + 1))
+    threshold = ops.convert_to_tensor(min(threshold, limits.max), numbers.dtype)
+    return numbers >= threshold
+
+
+# What `to_normal` takes.
+NUMBERS_PER_NORMAL = 2
+
+
+def to_normal(numbers):
+    """Standard normal numbers from uniform ones, by Box and Muller's method.
+
+    Two for each, so that noise and dropout can share one call to the
+    generator. The inverse of the normal CDF needs one, and three times the
+    code to compile.
+
+    Args:
+        numbers: Uint32 tensor of shape `(..., 2 * n)`, uniform.
+
+    Returns:
+        Float32 tensor of shape `(..., n)`.
+    """
+    first, second = ops.split(ops.cast(numbers, "float32"), 2, axis=-1)
+    # The logarithm of 0 is minus infinity.
+    radius = ops.sqrt(-2 * ops.log(2.0**-32 * first + 2.0**-33))
+    return radius * ops.cos(2.0**-31 * math.pi * second)
+
+
+def _random_bits(shape, seed):
+    """Integer tensor of uniform numbers in `[0, 2**32)`."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        # JAX counts along one axis in fewer operations than along several.
+        bits = jax.random.bits(seed, (math.prod(shape),), "uint32")
+        return ops.reshape(bits, shape)
+    return _philox(shape, seed)
+
+
+def _philox(shape, seed):
+    """TensorFlow's Philox, with the seed as its key.
+
+    `keras.random` leaves the choice of the key to TensorFlow. On CPUs XLA then
+    works the key out anew for each number, which takes a hundred times as long
+    as the numbers do, and is three quarters of the code to compile.
+    """
+    import tensorflow as tf
+
+    key, count = tf.unstack(tf.cast(seed, "uint64"))
+    # The state is the same on all replicas, which are to draw different ones.
+    first = tf.cast(replica_index(), "uint64") * 2**48
+    return tf.raw_ops.StatelessRandomUniformFullIntV2(
+        shape=shape,
+        key=[key],
+        # The upper half of its counter is that of the calls, so no two calls
+        # share a number.
+        counter=[first, count],
+        alg=tf.random.Algorithm.PHILOX.value,
+        dtype="uint32",
+    )
+
+
+if keras.config.backend() == "torch":
+    import torch
+
+    # An operation to `torch.compile`, which can't trace a generator.
+    @torch.library.custom_op("keras_fvae::noise_and_numbers", mutates_args=())
+    def _noise_and_numbers(
+        seed: torch.Tensor,
+        noise_shape: Sequence[int],
+        numbers_shape: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normal numbers, and uniform ones in `[-2**15, 2**15)`."""
+        generator = torch.Generator(seed.device)
+        # As Keras does.
+        generator.manual_seed(int(seed.sum()) & 0xFFFFFFFF)
+        options = {"device": seed.device, "generator": generator}
+        noise = torch.randn(*noise_shape, **options)
+        if seed.device.type != "cpu":
+            return noise, torch.randint(
+                -(2**15), 2**15, numbers_shape, dtype=torch.int16, **options
+            )
+        # CPUs draw one by one, in the same time however large a number is.
+        size = math.prod(numbers_shape)
+        numbers = torch.empty(math.ceil(size / 4), dtype=torch.int64)
+        numbers.random_(-(2**63), None, generator=generator)
+        return noise, numbers.view(torch.int16)[:size].reshape(numbers_shape)
+
+    @_noise_and_numbers.register_fake
+    def _(seed, noise_shape, numbers_shape):
+        return (
+            seed.new_empty(noise_shape, dtype=torch.float32),
+            seed.new_empty(numbers_shape, dtype=torch.int16),
+        )

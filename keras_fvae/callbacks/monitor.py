@@ -1,0 +1,181 @@
+"""The ELBO's terms in the logs of `fit`, and a word where they go wrong."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fvae.methods.fvae.networks import SCALE_FLOOR
+from keras_fvae.methods.fvae.objective import LOG_2_PI
+from keras_fvae.methods.fvae.totals import TermTotals
+from keras_fvae.model.lookup import require_adapted_layers
+from keras_fvae.model.training import forget_compiled_functions
+
+# From where on the warnings speak.
+COLLAPSED_KL_PER_UNIT = 0.01
+EXPLAINED_ENOUGH = 0.9
+STILL_GROWS = 1.1
+NEAR_FLOOR = 2 * SCALE_FLOOR
+
+
+class FVAELoRAMonitor(keras.callbacks.Callback):
+    """Puts the terms of the FVAE into the logs at the end of each epoch.
+
+    So the progress bar, `History`, `CSVLogger` and `TensorBoard` have them;
+    put it before such callbacks in the list. All are means over the steps of
+    the epoch and over the adapted layers, with latents drawn as in training:
+
+    - `fvae_loss`: the negated objective, of which `elbo_weight` times this is
+      part of `loss`.
+    - `negative_log_likelihood`, `kl_z1`, `gamma`: its terms.
+    - `wasserstein`: the squared 2-Wasserstein distance of q1 and q2.
+    - `active_units`: how many units of z1 vary from token to token (the
+      variance of their posterior means is above 0.01).
+    - `explained_variance`: the share of the variance of the layer's inputs
+      that the decoder reconstructs.
+
+    Once in each `fit` it warns of a layer whose z1 has collapsed to its prior
+    while the decoder still needs it, of a decoder whose scale is at its floor,
+    and of an ELBO that outweighs the task's loss.
+
+    Args:
+        per_layer: Boolean. Whether to log the terms of each layer, too, as
+            `"{layer path}/{term}"`. Defaults to `False`.
+
+    Raises:
+        ValueError: In `fit`, if no layer of the model is adapted.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> model.compile("adamw", "mse")
+    >>> history = model.fit(
+    ...     np.ones((8, 4)),
+    ...     np.ones((8, 3)),
+    ...     callbacks=[keras_fvae.FVAELoRAMonitor()],
+    ...     verbose=0,
+    ... )
+    >>> len(history.history["kl_z1"])
+    1
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+
+    def __init__(self, per_layer=False):
+        super().__init__()
+        self.per_layer = per_layer
+
+    def on_train_begin(self, logs=None):
+        self._layers = require_adapted_layers(self.model)
+        self._warned = set()
+        self._kl_z1 = {}
+        for layer in self._layers:
+            layer.adapter.fvae.totals = TermTotals(layer.config.rank)
+        self.model.make_train_function(force=True)
+
+    def on_train_end(self, logs=None):
+        for layer in self._layers:
+            layer.adapter.fvae.totals = None
+        forget_compiled_functions(self.model, kinds=("train",))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Outside of an epoch, Keras has the variables' values in the model.
+        for layer in self._layers:
+            layer.adapter.fvae.totals.reset()
+
+    def on_epoch_end(self, epoch, logs=None):
+        means = [layer.adapter.fvae.totals.means() for layer in self._layers]
+        # A layer may have not been called.
+        called = [
+            (layer, terms)
+            for layer, terms in zip(self._layers, means)
+            if terms is not None
+        ]
+        if not called:
+            return
+        for name in called[0][1]:
+            mean = float(np.mean([terms[name] for _, terms in called]))
+            logs[name] = mean
+        if self.per_layer:
+            for layer, terms in called:
+                for name, value in terms.items():
+                    logs[f"{layer.path}/{name}"] = float(value)
+        self._warn(called, logs)
+
+    def _warn(self, called, logs):
+        previous, self._kl_z1 = (
+            self._kl_z1,
+            {layer.path: terms["kl_z1"] for layer, terms in called},
+        )
+        collapsed = [
+            layer.path
+            for layer, terms in called
+            if terms["kl_z1"] < COLLAPSED_KL_PER_UNIT * layer.config.rank
+            and terms["explained_variance"] < EXPLAINED_ENOUGH
+            # It begins at 0, and has not collapsed where it grows.
+            and terms["kl_z1"]
+            <= STILL_GROWS * previous.get(layer.path, -math.inf)
+        ]
+        if collapsed:
+            self._warn_once(
+                "posterior collapse",
+                f"z1 has collapsed to its prior in {_list(collapsed)}: its KL "
+                f"is below {COLLAPSED_KL_PER_UNIT} a unit, while the decoder "
+                "leaves more than a tenth of the variance unexplained. A "
+                "smaller `kl_weight`, or a `FVAELoRASchedule` that warms it "
+                "up, lets z1 carry more.",
+            )
+        at_floor = [
+            layer.path
+            for layer, _ in called
+            if layer.adapter.fvae.decoder_scale.min() < NEAR_FLOOR
+        ]
+        if at_floor:
+            self._warn_once(
+                "scale floor",
+                f"The decoder's scale is at its floor of {SCALE_FLOOR} in "
+                f"{_list(at_floor)}: some inputs of the layer hardly vary, and "
+                "their likelihood outgrows all else. Normalize what the layer "
+                "gets, or lower the `reconstruction_weight`.",
+            )
+        if "loss" in logs:
+            parts = [_parts_of_loss(*pair) for pair in called]
+            elbo, constant = np.sum(parts, axis=0)
+            pull, task = elbo - constant, logs["loss"] - elbo
+            if abs(pull) > abs(task):
+                self._warn_once(
+                    "outweighed task",
+                    f"The ELBO outweighs the task: it is {pull:.3g} of the "
+                    "loss, without the constant of the likelihood, and the "
+                    f"task's own loss is {task:.3g}. If the task does not "
+                    "learn, lower the `elbo_weight`.",
+                )
+
+    def _warn_once(self, what, message):
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, stacklevel=2)
+
+
+def _parts_of_loss(layer, terms):
+    """What a layer adds to the loss; what log 2 pi, which pulls at nothing,
+    is of that."""
+    fvae, config = layer.adapter.fvae, layer.config
+    weight = float(ops.convert_to_numpy(fvae.objective_weights.elbo_weight))
+    is_weighted = config.objective == "fvae"
+    reconstruction_weight = config.reconstruction_weight if is_weighted else 1.0
+    width = fvae.feature_weights.shape[0]
+    constant = reconstruction_weight * width * LOG_2_PI / 2
+    return weight * terms["fvae_loss"], weight * constant
+
+
+def _list(paths):
+    first = "', '".join(paths[:3])
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"'{first}'{more}"

@@ -1,0 +1,116 @@
+"""Weights of the objective that change while a model trains."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_fvae.model.lookup import require_adapted_layers
+
+
+class FVAELoRASchedule(keras.callbacks.Callback):
+    """Changes the weights of the FVAE's objective from step to step.
+
+    For warm-up and annealing, as of a beta-VAE. The steps are those of the
+    optimizer, so a run that is resumed goes on where it was. Nothing is
+    compiled again. With `steps_per_execution=n` the weights change every n
+    steps. After `fit` the weights stay what they were last; a model that is
+    loaded from a file begins with those of its config.
+
+    Args:
+        elbo_weight: Optional
+            `keras.optimizers.schedules.LearningRateSchedule`, or function
+            that takes the step, an integer, and returns a number: the
+            `elbo_weight` of the model, which its layers share.
+        kl_weight: Optional schedule or function for the `kl_weight`.
+        gamma_weight: Optional schedule or function for the `gamma_weight`;
+            a function may also return a pair of numbers.
+
+    Raises:
+        ValueError: If there is no schedule, or, in `fit`, the model is not
+            adapted or a weight is not allowed at some step. That of gamma for
+            z1 must stay smaller than the `kl_weight`: let one follow the
+            other.
+        TypeError: If an argument is neither a schedule nor a function, or, in
+            `fit`, returns no number.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> model.compile("adamw", "mse")
+    >>> warm_up = keras_fvae.FVAELoRASchedule(
+    ...     elbo_weight=lambda step: 1e-3 * min(1.0, step / 100)
+    ... )
+    >>> history = model.fit(
+    ...     np.ones((8, 4)), np.ones((8, 3)), callbacks=[warm_up], verbose=0
+    ... )
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3, for what the weights are of.
+    """
+
+    def __init__(self, elbo_weight=None, kl_weight=None, gamma_weight=None):
+        super().__init__()
+        schedules = {
+            "elbo_weight": elbo_weight,
+            "kl_weight": kl_weight,
+            "gamma_weight": gamma_weight,
+        }
+        self.schedules = {
+            name: schedule
+            for name, schedule in schedules.items()
+            if schedule is not None
+        }
+        if not self.schedules:
+            raise ValueError(
+                "`FVAELoRASchedule` needs a schedule for one of these at "
+                f"least: {', '.join(schedules)}."
+            )
+        for name, schedule in self.schedules.items():
+            if not callable(schedule):
+                raise TypeError(
+                    f"`{name}` must be a `LearningRateSchedule` or a function "
+                    f"of the step. Received: {name}={schedule!r} (of type "
+                    f"{type(schedule)})"
+                )
+
+    def on_train_begin(self, logs=None):
+        self._layers = require_adapted_layers(self.model)
+        self._values = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
+        values = {
+            name: _checked(name, schedule(step), step)
+            for name, schedule in self.schedules.items()
+        }
+        if values == self._values:
+            return
+        self._values = dict(values)
+        if "elbo_weight" in values:
+            values["elbo_weight"] /= len(self._layers)
+        try:
+            configs = [
+                dataclasses.replace(layer.config, **values)
+                for layer in self._layers
+            ]
+        except ValueError as error:
+            raise ValueError(f"At step {step}: {error}") from None
+        for layer, config in zip(self._layers, configs):
+            layer.adapter.fvae.objective_weights.set(config)
+
+
+def _checked(name, value, step):
+    """What a schedule returned, as Python's numbers."""
+    try:
+        if name == "gamma_weight" and isinstance(value, (tuple, list)):
+            return tuple(float(number) for number in value)
+        return float(ops.convert_to_numpy(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"At step {step}: the schedule of `{name}` must return a number. "
+            f"Received: {value!r}"
+        ) from error

@@ -1,0 +1,102 @@
+"""How the weights of an FVAE lie, and what the authors' code calls them."""
+
+import itertools
+
+from keras_fvae.backend.packing import Packing
+
+REFERENCE_SCALE = "views_conditionalGaussianDecoders.scale_tril"
+
+
+def _num_trunks(config):
+    """How many MLPs the encoders are, each with its share of four heads."""
+    return 2 if config.encoder_shared_trunk else 4
+
+
+def layout(config, width, finalized):
+    """How the weights of an FVAE lie in its two variables.
+
+    Args:
+        config: `FVAELoRAConfig`.
+        width: Integer, the width d of the input.
+        finalized: Boolean. Whether only what the mean of q1 needs is held.
+
+    Returns:
+        Pair of `Packing`: of what has a row for each feature of the input, and
+        of what does not grow with the input.
+    """
+    num_trunks = 1 if finalized else _num_trunks(config)
+    num_heads = 1 if finalized else 4 // num_trunks
+    feature_shapes, latent_shapes = {}, {}
+    widths = [width, *config.hidden_units, num_heads * config.rank]
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
+        shapes = feature_shapes if level == 0 else latent_shapes
+        shapes[f"encoder_kernel_{level}"] = (before, num_trunks, after)
+        latent_shapes[f"encoder_bias_{level}"] = (num_trunks, after)
+    if not finalized:
+        num_latents = 2 if config.latent_fusion == "concat" else 1
+        widths = [num_latents * config.rank, *config.decoder_units]
+        for level, (before, after) in enumerate(itertools.pairwise(widths)):
+            latent_shapes[f"decoder_kernel_{level}"] = (before, after)
+            latent_shapes[f"decoder_bias_{level}"] = (after,)
+        feature_shapes["decoder_output_kernel"] = (width, widths[-1])
+        feature_shapes["decoder_output_bias"] = (width,)
+        feature_shapes["log_scale"] = (width,)
+    return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
+
+
+def reference_views(config, weights):
+    """Views of an FVAE's weights by the authors' names.
+
+    Args:
+        config: `FVAELoRAConfig`.
+        weights: Dict of name to NumPy array, the arrays that `layout` names.
+
+    Returns:
+        Dict of name to NumPy array, in the layout of PyTorch: the weight of a
+        linear layer is of shape `(out, in)`.
+    """
+    views = {}
+
+    def add_affine(name, kernel, bias):
+        views.update({f"{name}.weight": kernel.T, f"{name}.bias": bias})
+
+    rank, depth = config.rank, len(config.hidden_units)
+    heads_per_trunk = 4 // _num_trunks(config)
+    for head, (index, trunk_name, head_name) in enumerate(
+        [
+            (0, "layers_mean", "mean"),
+            (0, "layers_logvar", "logvar"),
+            (1, "layers_mean", "mean"),
+            (1, "layers_logvar", "logvar"),
+        ]
+    ):
+        if config.encoder_shared_trunk:
+            trunk_name = "layers"
+        prefix = f"views_conditionalGaussianEncoders_list.{index}"
+        trunk, position = divmod(head, heads_per_trunk)
+        for level in range(depth):
+            add_affine(
+                f"{prefix}.{trunk_name}.{level}",
+                weights[f"encoder_kernel_{level}"][:, trunk],
+                weights[f"encoder_bias_{level}"][trunk],
+            )
+        columns = slice(position * rank, (position + 1) * rank)
+        add_affine(
+            f"{prefix}.{head_name}",
+            weights[f"encoder_kernel_{depth}"][:, trunk, columns],
+            weights[f"encoder_bias_{depth}"][trunk, columns],
+        )
+    prefix = "views_conditionalGaussianDecoders"
+    for level in range(len(config.decoder_units)):
+        add_affine(
+            f"{prefix}.layers.{level}",
+            weights[f"decoder_kernel_{level}"],
+            weights[f"decoder_bias_{level}"],
+        )
+    add_affine(
+        f"{prefix}.output_layer",
+        weights["decoder_output_kernel"].T,
+        weights["decoder_output_bias"],
+    )
+    views[REFERENCE_SCALE] = weights["log_scale"]
+    return views

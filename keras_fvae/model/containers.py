@@ -1,0 +1,545 @@
+"""Models with adapted layers inside: what they can do besides, and saving."""
+
+import contextlib
+import functools
+import inspect
+import pathlib
+
+import keras
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.backend.scoped import ScopedValue
+from keras_fvae.layers import masking
+from keras_fvae.layers import sharding
+from keras_fvae.layers import switching
+from keras_fvae.layers.adapted import ADAPTED_MARK
+from keras_fvae.layers.adapted import CONTAINER_MARK
+from keras_fvae.layers.adapted import FVAELoRAMixin
+from keras_fvae.layers.adapted import attach_adapter
+from keras_fvae.layers.adapted import called_in_this_trace
+from keras_fvae.layers.adapted import detach_adapter
+from keras_fvae.layers.adapted import follow_kernel
+from keras_fvae.layers.adapted import has_widened_bias
+from keras_fvae.layers.adapted import is_training
+from keras_fvae.layers.adapted import known_training
+from keras_fvae.layers.adapted import merge_update
+from keras_fvae.layers.adapted import widen_bias
+from keras_fvae.methods.fvae.fvae import NotRematerialized
+from keras_fvae.model import training
+from keras_fvae.model.lookup import adapted_layers
+from keras_fvae.model.record import CONFIG_KEY
+from keras_fvae.model.record import build_recorded_adapter
+from keras_fvae.model.record import check_version
+from keras_fvae.model.record import describe
+from keras_fvae.model.record import find_layers
+from keras_fvae.model.record import restore_flags
+from keras_fvae.model.tree import LayerTree
+
+
+def _traced_in_parts(method):
+    """A method that `torch.compile` does not trace, but all that it calls.
+
+    A model with adapters is nested deeper than Python lets it trace as one.
+    `torch.export` traces otherwise, and only as one.
+    """
+    if keras.config.backend() != "torch":
+        return method
+    import torch
+
+    disabled = torch.compiler.disable(method, recursive=False)
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        if torch.compiler.is_exporting():
+            return method(*args, **kwargs)
+        return disabled(*args, **kwargs)
+
+    return call
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class AdaptedContainer(NotRematerialized, keras_internals.Pickled):
+    """What a layer with adapted layers inside it can do besides.
+
+    It tells the adapted layers which tokens count, and its config says what is
+    adapted, so that whatever is rebuilt from the config has the adapters too.
+    """
+
+    # Whether the tokens are those of the layers around it, too.
+    knows_outer_masks = True
+
+    @_traced_in_parts
+    def call(self, *args, **kwargs):
+        arguments = self.base_call_signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        masks = masking.find_masks(arguments.arguments)
+        with (
+            masking.known_masks(masks, inherit=self.knows_outer_masks),
+            called_in_this_trace(),
+        ):
+            return super().call(*args, **kwargs)
+
+    def get_config(self):
+        if keras_internals.is_saving_to_h5():
+            raise ValueError(NO_H5)
+        with _as_base_class(self):
+            layer = keras.saving.serialize_keras_object(self)
+        # Whoever serializes this layer adds how it was compiled.
+        layer.pop("compile_config", None)
+        config = layer.pop("config")
+        # The class that the layer is of otherwise leaves the record alone.
+        record = {"layer": layer, **describe(self)}
+        return {**config, CONFIG_KEY: record}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = {**config}
+        record = config.pop(CONFIG_KEY, {})
+        check_version(record)
+        layer = keras.saving.deserialize_keras_object(
+            {**record["layer"], "config": config}, custom_objects
+        )
+        restore_adapters(layer, record)
+        return layer
+
+    @classmethod
+    def registration(cls, base):
+        """As what an adapted container of class `base` is saved.
+
+        Returns:
+            Registered name, name of the module in which Keras looks for the
+            class if nothing is registered, and the class to make on loading.
+        """
+        return "keras_fvae>AdaptedContainer", __name__, AdaptedContainer
+
+
+NO_H5 = (
+    "Keras's old `.h5` format cannot bring adapters back. Save the model to a "
+    "`.keras` file."
+)
+# The attributes that hold a model's compiled steps, if it has them.
+STEPS = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+)
+# The model that is being called, the innermost of them.
+_called_model = ScopedValue()
+
+
+def _by_what_is_off(name):
+    """A property that holds a compiled step, one for each set of adapters.
+
+    Of those that are off: a step that was traced without an adapter knows
+    nothing of it.
+    """
+
+    def steps_of(model):
+        return vars(model).setdefault(f"{name}s_by_what_is_off", {})
+
+    def key_of(model):
+        off = switching.ids_off()
+        if not off:
+            return frozenset()
+        return frozenset(off) & {id(layer) for layer in adapted_layers(model)}
+
+    def get(model):
+        return steps_of(model).get(key_of(model))
+
+    def set(model, step):
+        if step is None:
+            # Whatever is new, it is new for all.
+            steps_of(model).clear()
+        else:
+            steps_of(model)[key_of(model)] = step
+
+    return property(get, set)
+
+
+class AdaptedModel(AdaptedContainer):
+    """A `keras.Model` with adapted layers inside it."""
+
+    knows_outer_masks = False
+
+    def __call__(self, *args, **kwargs):
+        training = kwargs.get("training")
+        told = kept = contextlib.nullcontext()
+        if training is not None:
+            told = known_training(training)
+        if self._is_evaluated_in_a_step(training):
+            # Keras clears the losses of a model that is called once more.
+            kept = keras_internals.losses_kept(self)
+        with _called_model.set_to(self), kept, told:
+            return super().__call__(*args, **kwargs)
+
+    def _is_evaluated_in_a_step(self, training):
+        """Whether it is called in `compute_loss`, such as for a reference."""
+        return (
+            (training is False or bool(switching.ids_off()))
+            and not keras_internals.is_compiling()
+            and keras_internals.entry_layer() is None
+            and is_training(None)
+        )
+
+    def call(self, *args, **kwargs):
+        if _called_model.value is not self:
+            # Keras's trainer for JAX calls `call` itself, which tells the
+            # layers inside nothing of `training`.
+            return self(*args, **kwargs)
+        return super().call(*args, **kwargs)
+
+    def train_step(self, *args):
+        off = switching.ids_off()
+        kept = [
+            weight
+            for layer in (adapted_layers(self) if off else ())
+            if id(layer) in off
+            for weight in layer.adapter.trainable_weights
+        ]
+        step = super().train_step
+        # Those of the last step, on PyTorch.
+        keras_internals.clear_losses(self)
+        with known_training(True):
+            if not kept:
+                return step(*args)
+            return keras_internals.without_moving(kept, self, step, args)
+
+    # What cannot be done is refused here, before any weight is touched.
+
+    def save(self, filepath, *args, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            # Before there is such a file.
+            raise ValueError(NO_H5)
+        return super().save(filepath, *args, **kwargs)
+
+    def fit(self, *args, **kwargs):
+        refuse_training_if_finalized(self)
+        with keras_internals.values_kept(self):
+            return super().fit(*args, **kwargs)
+
+    def train_on_batch(self, *args, **kwargs):
+        refuse_training_if_finalized(self)
+        return super().train_on_batch(*args, **kwargs)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        _refuse_weights_of_others(self, pathlib.Path(filepath))
+        return super().load_weights(filepath, *args, **kwargs)
+
+    def _maybe_symbolic_build(self, *args, **kwargs):
+        # Of Keras's trainer for TensorFlow.
+        if keras_internals.trace_makes_state(self):
+            keras_internals.make_state(self, *args, **kwargs)
+        super()._maybe_symbolic_build(*args, **kwargs)
+
+    # Its steps go where the distribution is that is set when they are made.
+
+    def make_train_function(self, *args, **kwargs):
+        join_distribution(self)
+        training.remember_training(self)
+        with _another_function(self, "train_step"):
+            return super().make_train_function(*args, **kwargs)
+
+    def make_test_function(self, *args, **kwargs):
+        join_distribution(self)
+        with _another_function(self, "test_step"):
+            return super().make_test_function(*args, **kwargs)
+
+    def make_predict_function(self, *args, **kwargs):
+        join_distribution(self)
+        return super().make_predict_function(*args, **kwargs)
+
+    def _check_quantize_args(self, *args):
+        # What Keras calls first: it binds `quantize` when a model is made.
+        for layer in adapted_layers(self):
+            layer.adapter.fvae.refuse_quantization()
+
+
+@contextlib.contextmanager
+def _another_function(model, name):
+    """Makes a model's method another function, for the time of the block.
+
+    JAX compiles functions that are equal once, whatever is off meanwhile.
+    """
+    method, attributes = getattr(model, name), vars(model)
+    own = {key: attributes[key] for key in (name,) if key in attributes}
+    attributes[name] = functools.partial(method)
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(own)
+
+
+for name in STEPS:
+    setattr(AdaptedModel, name, _by_what_is_off(name))
+
+
+class AdaptedSequential(AdaptedModel):
+    """A `keras.Sequential`, often a part of a model rather than a model."""
+
+    knows_outer_masks = True
+
+
+# Mixins for specific base classes; all other layers get `AdaptedContainer`.
+_container_mixins = {
+    keras.Model: AdaptedModel,
+    keras.Sequential: AdaptedSequential,
+}
+
+
+def register_container(base, mixin):
+    """Makes `mixin` what containers that derive from `base` can do besides.
+
+    Args:
+        base: Class that derives from `keras.Layer`.
+        mixin: Class that derives from `AdaptedContainer`.
+    """
+    _container_mixins[base] = mixin
+
+
+def _refuse_weights_of_others(model, filepath):
+    """Raises a `ValueError` if a file has the weights of other adapters.
+
+    Keras would find that out after it had loaded most of them.
+    """
+    if not filepath.is_file():
+        # Keras says so, or fetches it.
+        return
+    num_saved = keras_internals.count_saved(ADAPTED_MARK, filepath)
+    num_layers = len(adapted_layers(model))
+    if num_saved != num_layers:
+        raise ValueError(
+            f"'{filepath}' has the weights of a model with {num_saved} adapted "
+            f"layers, and model '{model.name}' has {num_layers}. Load the "
+            "weights of a base model before you adapt it; load those of an "
+            "adapted one into a model that is adapted in the same way."
+        )
+
+
+def refuse_training_if_finalized(model):
+    """Raises a `ValueError` if a model is finalized."""
+    for layer in adapted_layers(model):
+        layer.adapter.fvae.refuse_if_finalized()
+
+
+def join_distribution(model):
+    """Lays out a model with adapters that was made before a distribution."""
+    if keras.distribution.distribution() is None:
+        # Nor are the layers walked for it, batch by batch.
+        return
+    layers = adapted_layers(model)
+    for layer in layers:
+        follow_kernel(layer, layer.adapter.variables)
+    if layers:
+        optimizer = getattr(model, "optimizer", None)
+        sharding.join_distribution(
+            [
+                *model.variables,
+                *model.metrics_variables,
+                *(optimizer.variables if optimizer else ()),
+            ]
+        )
+
+
+def attach_adapters(model, layers, adapters):
+    """Adapts layers of a model, in place.
+
+    Args:
+        model: `keras.Model` or layer.
+        layers: List of layers inside it.
+        adapters: List of what `build_adapter` returned for them.
+    """
+    for layer, adapter in zip(layers, adapters):
+        attach_adapter(layer, adapter)
+    make_containers(model, layers)
+
+
+def replace_adapters(layers, adapters):
+    """Puts other adapters in the place of those that the layers have."""
+    for layer, adapter in zip(layers, adapters):
+        detach_adapter(layer)
+        attach_adapter(layer, adapter)
+
+
+def merge_adapters(model, layers, updates):
+    """Makes adapted layers plain ones, with their updates in their weights.
+
+    Args:
+        model: `keras.Model` or layer.
+        layers: List of all adapted layers inside it.
+        updates: List of what `linear_update` returned for their adapters.
+    """
+    containers = _holders(model, layers)
+    for layer, update in zip(layers, updates):
+        detach_adapter(layer)
+        merge_update(layer, update)
+    for container in containers:
+        if isinstance(container, AdaptedContainer) and not _needs_record(
+            container
+        ):
+            container.__class__ = base_class(type(container))
+    for layer in [*layers, *containers]:
+        keras_internals.publish_weights(layer)
+
+
+def _needs_record(container):
+    """Whether a container's own config does not say all of its layers.
+
+    Functional models have the configs of their layers in theirs, and with them
+    what biases these have.
+    """
+    layers = keras_internals.flatten_layers(container)
+    described_ids = {
+        id(inner)
+        for layer in layers
+        if keras_internals.is_described_by_layers(
+            base_class(type(layer))
+            if isinstance(layer, AdaptedContainer)
+            else type(layer)
+        )
+        for inner in keras_internals.layers_of(layer)
+    }
+    return any(
+        isinstance(layer, FVAELoRAMixin)
+        or (has_widened_bias(layer) and id(layer) not in described_ids)
+        for layer in layers
+    )
+
+
+def restore_adapters(model, record):
+    """Adapts and freezes a model as a record says.
+
+    Layers that are adapted already, by what was restored inside the model
+    before, stay as they are.
+
+    Args:
+        model: `keras.Model` or layer, built, of the architecture that was
+            described.
+        record: Dict that `record.describe` returned.
+
+    Raises:
+        ValueError: If the record does not fit the model.
+    """
+    check_version(record)
+    layers = find_layers(LayerTree(model), record)
+    for path, entry in record["quantized"].items():
+        _quantize(layers[path], **entry)
+    widened = [layers[path] for path in record["widened_biases"]]
+    for layer in widened:
+        widen_bias(layer)
+    adapted = {path: layers[path] for path in record["adapted"]}
+    adapters = {
+        path: build_recorded_adapter(layer, record["adapted"][path])
+        for path, layer in adapted.items()
+        if not isinstance(layer, FVAELoRAMixin)
+    }
+    attach_adapters(
+        model, [adapted[path] for path in adapters], adapters.values()
+    )
+    # Also where all was restored by what is inside.
+    make_containers(model, [*adapted.values(), *widened])
+    restore_flags(LayerTree(model), record)
+
+
+def _quantize(layer, mode, config):
+    """Quantizes a layer, if the one that it is in has not done so.
+
+    Keras keeps the quantization of a layer that it rebuilds from a config, and
+    not of the layers inside, such as those of `MultiHeadAttention`.
+    """
+    has_own_policy = not isinstance(
+        layer.dtype_policy, keras.dtype_policies.DTypePolicyMap
+    )
+    if layer.quantization_mode is None and has_own_policy:
+        if config is None:
+            layer.quantize(mode)
+        else:
+            config = keras.saving.deserialize_keras_object(config)
+            layer.quantize(config=config)
+
+
+def make_containers(model, layers):
+    """Makes what holds one of the layers adapted containers.
+
+    The layers inside the model, the model, and models that it is in.
+    """
+    containers = _holders(model, layers)
+    for container in containers:
+        make_container(container)
+    for layer in [*layers, *containers]:
+        keras_internals.publish_weights(layer)
+
+
+def _holders(model, layers):
+    inside = LayerTree(model).holders(layers)
+    around = training.living_models_with(layers)
+    return [*{id(holder): holder for holder in [*inside, *around]}.values()]
+
+
+def make_container(layer):
+    """Makes one layer that holds adapted layers an adapted container."""
+    if isinstance(layer, AdaptedContainer):
+        return
+    names = [name for name in STEPS if vars(layer).get(name) is not None]
+    steps = {name: vars(layer)[name] for name in names}
+    for name in names:
+        vars(layer)[name] = None
+    layer.__class__ = _container_class(type(layer))
+    for name, step in steps.items():
+        setattr(layer, name, step)
+    if isinstance(layer, keras.Model):
+        training.known_models.add(layer)
+
+
+@functools.cache
+def _container_class(base):
+    """The class of containers that are of class `base` otherwise."""
+    mixin = next(
+        (_container_mixins[c] for c in base.__mro__ if c in _container_mixins),
+        AdaptedContainer,
+    )
+
+    # Keras reads from its signature what it may pass.
+    @functools.wraps(base.call)
+    def call(self, *args, **kwargs):
+        return mixin.call(self, *args, **kwargs)
+
+    registered_name, module, loaded_class = mixin.registration(base)
+    container_class = type(
+        base.__name__,
+        (mixin, base),
+        {
+            "__module__": module,
+            "call": call,
+            CONTAINER_MARK: _signature(base.call),
+        },
+    )
+    package, name = registered_name.split(">")
+    register = keras.saving.register_keras_serializable(package, name)
+    register(container_class)
+    keras.saving.get_custom_objects()[registered_name] = loaded_class
+    return container_class
+
+
+def base_class(container_class):
+    """The class that a container is of otherwise."""
+    return container_class.__bases__[-1]
+
+
+@contextlib.contextmanager
+def _as_base_class(container):
+    """Makes a container for a while what it would be without adapters."""
+    container_class = type(container)
+    container.__class__ = base_class(container_class)
+    try:
+        yield
+    finally:
+        container.__class__ = container_class
+
+
+def _signature(method):
+    """The signature of a method as it is called on an object."""
+    signature = inspect.signature(method)
+    _, *parameters = signature.parameters.values()
+    return signature.replace(parameters=parameters)

@@ -1,0 +1,204 @@
+"""Enabling: adapt layers of a model in place, and freeze the rest."""
+
+import dataclasses
+import math
+
+import keras
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.layers import sharding
+from keras_fvae.layers.adapted import build_adapter
+from keras_fvae.layers.adapted import check_adaptable
+from keras_fvae.methods.fvae.config import DEFAULT_RANK
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
+from keras_fvae.methods.fvae.config import resolve_config
+from keras_fvae.model.containers import attach_adapters
+from keras_fvae.model.lookup import check_built
+from keras_fvae.model.targets import find_targets
+from keras_fvae.model.targets import match_layers
+from keras_fvae.model.training import forget_training
+from keras_fvae.model.training import note_state
+from keras_fvae.model.training import refuse_while_running
+from keras_fvae.model.training import train_only
+from keras_fvae.model.tree import LayerTree
+
+
+@dataclasses.dataclass(frozen=True)
+class FVAELoRASummary:
+    """What `enable_fvae_lora` did; `print` it to read it.
+
+    Args:
+        config: `FVAELoRAConfig`, the settings.
+        layer_paths: Tuple of strings, the paths of the adapted layers.
+        base_parameters: Integer, the model's parameters without the adapters.
+        total_parameters: Integer, with the adapters.
+        trainable_parameters: Integer, the parameters that train.
+        inference_parameters: Integer, those of the adapters that inference
+            needs.
+    """
+
+    config: FVAELoRAConfig
+    layer_paths: tuple
+    base_parameters: int
+    total_parameters: int
+    trainable_parameters: int
+    inference_parameters: int
+
+    def __str__(self):
+        def count(parameters):
+            percent = 100 * parameters / self.base_parameters
+            return f"{parameters:>15,}  ({percent:.2f} % of the base model)"
+
+        return "\n".join(
+            [
+                f"FVAE-LoRA of rank {self.config.rank} on "
+                f"{len(self.layer_paths)} layers:",
+                *(f"  {path}" for path in self.layer_paths),
+                "Parameters:",
+                f"  base model          {self.base_parameters:>15,}",
+                f"  with the adapters   {self.total_parameters:>15,}",
+                f"  trainable           {count(self.trainable_parameters)}",
+                f"  kept for inference  {count(self.inference_parameters)}",
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def enable_fvae_lora(
+    model,
+    rank=DEFAULT_RANK,
+    target_layer_names=None,
+    *,
+    trainable_layer_names=(),
+    config=None,
+    **config_options,
+):
+    """Adapts a model by FVAE-LoRA, in place, and freezes all the rest.
+
+    The layers stay the same objects, with the same names, paths and weights.
+    At first the model predicts what it did. In training each adapted layer
+    adds its share of the FVAE's loss to `model.losses`.
+
+    Args:
+        model: `keras.Model` (or layer) that is built. Every `Dense` and
+            `EinsumDense` layer inside it, at any depth, can be adapted.
+        rank: Positive integer, width of the latents. Defaults to `16`.
+        target_layer_names: Which layers to adapt: a layer name (for a
+            layer without one, the name of the attribute that holds it), a
+            compiled regular expression that is searched for in `layer.path`, a
+            function that takes a layer and returns a boolean, or a list of
+            such. `None` (default) means the query and value projections of
+            attention, whatever they are called in KerasHub, and what a
+            backbone's `default_lora_layer_names()` says.
+        trainable_layer_names: Layers to train as well, in the same forms.
+            Everything else in `model` is frozen.
+        config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
+            `rank` then counts.
+        **config_options: Single fields of `keras_fvae.FVAELoRAConfig`, such
+            as `dropout=0.0`. The `elbo_weight` is shared among the adapted
+            layers; a `seed` is counted up from layer to layer.
+
+    Returns:
+        An `FVAELoRASummary`: the adapted layers and the parameter counts.
+
+    Raises:
+        ValueError: If nothing matches a name or expression, a layer that
+            matches cannot be adapted, the model is adapted already, or a
+            setting is not allowed. The model is then as it was.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> inputs = keras.Input((10, 32))
+    >>> x = keras.layers.MultiHeadAttention(2, 16)(inputs, inputs)
+    >>> model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    >>> summary = keras_fvae.enable_fvae_lora(
+    ...     model, rank=4, trainable_layer_names=["head"]
+    ... )
+    >>> [path.split("/")[-1] for path in summary.layer_paths]
+    ['query', 'value']
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+    check_built(model)
+    config = resolve_config(rank, config, **config_options)
+    tree = LayerTree(model)
+    if tree.adapted:
+        raise ValueError(
+            f"Model '{model.name}' is adapted by FVAE-LoRA already: "
+            f"{len(tree.adapted)} layers, the first is "
+            f"'{tree.adapted[0].path}'. It can be enabled only once; start "
+            "from the base model."
+        )
+    targets = find_targets(model, target_layer_names)
+    for layer in targets:
+        check_adaptable(layer)
+    _refuse_loops(tree, targets)
+    refuse_while_running(targets)
+    trainable_layers = match_layers(
+        model,
+        trainable_layer_names,
+        keras_internals.flatten_layers(model)[1:],
+        "trainable_layer_names",
+    )
+    adapters = [
+        build_adapter(layer, share)
+        for layer, share in zip(targets, share_config(config, len(targets)))
+    ]
+    sharding.join_distribution(model.variables)
+    note_state(tree)
+    attach_adapters(model, targets, adapters)
+    adapter_weights = [w for adapter in adapters for w in adapter.weights]
+    train_only(model, trainable_layers, adapter_weights)
+    forget_training(targets)
+    return summarize(model, config, targets)
+
+
+def _refuse_loops(tree, targets):
+    """Refuses layers in a loop, out of which TensorFlow and JAX let no loss."""
+    for holder in tree.holders(targets):
+        if isinstance(holder, keras.layers.RNN) and not holder.unroll:
+            inner_ids = {
+                id(inner) for inner in keras_internals.flatten_layers(holder)
+            }
+            layer = next(t for t in targets if id(t) in inner_ids)
+            raise ValueError(
+                f"The layer '{layer.path}' is in the loop of the recurrent "
+                f"layer '{holder.name}', out of which the loss of an adapter "
+                "cannot come. Make that layer with `unroll=True`, or choose "
+                "other `target_layer_names`."
+            )
+
+
+def share_config(config, num_layers):
+    """One config for each adapted layer: its share of the weight, its seed."""
+    for index in range(num_layers):
+        yield dataclasses.replace(
+            config,
+            elbo_weight=config.elbo_weight / num_layers,
+            seed=None if config.seed is None else config.seed + index,
+        )
+
+
+def summarize(model, config, targets):
+    adapter_ids = {
+        id(weight) for layer in targets for weight in layer.adapter.weights
+    }
+    return FVAELoRASummary(
+        config=config,
+        layer_paths=tuple(layer.path for layer in targets),
+        base_parameters=_count(
+            w for w in model.weights if id(w) not in adapter_ids
+        ),
+        total_parameters=_count(model.weights),
+        trainable_parameters=_count(model.trainable_weights),
+        inference_parameters=sum(
+            layer.adapter.num_inference_parameters for layer in targets
+        ),
+    )
+
+
+def _count(weights):
+    return sum(math.prod(weight.shape) for weight in weights)

@@ -1,0 +1,56 @@
+"""Which layers of a model are adapted, and which can be."""
+
+import keras
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.layers.adapted import ADAPTED_CLASSES
+from keras_fvae.layers.adapted import FVAELoRAMixin
+
+
+def check_model(model):
+    """Raises a `TypeError` if `model` is no Keras model or layer."""
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. "
+            f"Received: model={model!r} (of type {type(model)})"
+        )
+
+
+def check_built(model):
+    """As `check_model`; a `ValueError` if it has no weights yet."""
+    check_model(model)
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' is not built, so its layers have no weights "
+            "to adapt. Call it on data, or build it, before."
+        )
+
+
+def adapted_layers(model):
+    """The layers of a model that are adapted by FVAE-LoRA, in their order."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if isinstance(layer, FVAELoRAMixin)
+    ]
+
+
+def require_adapted_layers(model):
+    """As `adapted_layers`; a `ValueError` if there are none."""
+    check_model(model)
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(
+            f"Model '{model.name}' has no layer adapted by FVAE-LoRA. Call "
+            "`enable_fvae_lora` first, or load adapters."
+        )
+    return layers
+
+
+def adaptable_layers(model):
+    """The layers of a model that are of a class that can be adapted."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(model)
+        if type(layer) in ADAPTED_CLASSES
+    ]

@@ -1,0 +1,200 @@
+"""Which layers of a model to adapt: by name, expression, function, default."""
+
+import re
+
+import keras
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.model.lookup import adaptable_layers
+from keras_fvae.model.tree import is_adaptable
+
+# What the query and value projections of attention are called. A layer without
+# a name of its own is called what the attribute that holds it is; where that
+# says too little, the class that has the attribute stands before it.
+QUERY_AND_VALUE_NAMES = (
+    # One layer for each.
+    "query",
+    "value",
+    "query_dense",
+    "value_dense",
+    "query_proj",
+    "value_proj",
+    "query_projector",
+    "value_projector",
+    "q_proj",
+    "v_proj",
+    "q_dense_layer",
+    "v_dense_layer",
+    "q",
+    "v",
+    # One layer for query, key and value.
+    "qkv",
+    "attention_qkv",
+    "attention_qkv2",
+    "query_key_value",
+    # Linear attention. What the receptance of RWKV is to the state, the query
+    # is to keys and values.
+    "in_proj_qkv",
+    "receptance",
+    # One layer for query, key, value and the first of the MLP beside them.
+    "SingleStreamBlock.linear1",
+)
+
+
+def find_targets(model, target_layer_names):
+    """The layers to adapt.
+
+    Args:
+        model: `keras.Model` or layer.
+        target_layer_names: As `keras_fvae.enable_fvae_lora` takes it.
+
+    Returns:
+        List of layers, in their order in the model.
+
+    Raises:
+        ValueError: If there are none; the message lists what there is.
+        TypeError: If `target_layer_names` is of the wrong type.
+    """
+    candidates = adaptable_layers(model)
+    if not candidates:
+        raise ValueError(
+            f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
+            f"adapt.{_list_derived(model)}"
+        )
+    if target_layer_names is None:
+        targets = _default_targets(model, candidates)
+        without = "no query or value projections by a name that is known"
+    else:
+        targets = match_layers(
+            model, target_layer_names, candidates, "target_layer_names"
+        )
+        without = "nothing to adapt"
+    if not targets:
+        raise ValueError(
+            f"Model '{model.name}' has {without}. Received: "
+            f"target_layer_names={target_layer_names!r}. "
+            f"{_list_names(model, candidates)}"
+        )
+    return targets
+
+
+def match_layers(model, choices, candidates, argument):
+    """The candidates that names, expressions or functions choose.
+
+    Args:
+        model: `keras.Model` or layer.
+        choices: As `keras_fvae.enable_fvae_lora` takes them.
+        candidates: List of layers of the model.
+        argument: String, how the argument is called that `choices` came by.
+
+    Returns:
+        List of layers, in the order of `candidates`.
+
+    Raises:
+        ValueError: If one of the choices matches no candidate.
+        TypeError: If `choices` or one of them is of the wrong type.
+    """
+    if isinstance(choices, (str, re.Pattern)) or callable(choices):
+        choices = [choices]
+    if not isinstance(choices, (list, tuple, set)):
+        raise TypeError(
+            f"`{argument}` must be a layer name, a compiled regular "
+            "expression, a function of a layer, or a list of such. "
+            f"Received: {argument}={choices!r}"
+        )
+    chosen_ids = set()
+    for choice in choices:
+        chosen = _choose(model, choice, candidates, argument)
+        if not chosen:
+            raise ValueError(
+                f"In `{argument}`, {choice!r} matches no layer. "
+                f"{_list_names(model, candidates)}"
+            )
+        chosen_ids.update(id(layer) for layer in chosen)
+    return [layer for layer in candidates if id(layer) in chosen_ids]
+
+
+def _choose(model, choice, candidates, argument):
+    if isinstance(choice, str):
+        return _called(model, [choice], candidates)
+    if isinstance(choice, re.Pattern):
+        return [c for c in candidates if choice.search(c.path or c.name)]
+    if callable(choice):
+        return [c for c in candidates if choice(c)]
+    raise TypeError(
+        f"`{argument}` takes layer names, compiled regular expressions and "
+        f"functions of a layer. Received: {choice!r} (of type {type(choice)})"
+    )
+
+
+def _default_targets(model, candidates):
+    own_names = [
+        name
+        for layer in keras_internals.flatten_layers(model)
+        if hasattr(layer, "default_lora_layer_names")
+        for name in layer.default_lora_layer_names()
+    ]
+    names = {*own_names, *QUERY_AND_VALUE_NAMES}
+    targets = _called(model, names, candidates)
+    # Some models hold layers that they do not call themselves, such as the
+    # mask decoder of SAM.
+    return [layer for layer in targets if layer.built] or targets
+
+
+def _called(model, names, candidates):
+    """The candidates that have one of the names."""
+    held_ids = set()
+    for holder in keras_internals.flatten_layers(model):
+        for name in names:
+            *class_name, attribute = name.split(".")
+            if class_name in ([], [type(holder).__name__]):
+                held_ids.add(id(getattr(holder, attribute, None)))
+    return [
+        layer
+        for layer in candidates
+        if layer.name in names or (id(layer) in held_ids and _is_unnamed(layer))
+    ]
+
+
+def _is_unnamed(layer):
+    """Whether Keras made the layer's name up, such as `dense_12`."""
+    return re.fullmatch(r"(einsum_)?dense(_\d+)?", layer.name)
+
+
+def _list_names(model, candidates):
+    """The names by which layers can be chosen, also when a model is made anew.
+
+    A layer without a name of its own is called what its attribute is.
+    """
+    attributes = {
+        id(value): name
+        for holder in keras_internals.flatten_layers(model)
+        for name, value in keras_internals.attributes_of(holder).items()
+        if isinstance(value, keras.Layer)
+    }
+    names = {
+        attributes.get(id(layer), layer.name)
+        if _is_unnamed(layer)
+        else layer.name
+        for layer in candidates
+    }
+    return (
+        f"The layers that it can name are: {sorted(names)}."
+        f"{_list_derived(model)}"
+    )
+
+
+def _list_derived(model):
+    """A sentence on the layers that look as if they could be adapted."""
+    derived = sorted(
+        f"'{layer.name}' (`{type(layer).__name__}`)"
+        for layer in keras_internals.flatten_layers(model)
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+        and not is_adaptable(layer)
+    )
+    if not derived:
+        return ""
+    return (
+        " Not adapted are layers of classes that derive from those two, which "
+        f"may compute something else: {', '.join(derived)}."
+    )

@@ -1,0 +1,236 @@
+"""What trains in a model, and what its trainer keeps from before."""
+
+import gc
+import hashlib
+import warnings
+import weakref
+
+import keras
+from keras import ops
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.backend import replicas
+
+# Models that hold adapted layers, or may come to. Others are looked for.
+known_models = weakref.WeakSet()
+
+
+def train_only(model, layers, weights):
+    """Makes layers and weights of a model train, and nothing else of it.
+
+    What was chosen so is remembered, because flags may be flipped after.
+
+    Args:
+        model: `keras.Model` or layer.
+        layers: List of layers inside it, which train with all that they hold.
+        weights: List of weights inside it, which train besides.
+    """
+    for layer in layers:
+        layer.trainable = True
+        weights = [*weights, *layer.trainable_weights]
+    layer_ids = {
+        id(inner)
+        for layer in layers
+        for inner in keras_internals.flatten_layers(layer)
+    }
+    weight_ids = {id(weight) for weight in weights}
+    for layer in keras_internals.flatten_layers(model):
+        choose(layer, id(layer) in layer_ids)
+        layer.trainable = is_chosen(layer) or any(
+            id(weight) in weight_ids for weight in layer.weights
+        )
+    for weight in model.weights:
+        weight.trainable = id(weight) in weight_ids
+        choose(weight, weight.trainable)
+
+
+def choose(layer_or_weight, value=True):
+    """Remembers whether a layer or weight was chosen to train."""
+    layer_or_weight.is_chosen_to_train = value
+
+
+def is_chosen(layer_or_weight):
+    """Whether it was chosen to train, whatever its flag says now."""
+    return getattr(layer_or_weight, "is_chosen_to_train", False)
+
+
+def trained_weights(tree):
+    """Dict of path to weight, of what trains, or did before it was frozen.
+
+    Args:
+        tree: `LayerTree` of a model with adapted layers.
+    """
+    trained_ids = {
+        id(weight)
+        for weight in [
+            *tree.model.trainable_weights,
+            *keras_internals.optimized_variables(tree.model),
+        ]
+    }
+    return {
+        path: weight
+        for path, weight in tree.weights.items()
+        if id(weight) in trained_ids or is_chosen(weight)
+    }
+
+
+def changed_state(tree):
+    """Dict of path to weight, of what layers changed without a gradient.
+
+    Such as moving averages: where it is not what it was when the model was
+    adapted, or nobody knows.
+
+    Args:
+        tree: `LayerTree` of a model with adapted layers.
+    """
+    state_ids = _state_ids(tree)
+    return {
+        path: weight
+        for path, weight in tree.weights.items()
+        if id(weight) in state_ids and _has_changed(weight)
+    }
+
+
+def note_state(tree):
+    """Remembers the state of layers, so that a change of it will be seen.
+
+    Args:
+        tree: `LayerTree` of a model that is being adapted.
+    """
+    state_ids = _state_ids(tree)
+    for weight in tree.weights.values():
+        if id(weight) in state_ids and keras_internals.has_value(weight):
+            note_digest(weight, _digest(weight))
+
+
+def note_digest(weight, digest):
+    """Remembers a weight by its digest, a string, or forgets it by `None`."""
+    weight.noted_digest = digest
+
+
+def noted_state(tree):
+    """Dict of path to digest, of what `note_state` remembers."""
+    return {
+        path: weight.noted_digest
+        for path, weight in tree.weights.items()
+        if getattr(weight, "noted_digest", None) is not None
+    }
+
+
+def _state_ids(tree):
+    """The ids of the weights that layers may change without a gradient."""
+    ids = set()
+    for layer in tree.all_layers:
+        # What quantization leaves is no state, and large.
+        if getattr(layer, "quantization_mode", None) is None:
+            state = keras_internals.state_of(layer)
+            if state and isinstance(layer, keras.layers.Wrapper):
+                # Such as spectral normalization, which changes a kernel.
+                state = layer.weights
+            ids.update(map(id, state))
+    return ids
+
+
+def _has_changed(weight):
+    noted = getattr(weight, "noted_digest", None)
+    return noted is None or noted != _digest(weight)
+
+
+def _digest(weight):
+    array = replicas.to_numpy(ops.cast(weight, "float32"))
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def remember_training(model):
+    """Remembers what trains in a model, when it is about to train."""
+    for weight in model.trainable_weights:
+        choose(weight)
+
+
+def living_models_with(layers):
+    """Every model that holds one of the layers, such as a backbone's task.
+
+    Layers don't know what they are part of, so the models are looked for
+    among all objects that there are; the garbage collector does not list
+    those that it was told to freeze.
+    """
+    layer_ids = {id(layer) for layer in layers}
+    classes = subclasses(keras.Model)
+    found = [obj for obj in gc.get_objects() if type(obj) in classes]
+    models = {id(model): model for model in [*found, *known_models]}
+    for model in [*models.values()]:
+        models.pop(id(keras_internals.model_within(model)), None)
+    return [
+        model
+        for model in models.values()
+        # Some may be half made, by a constructor that raised.
+        if hasattr(model, "_layers")
+        and any(
+            id(layer) in layer_ids
+            for layer in keras_internals.flatten_layers(model)
+        )
+    ]
+
+
+def subclasses(cls):
+    """Set of the class and all that derive from it."""
+    return {cls}.union(*map(subclasses, cls.__subclasses__()))
+
+
+def forget_training(layers, keep_optimizer=True):
+    """Makes the models that hold the layers start anew, for other weights.
+
+    Their steps are compiled again, and their optimizers have slots for the
+    weights that train now.
+
+    Args:
+        layers: List of layers whose weights were added, removed or frozen.
+        keep_optimizer: Boolean. Whether a model whose optimizer has run is
+            left to its user to compile again, who is warned.
+    """
+    for model in living_models_with(layers):
+        keras_internals.publish_weights(model)
+        forget_compiled_functions(model)
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None or not optimizer.built:
+            continue
+        num_steps = int(ops.convert_to_numpy(optimizer.iterations))
+        if num_steps == 0 or not keep_optimizer:
+            config = optimizer.get_config()
+            model.optimizer = type(optimizer).from_config(config)
+        else:
+            model.compiled = False
+            warnings.warn(
+                f"Model '{model.name}' was trained before FVAE-LoRA changed "
+                "which of its weights train. Call `compile()` again before "
+                "`fit()`.",
+                stacklevel=3,
+            )
+
+
+def forget_compiled_functions(
+    model, kinds=("train", "test", "predict", "generate")
+):
+    """Makes a model compile its steps anew, for its layers as they are now."""
+    for kind in kinds:
+        if getattr(model, f"{kind}_function", None) is not None:
+            setattr(model, f"{kind}_function", None)
+
+
+def refuse_while_running(layers):
+    """Raises a `ValueError` if a model that holds one of the layers runs `fit`.
+
+    Or something like it: what is compiled then, and on JAX where the weights
+    are, cannot be changed before it ends.
+    """
+    layer_ids = {id(layer) for layer in layers}
+    for name, model in keras_internals.running_trainers():
+        if any(
+            id(layer) in layer_ids
+            for layer in keras_internals.flatten_layers(model)
+        ):
+            raise ValueError(
+                f"Model '{model.name}' is in the middle of `{name}`: which of "
+                "its layers are adapted, and how, cannot be changed before "
+                "that ends. Do it before or after `fit`, not in a callback."
+            )
