@@ -180,10 +180,10 @@ METHODS = {
     **TRAINING_METHODS,
     "base": freeze,
     "finalized": functools.partial(
-        enable_fvae_lora, then=keras_fvae.finalize_fvae_lora
+        enable_fvae_lora, then=keras_fvae.finalize_adapter
     ),
     "merged": functools.partial(
-        enable_fvae_lora, then=keras_fvae.merge_fvae_lora, encoder_units=()
+        enable_fvae_lora, then=keras_fvae.merge_adapter, encoder_units=()
     ),
 }
 # What `benchmarks.device` measures: the head alone, and what else trains.

@@ -103,7 +103,7 @@ def main(train, test):
     rank = arguments.rank
     _, head_only = run("head only", freeze)
     classifier, fvae_lora = run(f"FVAE-LoRA, rank {rank}", enable_fvae_lora)
-    keras_fvae.save_fvae_lora_weights(classifier, adapter)
+    keras_fvae.save_adapter(classifier, adapter)
     # KerasHub's LoRA keeps an A for each attention head, so that equal ranks
     # are not equal sizes: take the rank that is nearest in size, too.
     size_of_rank_1 = enable_lora(load_classifier(len(classes)).backbone, 1)

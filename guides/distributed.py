@@ -198,7 +198,7 @@ show_layouts(model)
 # otherwise, extend the map:
 
 # %%
-layout_map = keras_fvae.fvae_lora_layout_map(
+layout_map = keras_fvae.adapter_layout_map(
     keras_hub.models.LlamaBackbone.get_layout_map(mesh)
 )
 layout_map[".*query/adapter/kernel_b"] = (None, None)
@@ -218,12 +218,12 @@ print([path for path in layout_map if "layer_0" in path and "value" in path])
 # A file knows of no devices: from a mesh to one device, or to another mesh.
 
 # %%
-model.backbone.save_fvae_lora_weights("text.safetensors")
+model.backbone.save_adapter("text.safetensors")
 expected = model.predict(x, verbose=0)
 
 keras.distribution.set_distribution(None)
 one = make_model()
-one.backbone.load_fvae_lora_weights("text.safetensors")
+one.backbone.load_adapter("text.safetensors")
 np.testing.assert_allclose(one.predict(x, verbose=0), expected, atol=1e-4)
 
 # %% [markdown]
@@ -321,8 +321,8 @@ model.compile(keras.optimizers.AdamW(5e-3), loss_of)
 x = {name: np.split(value, 2)[process] for name, value in x.items()}
 y = np.split(y, 2)[process]
 history = model.fit(x, y, batch_size=8, epochs=2, verbose=0)
-model.backbone.save_fvae_lora_weights("processes.safetensors")
-model.backbone.load_fvae_lora_weights("processes.safetensors")
+model.backbone.save_adapter("processes.safetensors")
+model.backbone.load_adapter("processes.safetensors")
 print(history.history["loss"], distribution.num_processes, "processes")
 """)
 processes = [
@@ -367,7 +367,7 @@ with strategy.scope():
     model.backbone.enable_fvae_lora(rank=8)
     model.compile(keras.optimizers.AdamW(5e-3), loss_of)
 history = model.fit(x, y, batch_size=16, epochs=2, verbose=0)
-model.backbone.save_fvae_lora_weights("replicas.safetensors")
+model.backbone.save_adapter("replicas.safetensors")
 print(history.history["loss"], strategy.num_replicas_in_sync, "replicas")
 """)
 
@@ -427,7 +427,7 @@ for batch in torch.as_tensor(texts)[rank::2].split(8):
     loss.backward()
     optimizer.step()
 if rank == 0:
-    model.backbone.save_fvae_lora_weights("workers.safetensors")
+    model.backbone.save_adapter("workers.safetensors")
     size = torch.distributed.get_world_size()
     print(float(loss), size, "workers", flush=True)
 torch.distributed.barrier()

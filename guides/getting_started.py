@@ -146,7 +146,7 @@ history = classifier.fit(
 
 # %%
 path = pathlib.Path(tempfile.mkdtemp()) / "modules.safetensors"
-keras_fvae.save_fvae_lora_weights(classifier, path)
+keras_fvae.save_adapter(classifier, path)
 print(f"{path.stat().st_size / 1e6:.1f} MB")
 
 # %% [markdown]
@@ -156,7 +156,7 @@ print(f"{path.stat().st_size / 1e6:.1f} MB")
 plain = keras_hub.models.BertTextClassifier.from_preset(
     preset, num_classes=len(MODULES), preprocessor=None
 )
-keras_fvae.load_fvae_lora_weights(plain, path)
+keras_fvae.load_adapter(plain, path)
 np.testing.assert_allclose(
     plain.predict(test, verbose=0),
     classifier.predict(test, verbose=0),
@@ -172,7 +172,7 @@ np.testing.assert_allclose(
 # What the base model says, with the head that was trained:
 
 # %%
-with keras_fvae.fvae_lora_disabled(classifier):
+with keras_fvae.adapter_disabled(classifier):
     base = classifier.predict(test, verbose=0)
 adapted = plain.predict(test, verbose=0)
 print("moved by the adapters:", np.abs(adapted - base).max())
@@ -182,7 +182,7 @@ print("moved by the adapters:", np.abs(adapted - base).max())
 
 # %%
 parameters = plain.count_params()
-keras_fvae.finalize_fvae_lora(plain)
+keras_fvae.finalize_adapter(plain)
 print(f"{parameters:,} parameters before, {plain.count_params():,} now")
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""FVAE-LoRA for Keras 3: low-rank adaptation with a factorized latent space."""
+"""Low-rank adapters for Keras 3: FVAE-LoRA and the family around it."""
 
 import importlib
 
@@ -9,21 +9,33 @@ from keras_fvae.analysis.probes import latents
 from keras_fvae.analysis.probes import probe_latents
 from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
+from keras_fvae.fvae_lora import enable_fvae_lora
 from keras_fvae.integrations import keras_hub
 from keras_fvae.integrations.imports import when_imported
 from keras_fvae.integrations.peft import load_peft_adapter
 from keras_fvae.integrations.peft import save_peft_adapter
-from keras_fvae.layers.adapted import FVAELoRADense
-from keras_fvae.layers.adapted import FVAELoRAEinsumDense
-from keras_fvae.layers.sharding import fvae_lora_layout_map
+from keras_fvae.layers.adapted import AdaptedDense
+from keras_fvae.layers.adapted import AdaptedEinsumDense
+from keras_fvae.layers.sharding import adapter_layout_map
+from keras_fvae.methods.dora import DoRAConfig
+from keras_fvae.methods.drop_lora import DropLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.fvae import FVAE
-from keras_fvae.model.enable import enable_fvae_lora
-from keras_fvae.model.inference import finalize_fvae_lora
-from keras_fvae.model.inference import fvae_lora_disabled
-from keras_fvae.model.inference import merge_fvae_lora
-from keras_fvae.model.saving import load_fvae_lora_weights
-from keras_fvae.model.saving import save_fvae_lora_weights
+from keras_fvae.methods.fvae.layers import FVAELoRADense
+from keras_fvae.methods.fvae.layers import FVAELoRAEinsumDense
+from keras_fvae.methods.hira import HiRAConfig
+from keras_fvae.methods.lora import FFALoRAConfig
+from keras_fvae.methods.lora import LoRAConfig
+from keras_fvae.methods.lora import RSLoRAConfig
+from keras_fvae.methods.pissa import OLoRAConfig
+from keras_fvae.methods.pissa import PiSSAConfig
+from keras_fvae.model.enable import enable_adapter
+from keras_fvae.model.inference import adapter_disabled
+from keras_fvae.model.inference import finalize_adapter
+from keras_fvae.model.inference import merge_adapter
+from keras_fvae.model.inference import remove_adapter
+from keras_fvae.model.saving import load_adapter
+from keras_fvae.model.saving import save_adapter
 
 when_imported("keras_hub", keras_hub.extend_keras_hub)
 
@@ -37,23 +49,35 @@ def __getattr__(name):
 
 __all__ = [
     "FVAE",
+    "AdaptedDense",
+    "AdaptedEinsumDense",
+    "DoRAConfig",
+    "DropLoRAConfig",
+    "FFALoRAConfig",
     "FVAELoRAConfig",
     "FVAELoRADense",
     "FVAELoRAEinsumDense",
     "FVAELoRAMonitor",
     "FVAELoRASchedule",
+    "HiRAConfig",
+    "LoRAConfig",
+    "OLoRAConfig",
+    "PiSSAConfig",
+    "RSLoRAConfig",
     "WorstGroupAccuracy",
+    "adapter_disabled",
+    "adapter_layout_map",
+    "enable_adapter",
     "enable_fvae_lora",
     "evaluate_groups",
-    "finalize_fvae_lora",
-    "fvae_lora_disabled",
-    "fvae_lora_layout_map",
+    "finalize_adapter",
     "latents",
-    "load_fvae_lora_weights",
+    "load_adapter",
     "load_peft_adapter",
     "memory_per_device",
-    "merge_fvae_lora",
+    "merge_adapter",
     "probe_latents",
-    "save_fvae_lora_weights",
+    "remove_adapter",
+    "save_adapter",
     "save_peft_adapter",
 ]

@@ -138,7 +138,7 @@ def test_adapts_in_place(bert, rng):
     for identity, (path, value) in weights.items():
         assert by_id[identity].path == path
         np.testing.assert_array_equal(to_numpy(by_id[identity]), value)
-    assert isinstance(query._query_dense, keras_fvae.FVAELoRAEinsumDense)
+    assert isinstance(query._query_dense, keras_fvae.AdaptedEinsumDense)
     assert query._query_dense in adapted_layers(bert)
 
 
@@ -357,7 +357,7 @@ REFUSED_MODELS = [
     (adapted, "adapted by FVAE-LoRA already: 1 layers"),
     (quantized, "quantized in the mode 'float8'"),
     (with_constraint, "has a kernel constraint"),
-    (with_equation, "cannot adapt the einsum equation 'ebd,edf->ebf'"),
+    (with_equation, "No adapter fits the einsum equation 'ebd,edf->ebf'"),
 ]
 TARGETS, TRAINABLE = "target_layer_names", "trainable_layer_names"
 REFUSED_OPTIONS = [
@@ -413,13 +413,13 @@ def test_a_model_that_runs_is_not_changed(name, in_thread, rng, tmp_path):
     path = tmp_path / "task.safetensors"
     source = with_query()
     keras_fvae.enable_fvae_lora(source, encoder_units=(), **SMALL)
-    keras_fvae.save_fvae_lora_weights(source, path)
+    keras_fvae.save_adapter(source, path)
     x, y = rng.normal(size=(8, 4)), np.zeros((8, 3))
     for is_adapted, act in (
         (False, lambda model: keras_fvae.enable_fvae_lora(model, **SMALL)),
-        (False, lambda m: keras_fvae.load_fvae_lora_weights(m, path)),
-        (True, keras_fvae.finalize_fvae_lora),
-        (True, keras_fvae.merge_fvae_lora),
+        (False, lambda m: keras_fvae.load_adapter(m, path)),
+        (True, keras_fvae.finalize_adapter),
+        (True, keras_fvae.merge_adapter),
     ):
         model = with_query()
         if is_adapted:

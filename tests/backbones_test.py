@@ -118,9 +118,9 @@ def test_backbone(name, tmp_path):
         ), layer.path
 
     path = tmp_path / "adapters.safetensors"
-    model.save_fvae_lora_weights(path)
+    model.save_adapter(path)
     loaded = make(name)
-    loaded.load_fvae_lora_weights(path)
+    loaded.load_adapter(path)
     assert_same(predict(loaded, x), predict(model, x))
 
 

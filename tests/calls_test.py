@@ -336,7 +336,7 @@ class UntoldInItsLoss(Untold):
 
     def compute_loss(self, x=None, *args, **kwargs):
         self.inner(x, training=False)
-        with keras_fvae.fvae_lora_disabled(self.inner):
+        with keras_fvae.adapter_disabled(self.inner):
             self.inner(x)
         return super().compute_loss(x, *args, **kwargs)
 

@@ -90,7 +90,7 @@ def test_two_workers_of_torchrun(tmp_path):
     np.testing.assert_allclose(workers["losses"], losses, rtol=1e-5)
     loaded = make_attention_model()
     path = tmp_path / "workers.safetensors"
-    keras_fvae.load_fvae_lora_weights(loaded, path)
+    keras_fvae.load_adapter(loaded, path)
     for layer, expected in zip(adapted_layers(loaded), adapted_layers(model)):
         for name, array in layer.adapter.get_arrays().items():
             np.testing.assert_allclose(

@@ -90,7 +90,7 @@ def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
     classifier = keras_hub.models.TextClassifier.from_preset(
         str(preset), num_classes=2
     )
-    keras_fvae.load_fvae_lora_weights(
+    keras_fvae.load_adapter(
         classifier, tmp_path / "out" / "quickstart.safetensors"
     )
 

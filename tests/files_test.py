@@ -156,7 +156,7 @@ def test_other_files_are_named(path):
     with pytest.raises(ValueError, match="saved in format '2'"):
         parse(newer)
     foreign = safetensors.numpy.save({"x": np.zeros(3)}, {"format": "pt"})
-    with pytest.raises(ValueError, match="none that `save_fvae_lora_weights`"):
+    with pytest.raises(ValueError, match="none that `save_adapter`"):
         parse(foreign)
     for content in (b"", b"no file of ours", b"\x89HDF\r\n\x1a\n" + bytes(99)):
         with pytest.raises(ValueError, match="damaged, cut short"):

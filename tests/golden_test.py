@@ -46,7 +46,7 @@ def test_golden_files(name):
         np.testing.assert_allclose(
             to_numpy(model(x)), expected[f"{name}/predictions"], atol=1e-5
         )
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             np.testing.assert_allclose(
                 to_numpy(model(x)), expected[f"{name}/base"], atol=1e-5
             )
@@ -101,7 +101,7 @@ def write():
     for name, load in LOADERS.items():
         model, x = load()
         expected[f"{name}/predictions"] = to_numpy(model(x))
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             expected[f"{name}/base"] = to_numpy(model(x))
         difference = expected[f"{name}/predictions"] - expected[f"{name}/base"]
         assert np.abs(difference).max() > 0.01

@@ -411,6 +411,6 @@ def test_models_without_an_adapter_or_a_known_architecture(
     bert.backbone.enable_fvae_lora(rank=2)
     with pytest.raises(ValueError, match="adapted by FVAE-LoRA already"):
         keras_fvae.load_peft_adapter(bert, ADAPTER)
-    keras_fvae.finalize_fvae_lora(bert)
+    keras_fvae.finalize_adapter(bert)
     with pytest.raises(ValueError, match="finalized"):
         keras_fvae.save_peft_adapter(bert, tmp_path)

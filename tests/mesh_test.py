@@ -208,21 +208,21 @@ def test_a_task_with_the_distribution_set_last():
 def test_files_go_from_one_device_to_a_mesh_and_back(batch, tmp_path):
     path = tmp_path / "task.safetensors"
     backbone = make_adapted("llama")
-    backbone.save_fvae_lora_weights(path)
+    backbone.save_adapter(path)
     expected = backbone.predict(batch[0], verbose=0)
     keras.utils.clear_session(free_memory=False)
     with model_parallel(layout_map_of("llama")).scope():
         plain = make_backbone("llama")
-        plain.load_fvae_lora_weights(path)
+        plain.load_adapter(path)
         adapted = make_adapted("llama")
-        adapted.load_fvae_lora_weights(path)
+        adapted.load_adapter(path)
         for loaded in (plain, adapted):
             assert_sharded_as_kernels(loaded, "llama")
             assert_close([loaded.predict(batch[0], verbose=0)], [expected])
-        plain.save_fvae_lora_weights(path)
+        plain.save_adapter(path)
     keras.utils.clear_session(free_memory=False)
     backbone = make_backbone("llama")
-    backbone.load_fvae_lora_weights(path)
+    backbone.load_adapter(path)
     assert_close([backbone.predict(batch[0], verbose=0)], [expected])
 
 
@@ -235,14 +235,14 @@ def test_whole_models_and_what_is_made_for_use(batch, tmp_path):
         loaded = keras.saving.load_model(path)
         assert_sharded_as_kernels(loaded, "llama")
         assert_close([loaded.predict(batch[0], verbose=0)], [expected])
-        keras_fvae.finalize_fvae_lora(backbone)
+        keras_fvae.finalize_adapter(backbone)
         inputs, outputs = INPUT_AND_OUTPUT_AXES["llama"]
         adapter = adapted_layers(backbone)[0].adapter
         found = specs([adapter.kernel_b, adapter.fvae.feature_weights])
         assert [*found.values()] == [(None, outputs), (inputs, None)]
         assert_close([backbone.predict(batch[0], verbose=0)], [expected])
     # Its biases are new; outside the scope Keras would put them elsewhere.
-    keras_fvae.merge_fvae_lora(loaded)
+    keras_fvae.merge_adapter(loaded)
     for variable in loaded.variables:
         assert len(variable.value.sharding.device_set) == 8
     with model_parallel(layout_map_of("llama")).scope():
@@ -270,7 +270,7 @@ def test_layers_of_a_users_own_model(config):
 def test_the_extended_layout_map_tells_and_is_told():
     base = layout_map_of("llama")
     patterns = [*base]
-    layout_map = keras_fvae.fvae_lora_layout_map(base)
+    layout_map = keras_fvae.adapter_layout_map(base)
     layout_map[".*value/adapter/kernel_b"] = (None, "model")
     with model_parallel(layout_map).scope():
         backbone = make_adapted("llama")
@@ -342,7 +342,7 @@ def test_a_mesh_that_does_not_divide_a_variable_of_the_base(batch):
 
 def test_what_is_no_layout_map():
     with pytest.raises(TypeError, match="must be a `keras.distribution.Layout"):
-        keras_fvae.fvae_lora_layout_map({".*kernel": (None, "model")})
+        keras_fvae.adapter_layout_map({".*kernel": (None, "model")})
 
 
 def test_monitor_and_latents(batch):

@@ -244,7 +244,7 @@ def test_an_elbo_that_outweighs_the_task(xy, rng):
 
 def test_a_model_without_adapters_is_refused(xy):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
-    with pytest.raises(ValueError, match="no layer adapted by FVAE-LoRA"):
+    with pytest.raises(ValueError, match="no adapted layer"):
         fit(model, xy, [keras_fvae.FVAELoRAMonitor()])
 
 

@@ -150,18 +150,18 @@ def test_layers_called_twice_and_windows(name):
 
 def test_what_has_no_latents_is_refused(model, x):
     plain = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
-    with pytest.raises(ValueError, match="no layer adapted"):
+    with pytest.raises(ValueError, match="no adapted layer"):
         keras_fvae.latents(plain, x)
     with pytest.raises(TypeError, match="must be a `keras.Model`"):
         keras_fvae.latents(adapted_layers(model)[0], x)
     with pytest.raises(TypeError, match="must be a dict"):
         keras_fvae.probe_latents(model, x, np.arange(10) % 2, [[1] * 10])
     with (
-        keras_fvae.fvae_lora_disabled(model),
-        pytest.raises(ValueError, match="Leave the `fvae_lora_disabled`"),
+        keras_fvae.adapter_disabled(model),
+        pytest.raises(ValueError, match="Leave the `adapter_disabled`"),
     ):
         keras_fvae.latents(model, x)
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     with pytest.raises(ValueError, match="finalized"):
         keras_fvae.latents(model, x)
 

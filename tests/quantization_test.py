@@ -1,5 +1,7 @@
 """Adapters on quantized bases."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from helpers import to_numpy
 from keras import ops
 
 import keras_fvae
+from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.model import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
@@ -74,10 +77,10 @@ def test_adapters_of_a_float_model_load_onto_a_quantized_one(rng, tmp_path):
     model.backbone.enable_fvae_lora(**SMALL)
     move_adapters(model, rng, scale=0.5)
     path = tmp_path / "task.safetensors"
-    model.backbone.save_fvae_lora_weights(path)
+    model.backbone.save_adapter(path)
     other.quantize("int8")
     base_predictions = zoo.predict(other, "text_classifier")
-    other.backbone.load_fvae_lora_weights(path)
+    other.backbone.load_adapter(path)
     predictions = zoo.predict(other, "text_classifier")
     expected = zoo.predict(model, "text_classifier")
     error = np.abs(predictions - expected).max()
@@ -99,10 +102,9 @@ def test_the_update_comes_before_the_activation(mode, einsum, rng):
     linear = np.arctanh(to_numpy(model(x)))
     keras_fvae.enable_fvae_lora(model, 2, layer.name, decoder_units=(4,))
     move_adapters(model, rng, scale=0.3)
-    x = ops.convert_to_tensor(x)
-    z1 = layer.adapter.encode(x, training=False, mask=None)
-    nothing = ops.zeros(linear.shape)
-    update = to_numpy(layer.adapter.add_update(nothing, z1, x))
+    nothing = functools.partial(ops.zeros, linear.shape)
+    call = FrozenCall(layer, nothing, ops.convert_to_tensor(x))
+    update = to_numpy(layer.adapter.adapt(call, training=False))
     assert np.abs(update).max() > 0.05
     np.testing.assert_allclose(
         to_numpy(model(x)), np.tanh(linear + update), atol=1e-5
@@ -114,7 +116,7 @@ def test_quantizing_an_adapted_model_says_the_order(name):
     model = zoo.MODELS[name]()
     keras_fvae.enable_fvae_lora(getattr(model, "backbone", model), **SMALL)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="quantized before FVAE-LoRA is"):
+    with pytest.raises(ValueError, match="quantized before it is"):
         model.quantize("int8")
     assert snapshot(model) == before
 
@@ -124,7 +126,7 @@ def test_a_model_around_an_adapted_one_is_not_half_quantized_in_silence():
     keras_fvae.enable_fvae_lora(inner, **SMALL)
     inputs = keras.Input((8,))
     outer = keras.Model(inputs, keras.layers.Dense(2)(inner(inputs)))
-    with pytest.raises(ValueError, match="quantized before FVAE-LoRA is"):
+    with pytest.raises(ValueError, match="quantized before it is"):
         outer.quantize("int8")
 
 

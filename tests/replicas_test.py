@@ -161,10 +161,10 @@ def test_files_from_and_to_replicas(
         adapt(model)
         compile_model(model)
     fit(model, data)
-    keras_fvae.save_fvae_lora_weights(model, path)
+    keras_fvae.save_adapter(model, path)
     with strategy.scope():
         loaded = make_attention_model()
-    keras_fvae.load_fvae_lora_weights(loaded, path)
+    keras_fvae.load_adapter(loaded, path)
     for layer, saved in zip(adapted_layers(loaded), adapted_layers(model)):
         for name, array in layer.adapter.get_arrays().items():
             np.testing.assert_array_equal(
@@ -178,8 +178,8 @@ def test_adapters_cannot_be_switched_off(make_attention_model, strategy, data):
         adapt(model)
         compile_model(model)
     with (
-        keras_fvae.fvae_lora_disabled(model),
-        pytest.raises(ValueError, match="Leave the `fvae_lora_disabled` block"),
+        keras_fvae.adapter_disabled(model),
+        pytest.raises(ValueError, match="Leave the `adapter_disabled` block"),
     ):
         model.predict(data[0], verbose=0)
     assert model.predict(data[0], verbose=0).shape == (16, 3)

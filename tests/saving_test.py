@@ -53,8 +53,8 @@ def make_pair(name, rng, **options):
 def test_round_trip_onto_a_plain_model(name, include, rng, tmp_path):
     adapted, plain = make_pair(name, rng)
     trainable = len(adapted.trainable_weights)
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE, include)
-    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE, include)
+    keras_fvae.load_adapter(plain, tmp_path / FILE)
     np.testing.assert_allclose(
         zoo.predict(plain, name), zoo.predict(adapted, name), atol=1e-6
     )
@@ -74,11 +74,11 @@ def count_numbers(path):
 def test_only_the_adapters_and_what_trains_is_in_the_file(rng, tmp_path):
     adapted, _ = make_pair("text_classifier", rng)
     backbone = adapted.backbone
-    backbone.save_fvae_lora_weights(tmp_path / FILE)
+    backbone.save_adapter(tmp_path / FILE)
     assert count_numbers(tmp_path / FILE) == sum(
         to_numpy(weight).size for weight in backbone.trainable_weights
     )
-    backbone.save_fvae_lora_weights(tmp_path / FILE, include="inference")
+    backbone.save_adapter(tmp_path / FILE, include="inference")
     assert count_numbers(tmp_path / FILE) == sum(
         layer.adapter.num_inference_parameters
         for layer in lookup.adapted_layers(backbone)
@@ -88,8 +88,8 @@ def test_only_the_adapters_and_what_trains_is_in_the_file(rng, tmp_path):
 def test_onto_an_adapted_model(rng, tmp_path):
     adapted, plain = make_pair("functional", rng, seed=1)
     enable(plain, "functional", seed=2)
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
+    keras_fvae.load_adapter(plain, tmp_path / FILE)
     np.testing.assert_allclose(
         zoo.predict(plain, "functional"),
         zoo.predict(adapted, "functional"),
@@ -104,8 +104,8 @@ def test_names_that_keras_makes_up_may_have_changed(rng, tmp_path):
         for model in (adapted, plain)
     ]
     assert paths[0] != paths[1]
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
+    keras_fvae.load_adapter(plain, tmp_path / FILE)
     assert len(lookup.adapted_layers(plain)) == 3
 
 
@@ -113,8 +113,8 @@ def test_a_preprocessor_makes_no_difference(rng, tmp_path):
     adapted, plain = make_pair("text_classifier", rng)
     adapted.preprocessor = keras.layers.Rescaling(1.0)
     assert adapted.backbone.name != plain.backbone.name
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
+    keras_fvae.load_adapter(plain, tmp_path / FILE)
     assert len(lookup.adapted_layers(plain)) == 4
 
 
@@ -127,9 +127,9 @@ def test_of_many_layers_the_right_ones(tmp_path):
     keras_fvae.enable_fvae_lora(
         adapted, 2, [adapted.layers[1].name, adapted.layers[3].name]
     )
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
     # Of these numbers, some are those of other layers in the other model.
-    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    keras_fvae.load_adapter(plain, tmp_path / FILE)
     assert [hasattr(layer, "adapter") for layer in plain.layers] == [
         False,
         True,
@@ -148,7 +148,7 @@ import keras_fvae
 directory = sys.argv[1]
 model = zoo.make_text_classifier()
 model.load_weights(directory + "/base.weights.h5")
-model.backbone.load_fvae_lora_weights(directory + "/task.safetensors")
+model.backbone.load_adapter(directory + "/task.safetensors")
 np.save(directory + "/loaded.npy", zoo.predict(model, "text_classifier"))
 other = zoo.make_text_classifier()
 other.load_weights(directory + "/base.weights.h5")
@@ -172,7 +172,7 @@ def trained_here(tmp_path_factory):
     zoo.fit(model, "text_classifier")
     predictions = zoo.predict(model, "text_classifier")
     assert np.abs(predictions - base_predictions).max() > 0.1
-    model.backbone.save_fvae_lora_weights(directory / FILE)
+    model.backbone.save_adapter(directory / FILE)
     keras_fvae.save_peft_adapter(model, directory / "peft")
     return directory, predictions
 
@@ -201,10 +201,8 @@ def test_a_file_is_small(tmp_path):
         x = keras.layers.Dense(768, name=f"query_{index}")(x)
     model = keras.Model(inputs, x)
     keras_fvae.enable_fvae_lora(model, 16, lambda layer: True)
-    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
-    keras_fvae.save_fvae_lora_weights(
-        model, tmp_path / "i.safetensors", "inference"
-    )
+    keras_fvae.save_adapter(model, tmp_path / FILE)
+    keras_fvae.save_adapter(model, tmp_path / "i.safetensors", "inference")
     assert (tmp_path / FILE).stat().st_size < 20e6
     assert (tmp_path / "i.safetensors").stat().st_size < 3e6
 
@@ -295,12 +293,12 @@ DAMAGES = [
 @pytest.mark.one_backend
 def test_a_damaged_file_changes_nothing(damage, message, rng, tmp_path):
     adapted, plain = make_pair("sequential", rng)
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
     damage(tmp_path / FILE)
     for model in (plain, adapted):
         before = snapshot(model)
         with pytest.raises(ValueError, match=message):
-            keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+            keras_fvae.load_adapter(model, tmp_path / FILE)
         assert snapshot(model) == before
 
 
@@ -328,7 +326,7 @@ def spoil(value, rng):
 )
 def test_hostile_records_change_nothing(number, rng, tmp_path):
     adapted, plain = make_pair("sequential", rng)
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
     before = snapshot(plain), snapshot(adapted)
     content, num_refused = (tmp_path / FILE).read_bytes(), 0
     for _ in range(number):
@@ -337,7 +335,7 @@ def test_hostile_records_change_nothing(number, rng, tmp_path):
         for model in (plain, adapted):
             begin = time.perf_counter()
             try:
-                keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+                keras_fvae.load_adapter(model, tmp_path / FILE)
             except ValueError:
                 num_refused += 1
             else:
@@ -359,8 +357,8 @@ def test_numbers_that_were_not_finite_come_back(rng, tmp_path):
     adapted, plain = make_pair("sequential", rng)
     kernel_b = adapted.get_layer("query").adapter.kernel_b
     kernel_b.assign(np.full((2, 8), np.nan))
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(plain, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
+    keras_fvae.load_adapter(plain, tmp_path / FILE)
     assert np.isnan(to_numpy(plain.get_layer("query").adapter.kernel_b)).all()
 
 
@@ -382,7 +380,7 @@ def adapted_with(**options):
 
 def finalized():
     model = adapted_with()
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     return model
 
 
@@ -403,9 +401,9 @@ OTHERS = [
 
 def test_a_file_does_not_mind_rematerialization(tmp_path):
     adapted = adapted_with(rematerialize=True)
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
     other = adapted_with(seed=3)
-    keras_fvae.load_fvae_lora_weights(other, tmp_path / FILE)
+    keras_fvae.load_adapter(other, tmp_path / FILE)
     layer, expected = (m.get_layer("query") for m in (other, adapted))
     assert not layer.config.rematerialize
     for name, array in expected.adapter.get_arrays().items():
@@ -414,24 +412,24 @@ def test_a_file_does_not_mind_rematerialization(tmp_path):
 
 @pytest.mark.parametrize("make, message", OTHERS)
 def test_a_file_of_another_model_changes_nothing(make, message, tmp_path):
-    keras_fvae.save_fvae_lora_weights(adapted_with(), tmp_path / FILE)
+    keras_fvae.save_adapter(adapted_with(), tmp_path / FILE)
     model = make()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+        keras_fvae.load_adapter(model, tmp_path / FILE)
     assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda model: keras_fvae.save_fvae_lora_weights(model, FILE),
-        lambda model: keras_fvae.load_fvae_lora_weights(model, FILE),
+        lambda model: keras_fvae.save_adapter(model, FILE),
+        lambda model: keras_fvae.load_adapter(model, FILE),
         lambda model: keras_fvae.save_peft_adapter(model, "peft"),
         lambda model: keras_fvae.load_peft_adapter(model, "peft"),
-        keras_fvae.finalize_fvae_lora,
-        keras_fvae.merge_fvae_lora,
-        lambda model: keras_fvae.fvae_lora_disabled(model).__enter__(),
+        keras_fvae.finalize_adapter,
+        keras_fvae.merge_adapter,
+        lambda model: keras_fvae.adapter_disabled(model).__enter__(),
     ],
 )
 def test_models_of_another_type(call):
@@ -440,17 +438,17 @@ def test_models_of_another_type(call):
 
 
 def test_a_model_that_is_not_built(tmp_path):
-    keras_fvae.save_fvae_lora_weights(adapted_with(), tmp_path / FILE)
+    keras_fvae.save_adapter(adapted_with(), tmp_path / FILE)
     model = keras.Sequential([keras.layers.Dense(8, name="query")])
     with pytest.raises(ValueError, match="is not built, so its layers have no"):
-        keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+        keras_fvae.load_adapter(model, tmp_path / FILE)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        keras_fvae.save_fvae_lora_weights,
-        keras_fvae.load_fvae_lora_weights,
+        keras_fvae.save_adapter,
+        keras_fvae.load_adapter,
         lambda model, path: keras_fvae.save_peft_adapter(
             zoo.make_text_classifier(), path
         ),
@@ -470,32 +468,32 @@ def test_paths_of_other_file_systems(call, tmp_path, monkeypatch):
 
 def test_arguments(tmp_path):
     model = zoo.make_sequential()
-    with pytest.raises(ValueError, match="no layer adapted"):
-        keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    with pytest.raises(ValueError, match="no adapted layer"):
+        keras_fvae.save_adapter(model, tmp_path / FILE)
     with pytest.raises(FileNotFoundError, match="no adapter file"):
-        keras_fvae.load_fvae_lora_weights(model, tmp_path / FILE)
+        keras_fvae.load_adapter(model, tmp_path / FILE)
     enable(model, "sequential")
     for call in (
-        keras_fvae.save_fvae_lora_weights,
-        keras_fvae.load_fvae_lora_weights,
+        keras_fvae.save_adapter,
+        keras_fvae.load_adapter,
     ):
         with pytest.raises(ValueError, match="end in '.safetensors'"):
             call(model, tmp_path / "task.h5")
     with pytest.raises(ValueError, match="'all' or 'inference'"):
-        keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE, "some")
+        keras_fvae.save_adapter(model, tmp_path / FILE, "some")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_onto_another_precision(rng, tmp_path):
     adapted, _ = make_pair("sequential", rng)
-    keras_fvae.save_fvae_lora_weights(adapted, tmp_path / FILE)
+    keras_fvae.save_adapter(adapted, tmp_path / FILE)
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         other = zoo.make_sequential()
     finally:
         keras.config.set_dtype_policy("float32")
     set_base_weights(other, adapted.weights)
-    keras_fvae.load_fvae_lora_weights(other, tmp_path / FILE)
+    keras_fvae.load_adapter(other, tmp_path / FILE)
     np.testing.assert_allclose(
         zoo.predict(other, "sequential").astype("float32"),
         zoo.predict(adapted, "sequential"),
@@ -568,17 +566,17 @@ def test_state_without_a_gradient_comes_back(kind, is_chosen, rng, tmp_path):
     moved = not all(map(np.array_equal, map(to_numpy, layer.weights), before))
     # Frozen, batch normalization changes nothing; others do not ask.
     assert moved == (is_chosen or kind in ("spectral", "own"))
-    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    keras_fvae.save_adapter(model, tmp_path / FILE)
     _, arrays = files.parse((tmp_path / FILE).read_bytes(), FILE)
     assert moved == any("stateful" in name for name in arrays)
-    keras_fvae.load_fvae_lora_weights(loaded, tmp_path / FILE)
+    keras_fvae.load_adapter(loaded, tmp_path / FILE)
     np.testing.assert_allclose(
         to_numpy(loaded(x)), to_numpy(model(x)), atol=1e-6
     )
     # And it trains as it did.
     trainable = [[la.trainable for la in m.layers] for m in (model, loaded)]
     assert trainable[0] == trainable[1]
-    keras_fvae.save_fvae_lora_weights(loaded, tmp_path / FILE)
+    keras_fvae.save_adapter(loaded, tmp_path / FILE)
     _, again = files.parse((tmp_path / FILE).read_bytes(), FILE)
     assert sorted(map(without_numbers, again)) == sorted(
         map(without_numbers, arrays)
@@ -607,8 +605,8 @@ def test_what_was_trained_and_then_frozen_comes_back(
     if compile_again:
         zoo.compile_model(model, "sequential")
     predictions = zoo.predict(model, "sequential")
-    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(loaded, tmp_path / FILE)
+    keras_fvae.save_adapter(model, tmp_path / FILE)
+    keras_fvae.load_adapter(loaded, tmp_path / FILE)
     np.testing.assert_allclose(
         zoo.predict(loaded, "sequential"), predictions, atol=1e-6
     )
@@ -616,7 +614,7 @@ def test_what_was_trained_and_then_frozen_comes_back(
     # Also when it goes by a whole model in between.
     model.save(tmp_path / "model.keras")
     model = keras.saving.load_model(tmp_path / "model.keras")
-    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
+    keras_fvae.save_adapter(model, tmp_path / FILE)
     _, arrays = files.parse((tmp_path / FILE).read_bytes(), FILE)
     assert {"weights/head/kernel", "weights/head/bias"} <= arrays.keys()
 
@@ -630,8 +628,8 @@ def test_the_head_of_a_task_that_was_trained_and_then_frozen(rng, tmp_path):
     model.trainable = False
     zoo.compile_model(model, "text_classifier")
     predictions = zoo.predict(model, "text_classifier")
-    keras_fvae.save_fvae_lora_weights(model, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(loaded, tmp_path / FILE)
+    keras_fvae.save_adapter(model, tmp_path / FILE)
+    keras_fvae.load_adapter(loaded, tmp_path / FILE)
     np.testing.assert_allclose(
         zoo.predict(loaded, "text_classifier"), predictions, atol=1e-6
     )
@@ -648,6 +646,6 @@ def test_a_layer_by_itself_is_saved(rng, tmp_path):
     keras_fvae.enable_fvae_lora(layer, 2, "query")
     move_adapters(layer, rng)
     x = rng.normal(size=(2, 4)).astype("float32")
-    keras_fvae.save_fvae_lora_weights(layer, tmp_path / FILE)
-    keras_fvae.load_fvae_lora_weights(other, tmp_path / FILE)
+    keras_fvae.save_adapter(layer, tmp_path / FILE)
+    keras_fvae.load_adapter(other, tmp_path / FILE)
     np.testing.assert_allclose(to_numpy(other(x)), to_numpy(layer(x)))

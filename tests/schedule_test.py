@@ -157,5 +157,5 @@ def test_bad_arguments():
 def test_a_model_without_adapters_is_refused(xy):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
     schedule = keras_fvae.FVAELoRASchedule(elbo_weight=lambda step: 1.0)
-    with pytest.raises(ValueError, match="no layer adapted by FVAE-LoRA"):
+    with pytest.raises(ValueError, match="no adapted layer"):
         fit(model, xy, [schedule])

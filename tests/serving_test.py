@@ -35,7 +35,7 @@ def make_adapted(name, rng, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_finalizing_changes_no_prediction(name, rng):
     model, _, predictions = make_adapted(name, rng)
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-6)
     for layer in lookup.adapted_layers(model):
         parameters = sum(to_numpy(w).size for w in layer.adapter.weights)
@@ -53,7 +53,7 @@ def test_every_kind_of_encoder_can_be_finalized(shared, encoder_units, rng):
         encoder_shared_trunk=shared,
         latent_fusion="average",
     )
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     np.testing.assert_allclose(
         zoo.predict(model, "sequential"), predictions, atol=1e-6
     )
@@ -71,7 +71,7 @@ def test_what_remains_of_vit_b_16():
     base_parameters = backbone.count_params()
     summary = backbone.enable_fvae_lora(rank=16)
     assert len(summary.layer_paths) == 24
-    keras_fvae.finalize_fvae_lora(backbone)
+    keras_fvae.finalize_adapter(backbone)
     assert backbone.count_params() - base_parameters == 596_736
 
 
@@ -81,7 +81,7 @@ def test_a_finalized_model_refuses_to_train(name, rng):
     zoo.compile_model(model, name)
     zoo.fit(model, name)
     predictions = zoo.predict(model, name)
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     x, y = zoo.data(name)
     for call in (
         lambda: zoo.fit(model, name),
@@ -98,8 +98,8 @@ def test_a_finalized_model_refuses_to_train(name, rng):
 
 def test_finalizing_twice_is_finalizing_once(rng):
     model, _, predictions = make_adapted("sequential", rng)
-    keras_fvae.finalize_fvae_lora(model)
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
+    keras_fvae.finalize_adapter(model)
     np.testing.assert_allclose(
         zoo.predict(model, "sequential"), predictions, atol=1e-6
     )
@@ -109,7 +109,7 @@ def test_finalizing_twice_is_finalizing_once(rng):
 def test_merging_leaves_plain_layers(name, rng):
     model, _, predictions = make_adapted(name, rng, encoder_units=(), alpha=3.0)
     layers = lookup.adapted_layers(model)
-    keras_fvae.merge_fvae_lora(model)
+    keras_fvae.merge_adapter(model)
     scale = max(np.abs(predictions).max(), 1)
     np.testing.assert_allclose(
         zoo.predict(model, name) / scale, predictions / scale, atol=1e-5
@@ -129,7 +129,7 @@ def test_merging_leaves_plain_layers(name, rng):
 def test_a_merged_model_can_be_saved(name, rng, tmp_path):
     """Also where the update needs a bias, which a Llama has not."""
     model, _, _ = make_adapted(name, rng, encoder_units=())
-    keras_fvae.merge_fvae_lora(model)
+    keras_fvae.merge_adapter(model)
     predictions = zoo.predict(model, name)
     model.save(tmp_path / "model.keras")
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_merging_einsum_layers(equation, output_shape, bias_axes, shape, rng):
     move_adapters(model, rng, scale=1.0)
     x = rng.normal(size=shape).astype("float32")
     expected = to_numpy(model(x))
-    keras_fvae.merge_fvae_lora(model)
+    keras_fvae.merge_adapter(model)
     np.testing.assert_allclose(to_numpy(model(x)), expected, atol=1e-5)
     # What the layer is now is in its config.
     clone = keras.layers.EinsumDense.from_config(layer.get_config())
@@ -176,7 +176,7 @@ def test_merging_einsum_layers(equation, output_shape, bias_axes, shape, rng):
 
 def test_a_merged_model_can_be_adapted_again(rng):
     model, _, _ = make_adapted("causal_lm", rng, encoder_units=())
-    keras_fvae.merge_fvae_lora(model)
+    keras_fvae.merge_adapter(model)
     predictions = zoo.predict(model, "causal_lm")
     model.backbone.enable_fvae_lora(**SMALL)
     np.testing.assert_allclose(
@@ -202,24 +202,24 @@ def untouched(model):
 
 
 REFUSALS = [
-    (keras_fvae.finalize_fvae_lora, untouched, "no layer adapted"),
-    (keras_fvae.merge_fvae_lora, untouched, "no layer adapted"),
+    (keras_fvae.finalize_adapter, untouched, "no adapted layer"),
+    (keras_fvae.merge_adapter, untouched, "no adapted layer"),
     (
-        keras_fvae.finalize_fvae_lora,
+        keras_fvae.finalize_adapter,
         adapted(sample_at_inference=True),
         "samples at inference",
     ),
     (
-        keras_fvae.merge_fvae_lora,
+        keras_fvae.merge_adapter,
         adapted(sample_at_inference=True, encoder_units=()),
         "samples at inference",
     ),
     (
-        keras_fvae.merge_fvae_lora,
+        keras_fvae.merge_adapter,
         adapted(),
-        r"hidden layers \(encoder_units=\(2,\)\).*finalize_fvae_lora",
+        r"hidden layers \(encoder_units=\(2,\)\).*finalize_adapter",
     ),
-    (keras_fvae.merge_fvae_lora, quantized, "quantized"),
+    (keras_fvae.merge_adapter, quantized, "quantized"),
 ]
 
 
@@ -242,13 +242,13 @@ def test_disabled_adapters_give_the_base_predictions(name, rng):
         return model.predict(x, batch_size=zoo.NUM_SAMPLES, verbose=0)
 
     np.testing.assert_allclose(predict(), predictions, atol=1e-5)
-    with keras_fvae.fvae_lora_disabled(getattr(model, "backbone", model)):
+    with keras_fvae.adapter_disabled(getattr(model, "backbone", model)):
         # The model has a compiled `predict` already.
         np.testing.assert_allclose(predict(), base_predictions, atol=1e-5)
         np.testing.assert_array_equal(
             zoo.predict(model, name), base_predictions
         )
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             pass
         np.testing.assert_array_equal(
             zoo.predict(model, name), base_predictions
@@ -258,7 +258,7 @@ def test_disabled_adapters_give_the_base_predictions(name, rng):
 
 def test_disabled_adapters_come_back_when_the_body_raises(rng):
     model, _, predictions = make_adapted("sequential", rng)
-    with pytest.raises(KeyError), keras_fvae.fvae_lora_disabled(model):
+    with pytest.raises(KeyError), keras_fvae.adapter_disabled(model):
         raise KeyError
     np.testing.assert_array_equal(zoo.predict(model, "sequential"), predictions)
 
@@ -271,7 +271,7 @@ def test_base_predictions_during_fit(rng):
 
     class Compare(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            with keras_fvae.fvae_lora_disabled(self.model):
+            with keras_fvae.adapter_disabled(self.model):
                 self.seen = self.model.predict(x, verbose=0)
 
     compare = Compare()
@@ -281,8 +281,8 @@ def test_base_predictions_during_fit(rng):
 
 def test_disabling_needs_adapters():
     with (
-        pytest.raises(ValueError, match="no layer adapted"),
-        keras_fvae.fvae_lora_disabled(zoo.make_sequential()),
+        pytest.raises(ValueError, match="no adapted layer"),
+        keras_fvae.adapter_disabled(zoo.make_sequential()),
     ):
         pass
 
@@ -291,7 +291,7 @@ def test_disabling_needs_adapters():
 def finalized(rng):
     """An image classifier with finalized adapters, and what it predicts."""
     model, _, _ = make_adapted("image_classifier", rng)
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     return model, zoo.predict(model, "image_classifier")
 
 
@@ -350,7 +350,7 @@ def test_export_to_onnx(rng, tmp_path):
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(x))
     keras_fvae.enable_fvae_lora(model, **SMALL)
     move_adapters(model, rng)
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     x = rng.normal(size=(3, 6, 8)).astype("float32")
     predictions = model.predict(x, verbose=0)
     if BACKEND == "jax":
@@ -431,7 +431,7 @@ def test_generation_with_a_cache(family, rng):
     tokens = generate()
     assert (tokens != base).any()
     np.testing.assert_array_equal(tokens, greedy(model, prompt, 12))
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         np.testing.assert_array_equal(generate(), base)
 
 
@@ -449,9 +449,9 @@ def test_kerashub_does_not_export_what_it_would_drop(use, rng, tmp_path):
     model.enable_fvae_lora(**SMALL, encoder_units=())
     move_adapters(model, rng)
     if use == "finalized":
-        keras_fvae.finalize_fvae_lora(model)
+        keras_fvae.finalize_adapter(model)
     elif use == "merged":
-        keras_fvae.merge_fvae_lora(model)
+        keras_fvae.merge_adapter(model)
     for whole in (model, task):
         with pytest.raises(ValueError, match="base weights alone.*save_peft"):
             whole.export_to_transformers(str(tmp_path / "exported"))
@@ -478,7 +478,7 @@ def test_kerashub_exports_a_merged_model_whose_layers_had_biases(rng, tmp_path):
     base = export(model, "base")
     model.enable_fvae_lora(**SMALL, encoder_units=())
     move_adapters(model, rng)
-    keras_fvae.merge_fvae_lora(model)
+    keras_fvae.merge_adapter(model)
     merged = export(model, "merged")
     assert merged.keys() == base.keys()
     changed = {k for k in base if not np.array_equal(base[k], merged[k])}
@@ -505,7 +505,7 @@ def test_a_merged_model_of_plain_layers_needs_nothing_of_ours(rng, tmp_path):
         model, 2, lambda layer: True, encoder_units=(), decoder_units=(4,)
     )
     move_adapters(model, rng)
-    keras_fvae.merge_fvae_lora(model)
+    keras_fvae.merge_adapter(model)
     x = rng.normal(size=(2, 8)).astype("float32")
     model.save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", x)
@@ -519,7 +519,7 @@ def test_a_task_is_plain_again_after_its_backbone_was_merged(rng):
     model, _, predictions = make_adapted(
         "text_classifier", rng, encoder_units=()
     )
-    keras_fvae.merge_fvae_lora(model.backbone)
+    keras_fvae.merge_adapter(model.backbone)
     assert type(model) is keras_hub.models.BertTextClassifier
     assert type(model.backbone) is keras_hub.models.BertBackbone
     np.testing.assert_allclose(
@@ -533,6 +533,6 @@ def test_lora_on_an_adapted_backbone_is_refused_at_once():
     model = zoo.make_text_classifier()
     model.backbone.enable_fvae_lora(**SMALL)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="either LoRA or FVAE-LoRA"):
+    with pytest.raises(ValueError, match="remove_adapter"):
         model.backbone.enable_lora(2)
     assert snapshot(model) == before

@@ -56,7 +56,7 @@ def test_what_trains_inside_leaves_the_adapters_as_they_are(fit, model):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     for _ in range(2):
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             adapter, head = moves(model, fit)
         assert adapter == 0 and head > 0
         adapter, head = moves(model, fit)
@@ -64,7 +64,7 @@ def test_what_trains_inside_leaves_the_adapters_as_they_are(fit, model):
 
 
 def test_a_loss_inside_has_no_elbo(model):
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         loss = model.evaluate(X, Y, verbose=0)
         model.optimizer.learning_rate = 0.0
         history = model.fit(X, Y, verbose=0).history
@@ -90,7 +90,7 @@ def test_nothing_is_compiled_anew(model):
 
     def use_both():
         use()
-        with keras_fvae.fvae_lora_disabled(counted):
+        with keras_fvae.adapter_disabled(counted):
             use()
 
     use_both()
@@ -104,13 +104,13 @@ def test_nothing_is_compiled_anew(model):
 
 def test_blocks_nest_and_overlap(model):
     on = predict(model)
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         off = predict(model)
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             np.testing.assert_array_equal(predict(model), off)
         np.testing.assert_array_equal(predict(model), off)
     assert np.abs(on - off).max() > 0.1
-    first, second = (keras_fvae.fvae_lora_disabled(model) for _ in range(2))
+    first, second = (keras_fvae.adapter_disabled(model) for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -124,9 +124,9 @@ def test_one_of_two_models(model, rng):
     keras_fvae.enable_fvae_lora(other, **SMALL)
     move_adapters(other, rng, scale=1.0)
     on, other_on = predict(model), predict(other)
-    with keras_fvae.fvae_lora_disabled(other):
+    with keras_fvae.adapter_disabled(other):
         np.testing.assert_array_equal(predict(model), on)
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             assert not np.array_equal(predict(model), on)
         assert not np.array_equal(predict(other), other_on)
     np.testing.assert_array_equal(predict(other), other_on)
@@ -143,7 +143,7 @@ def test_a_block_holds_for_its_thread(model):
     ready = threading.Barrier(3, timeout=60)
 
     def disabled(name, leave_first):
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             ready.wait()
             if not leave_first:
                 ready.wait()
@@ -199,12 +199,12 @@ def test_models_that_were_made_around_adapted_layers(
     on = to_numpy(outer(X))
     if is_used_before:
         np.testing.assert_allclose(predict(outer), on, atol=1e-6)
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         off = to_numpy(outer(X))
         np.testing.assert_allclose(predict(outer), off, atol=1e-6)
     assert np.abs(on - off).max() > 0.1
     np.testing.assert_allclose(predict(outer), on, atol=1e-6)
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         np.testing.assert_allclose(predict(outer), off, atol=1e-6)
 
 
@@ -213,7 +213,7 @@ def test_models_that_the_garbage_collector_does_not_list(model):
     on = predict(outer)
     gc.freeze()
     try:
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             assert np.abs(predict(outer) - on).max() > 0.1
         np.testing.assert_array_equal(predict(outer), on)
     finally:
@@ -230,17 +230,17 @@ def test_a_block_costs_little():
     seconds = []
     for _ in range(20):
         begin = time.perf_counter()
-        with keras_fvae.fvae_lora_disabled(model):
+        with keras_fvae.adapter_disabled(model):
             pass
         seconds.append(time.perf_counter() - begin)
     assert np.median(seconds) < 5e-3
 
 
 def test_compiling_anew_forgets_what_was_compiled_inside(model):
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         model.evaluate(X, Y, verbose=0)
     model.compile("sgd", "mse")
     targets = np.zeros((len(X), 3))
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         loss = model.evaluate(X, targets, verbose=0)
         assert loss == pytest.approx(np.square(predict(model)).mean(), rel=1e-4)

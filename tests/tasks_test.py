@@ -400,7 +400,7 @@ def use(case):
 def assert_adapters_are_used(case, rng):
     move_adapters(case.task, rng, scale=1.0)
     adapted = use(case)
-    with keras_fvae.fvae_lora_disabled(case.task):
+    with keras_fvae.adapter_disabled(case.task):
         base = use(case)
     assert not all(map(np.array_equal, adapted, base))
 

@@ -80,7 +80,7 @@ def test_what_is_saved_comes_back_in_a_fresh_process(name, tmp_path):
     move_adapters(model, np.random.default_rng(0), scale=1.0)
     zoo.compile_model(model, name)
     zoo.fit(model, name, epochs=2)
-    with keras_fvae.fvae_lora_disabled(model):
+    with keras_fvae.adapter_disabled(model):
         base_predictions = zoo.predict(model, name)
     expected = save(tmp_path, "trained", name, model)
     assert np.abs(expected["trained"][0] - base_predictions).max() > 0.1
@@ -90,7 +90,7 @@ def test_what_is_saved_comes_back_in_a_fresh_process(name, tmp_path):
         expected["after"] = expected["again"] = describe(model, name)
         moved = expected["after"][0] - expected["trained"][0]
         assert np.abs(moved).max() > 1e-3
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     expected |= save(tmp_path, "finalized", name, model)
     run_python("tests/fresh_load.py", tmp_path)
     with np.load(tmp_path / "loaded.npz") as loaded:
@@ -133,7 +133,7 @@ def test_without_the_package_no_adapter_is_dropped_in_silence(tmp_path):
         model = zoo.MODELS[name]()
         enable(model, name)
         save(tmp_path, "trained", name, model)
-        keras_fvae.finalize_fvae_lora(model)
+        keras_fvae.finalize_adapter(model)
         save(tmp_path, "finalized", name, model)
     output = run_python("-c", WITHOUT_THE_PACKAGE, tmp_path).stdout
     assert output.count("refused") == 2 * len(SHORT) + 4
@@ -315,7 +315,7 @@ def test_models_can_be_pickled(name, copy, rng):
     predictions, trainable = describe(found, name)
     np.testing.assert_allclose(predictions, expected[0], atol=1e-6)
     assert trainable == expected[1]
-    keras_fvae.finalize_fvae_lora(model)
+    keras_fvae.finalize_adapter(model)
     found = pickle.loads(pickle.dumps(model))
     np.testing.assert_allclose(zoo.predict(found, name), expected[0], atol=1e-6)
 

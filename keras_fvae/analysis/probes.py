@@ -13,7 +13,7 @@ from keras import ops
 from keras_fvae.analysis import extras
 from keras_fvae.layers import masking
 from keras_fvae.layers import switching
-from keras_fvae.layers.adapted import recorded_posteriors
+from keras_fvae.methods.fvae.adapter import recorded_posteriors
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
 from keras_fvae.model.tree import numbered
@@ -59,7 +59,7 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
 
     Raises:
         ValueError: If no layer is adapted, or the adapters are finalized or
-            turned off by `fvae_lora_disabled`.
+            turned off by `adapter_disabled`.
         TypeError: If `model` is no `keras.Model`.
 
     Example:
@@ -86,7 +86,7 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
         if switching.is_off(layer):
             raise ValueError(
                 f"The adapters of model '{model.name}' are turned off. Leave "
-                "the `fvae_lora_disabled` block first."
+                "the `adapter_disabled` block first."
             )
     paths = {id(layer.adapter): layer.path for layer in layers}
 

@@ -17,7 +17,9 @@ import numpy as np
 from keras import ops
 from keras.src import backend
 from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
+from keras.src.quantizers.quantizers import dequantize_with_sz_map
 from keras.src.saving import saving_lib
 
 # The methods of a model that run steps, one after the other.
@@ -58,6 +60,16 @@ def optimized_variables(model):
     return getattr(
         getattr(model, "optimizer", None), "_trainable_variables", []
     )
+
+
+def backend_name():
+    """String, the backend, for messages."""
+    return keras.config.backend()
+
+
+def lists_variables_as_parameters():
+    """Whether a layer's `variables` are those that PyTorch optimizes."""
+    return keras.config.backend() == "torch"
 
 
 def is_compiling():
@@ -123,6 +135,17 @@ def is_saving_to_h5():
 def is_described_by_layers(model_class):
     """Whether the config of a model has those of its layers in it."""
     return model_class in (Functional, keras.Sequential)
+
+
+class NotRematerialized:
+    """A layer that `keras.RematScope` does not compute a second time.
+
+    It would draw other noise then, and its losses would count twice, or on JAX
+    be out of reach.
+    """
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
 
 
 class Pickled:
@@ -483,3 +506,42 @@ def make_state(model, iterator=None, data_batch=None):
     )
     if is_known:
         model._symbolic_build(data_batch=data_batch)
+
+
+def float_kernel(layer, full_precision=False):
+    """The kernel of a layer in its own shape, dequantized.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`, quantized
+            in the modes `"int8"` or `"int4"`, or not.
+        full_precision: Boolean. Whether it is of the dtype in which the kernel
+            is stored, float32 where that is of integers.
+
+    Returns:
+        Tensor, of the layer's compute dtype otherwise.
+    """
+    if full_precision:
+        with AutocastScope(None):
+            return ops.convert_to_tensor(_float_kernel(layer))
+    return ops.cast(_float_kernel(layer), layer.compute_dtype)
+
+
+def _float_kernel(layer):
+    mode = layer.quantization_mode
+    kernel = layer.kernel
+    if mode is None:
+        return kernel
+    scale = layer.kernel_scale
+    if mode == "int8" and isinstance(layer, keras.layers.EinsumDense):
+        scale = layer._adjust_scale_for_dequant(scale)
+    if mode == "int4" and getattr(layer, "_int4_block_size", None) not in (
+        None,
+        -1,
+    ):
+        kernel = dequantize_with_sz_map(
+            kernel, scale, layer.kernel_zero, layer.g_idx, group_axis=0
+        )
+    else:
+        kernel = ops.divide(ops.cast(kernel, "float32"), scale)
+    shape = getattr(layer, "original_kernel_shape", kernel.shape)
+    return ops.reshape(kernel, shape)

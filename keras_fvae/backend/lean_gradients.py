@@ -8,7 +8,7 @@ what came of them. PyTorch takes a pass over memory for each operation.
 import keras
 from keras import ops
 
-from keras_fvae.methods.fvae import objective
+from keras_fvae.backend.token_mean import token_mean
 
 
 def relu_and_dropout(x, is_kept, rate):
@@ -103,14 +103,14 @@ def token_mean_of_squares(x, token_weights):
     Args:
         x: Float32 tensor of shape `(..., tokens, d)`.
         token_weights: Optional tensor of shape `(tokens,)`, as in
-            `objective.token_mean`.
+            `token_mean.token_mean`.
 
     Returns:
         Float32 tensor of shape `(d,)`.
     """
     if keras.config.backend() == "torch":
         return _TokenMeanOfSquares.apply(x, token_weights)
-    return objective.token_mean(ops.square(x), token_weights, feature_axes=1)
+    return token_mean(ops.square(x), token_weights, feature_axes=1)
 
 
 if keras.config.backend() == "torch":
@@ -121,9 +121,7 @@ if keras.config.backend() == "torch":
 
         @staticmethod
         def forward(x, token_weights):
-            return objective.token_mean(
-                torch.square(x), token_weights, feature_axes=1
-            )
+            return token_mean(torch.square(x), token_weights, feature_axes=1)
 
         @staticmethod
         def setup_context(ctx, inputs, output):

@@ -30,6 +30,33 @@ def next_seed(seed_generator):
     return seed
 
 
+def save_seed(layer, store):
+    """Adds the state of a layer's `seed_generator` to what it saves.
+
+    Keras does not, and a resumed run would draw the same numbers again.
+
+    Args:
+        layer: `keras.Layer`; one that draws nothing has no generator.
+        store: Dict-like, as `save_own_variables` gets it.
+    """
+    if hasattr(layer, "seed_generator"):
+        state = ops.convert_to_numpy(layer.seed_generator.state)
+        store["seed_generator_state"] = state
+
+
+def load_seed(layer, store):
+    """Sets what `save_seed` saved.
+
+    Returns:
+        Dict, the rest of the store.
+    """
+    rest = {name: store[name] for name in [*store.keys()]}
+    state = rest.pop("seed_generator_state", None)
+    if state is not None and hasattr(layer, "seed_generator"):
+        layer.seed_generator.state.assign(state)
+    return rest
+
+
 def noise_and_masks(shape, seed, noise_width, mask_widths=(), rate=0.0):
     """Standard normal noise, and which units dropout keeps.
 
@@ -59,6 +86,24 @@ def noise_and_masks(shape, seed, noise_width, mask_widths=(), rate=0.0):
         noise = to_normal(numbers)
         masks = [are_at_least(part, rate) for part in parts]
     return noise, masks
+
+
+def dropout(x, rate, seed_generator):
+    """Dropout: a part of x is 0, the rest is scaled up by as much.
+
+    Args:
+        x: Float tensor.
+        rate: Float in `(0, 1)`, the share that is 0.
+        seed_generator: `keras.random.SeedGenerator`, whose state moves on.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+    """
+    *shape, width = ops.shape(x)
+    _, (mask,) = noise_and_masks(
+        tuple(shape), next_seed(seed_generator), 0, [width], rate
+    )
+    return ops.where(mask, x * (1 / (1 - rate)), 0)
 
 
 def are_at_least(numbers, share):

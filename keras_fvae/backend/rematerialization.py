@@ -4,32 +4,35 @@ import keras
 from keras import ops
 
 
-def rematerialize(function, inputs, seed):
+def rematerialize(draw, function, inputs, seed):
     """Calls a function, and keeps for its gradient little but its arguments.
 
     As `keras.remat`, whose second computation XLA on CPUs joins with the first
     one, so that all is kept after all. Here it begins with the gradient that
     arrives: it can neither be joined with the first nor be done early.
 
-    For JAX and TensorFlow. On PyTorch `keras.remat` does what it says.
+    On PyTorch `keras.remat` does what it says, and what was drawn is kept.
 
     Args:
-        function: Function of the two arguments that follow, or of the first
-            alone. It returns nested float tensors, not all of them scalars.
+        draw: Function of the two last arguments, or of `inputs` alone, that
+            returns a dict of what the function needs besides.
+        function: Function of keyword arguments: `inputs`, and what was drawn.
+            It returns nested float tensors, not all of them scalars.
         inputs: Dict of name to float tensor, which has a gradient. What is
             made of vectors alone may be kept.
-        seed: Integer tensor, what the function draws from, or `None`.
+        seed: Integer tensor, what `draw` draws from, or `None`.
 
     Returns:
         What `function` returned.
     """
+    if keras.config.backend() == "torch":
+        return keras.remat(function)(**inputs, **draw(inputs, seed))
     outputs = None
 
     def flat_function(*arguments):
         nonlocal outputs
-        outputs = function(
-            dict(zip(inputs, arguments)), *arguments[len(inputs) :]
-        )
+        given = dict(zip(inputs, arguments))
+        outputs = function(**given, **draw(given, *arguments[len(inputs) :]))
         return tuple(keras.tree.flatten(outputs))
 
     @ops.custom_gradient

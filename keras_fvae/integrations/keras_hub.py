@@ -1,4 +1,4 @@
-"""FVAE-LoRA as methods of every KerasHub backbone."""
+"""The methods of every KerasHub backbone."""
 
 import functools
 import inspect
@@ -7,10 +7,11 @@ import types
 
 import keras
 
+from keras_fvae.fvae_lora import enable_fvae_lora
 from keras_fvae.model import containers
-from keras_fvae.model import enable
 from keras_fvae.model import saving
 from keras_fvae.model import training
+from keras_fvae.model.enable import enable_adapter
 from keras_fvae.model.lookup import adapted_layers
 from keras_fvae.model.record import CONFIG_KEY
 
@@ -38,8 +39,8 @@ class AdaptedHubModel(containers.AdaptedModel):
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
-            f"'{self.name}' is adapted by FVAE-LoRA already. A model takes "
-            "either LoRA or FVAE-LoRA, not both."
+            f"'{self.name}' is adapted already, and takes no LoRA of Keras's "
+            "besides. Call `keras_fvae.remove_adapter` first."
         )
 
     def export_to_transformers(self, *args, **kwargs):
@@ -52,7 +53,7 @@ class AdaptedHubModel(containers.AdaptedModel):
 
 
 def extend_keras_hub():
-    """Gives KerasHub's backbones the FVAE-LoRA methods, and saves adapters.
+    """Gives KerasHub's backbones their methods, and saves adapters.
 
     Called twice it does the same as called once.
     """
@@ -60,9 +61,10 @@ def extend_keras_hub():
     from keras_hub.models import DFineObjectDetector
     from keras_hub.models import Task
 
-    Backbone.enable_fvae_lora = enable.enable_fvae_lora
-    Backbone.save_fvae_lora_weights = saving.save_fvae_lora_weights
-    Backbone.load_fvae_lora_weights = saving.load_fvae_lora_weights
+    Backbone.enable_fvae_lora = enable_fvae_lora
+    Backbone.enable_adapter = enable_adapter
+    Backbone.save_adapter = saving.save_adapter
+    Backbone.load_adapter = saving.load_adapter
     custom_objects = keras.saving.get_custom_objects()
     module = sys.modules[MODULE] = types.ModuleType(MODULE)
     for cls in {*filter(inspect.isclass, custom_objects.values())}:

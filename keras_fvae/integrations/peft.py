@@ -13,18 +13,19 @@ import safetensors.numpy
 from keras import ops
 
 from keras_fvae.backend import replicas
-from keras_fvae.layers.adapted import adapter_shapes
-from keras_fvae.layers.adapted import build_adapter
-from keras_fvae.layers.adapted import check_adaptable
+from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.layers.attach import build_adapter
+from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.layout import reference_views
-from keras_fvae.model import containers
-from keras_fvae.model import enable
 from keras_fvae.model import lookup
 from keras_fvae.model import training
+from keras_fvae.model.enable import refuse_if_adapted
+from keras_fvae.model.enable import summarize
 from keras_fvae.model.files import check_local
 from keras_fvae.model.files import read_json
 from keras_fvae.model.files import replaced_when_complete
+from keras_fvae.model.install import install
 from keras_fvae.model.tree import LayerTree
 
 CONFIG_FILE = "adapter_config.json"
@@ -184,7 +185,7 @@ def load_peft_adapter(model, directory):
             `adapter_model.safetensors`.
 
     Returns:
-        An `FVAELoRASummary`, as `keras_fvae.enable_fvae_lora`.
+        An `AdapterSummary`, as `keras_fvae.enable_fvae_lora`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -205,11 +206,7 @@ def load_peft_adapter(model, directory):
     lookup.check_model(model)
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
-    if lookup.adapted_layers(backbone):
-        raise ValueError(
-            f"Model '{model.name}' is adapted by FVAE-LoRA already. Load the "
-            "adapter onto the base model."
-        )
+    refuse_if_adapted(LayerTree(backbone))
     settings, tensors = _read(check_local(directory, "directory"))
     modules, head_tensors = _group_by_module(tensors)
     _check_sizes(settings, tensors)
@@ -221,22 +218,18 @@ def load_peft_adapter(model, directory):
     training.refuse_while_running(layers.values())
     head = _match_head(model, architecture, head_tensors)
     adapters = [
-        build_adapter(layer, share)
-        for layer, share in zip(
-            layers.values(), enable.share_config(config, len(layers))
+        build_adapter(
+            layer, config.for_layer(index, len(layers)), starts_anew=False
         )
+        for index, layer in enumerate(layers.values())
     ]
     # From here on nothing is refused.
     for module, adapter in zip(layers, adapters):
         _set_arrays(adapter, modules[module])
-    training.note_state(LayerTree(backbone))
-    containers.attach_adapters(backbone, layers.values(), adapters)
-    adapter_weights = [w for adapter in adapters for w in adapter.weights]
-    training.train_only(backbone, [], adapter_weights)
-    training.forget_training(layers.values())
+    install(LayerTree(backbone), layers.values(), adapters)
     for weight, value in head:
         weight.assign(value)
-    return enable.summarize(backbone, config, [*layers.values()])
+    return summarize(backbone, config, [*layers.values()])
 
 
 def save_peft_adapter(model, directory):

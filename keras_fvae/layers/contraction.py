@@ -5,8 +5,9 @@ import math
 import string
 from typing import NamedTuple
 
-import keras
 from keras import ops
+
+from keras_fvae.backend import fast_ops
 
 
 class Contraction(NamedTuple):
@@ -39,6 +40,11 @@ class Contraction(NamedTuple):
     def num_kernel_axes(self):
         """How many axes the kernel has."""
         return len(self.kernel_contracted_axes + self.kernel_carried_axes)
+
+    @property
+    def matrix_order(self):
+        """Tuple of integers, the kernel's axes: contracted, then carried."""
+        return self.kernel_contracted_axes + self.kernel_carried_axes
 
     def width(self, kernel_shape):
         """The width of a token's vector."""
@@ -77,6 +83,18 @@ class Contraction(NamedTuple):
         shape = (*self.token_shape(inputs), *units_shape)
         return _transpose(ops.reshape(outputs, shape), self.output_order)
 
+    def to_matrix(self, kernel):
+        """A kernel, or array of its shape, as a matrix `(d, k)`."""
+        order = self.matrix_order
+        shape = self.width(kernel.shape), self.units(kernel.shape)
+        return ops.reshape(_transpose(kernel, order), shape)
+
+    def from_matrix(self, matrix, kernel_shape):
+        """A NumPy matrix `(d, k)` in the shape of the kernel."""
+        order = self.matrix_order
+        matrix = matrix.reshape([kernel_shape[axis] for axis in order])
+        return matrix.transpose([order.index(i) for i in range(len(order))])
+
     def add_product(self, outputs, tokens, matrix, inputs, kernel_shape):
         """Adds a map of tokens to a layer's outputs.
 
@@ -90,13 +108,10 @@ class Contraction(NamedTuple):
         Returns:
             Tensor of the shape and dtype of `outputs`.
         """
-        if _is_plain_memory(outputs) and _is_range(self.output_order):
-            rank, units = matrix.shape
-            outputs.view(-1, units).addmm_(
-                tokens.reshape(-1, rank).to(outputs.dtype),
-                matrix.to(outputs.dtype),
-            )
-            return outputs
+        if _is_range(self.output_order):
+            total = fast_ops.add_matmul(outputs, tokens, matrix)
+            if total is not None:
+                return total
         product = ops.matmul(
             ops.cast(tokens, outputs.dtype), ops.cast(matrix, outputs.dtype)
         )
@@ -139,7 +154,7 @@ def analyze_equation(equation, input_rank):
         or any(len({*axes}) < len(axes) for axes in (inputs, kernel, outputs))
     ):
         raise ValueError(
-            f"FVAE-LoRA cannot adapt the einsum equation '{equation}'. Each "
+            f"No adapter fits the einsum equation '{equation}'. Each "
             "axis of the kernel must be either contracted with the input or "
             "carried to the output, and each other axis of the input must be "
             "kept in the output, as in 'abc,cde->abde' or 'btnh,nhd->btd'."
@@ -159,20 +174,3 @@ def _transpose(x, order):
 
 def _is_range(order):
     return order == tuple(range(len(order)))
-
-
-def _is_plain_memory(tensor):
-    """Whether PyTorch may multiply into a tensor, in one pass over it.
-
-    Not so where there is a gradient, which would be copied for it.
-    """
-    if keras.config.backend() != "torch":
-        return False
-    import torch
-
-    return (
-        not torch.is_grad_enabled()
-        and tensor.is_contiguous()
-        # Where `torch.vmap` maps, a tensor stands for many.
-        and torch._C._functorch.maybe_current_level() is None
-    )

@@ -13,7 +13,7 @@ import keras
 from keras_fvae.backend import keras_internals
 
 
-def fvae_lora_layout_map(layout_map):
+def adapter_layout_map(layout_map):
     """Extends a layout map by the variables of FVAE-LoRA's adapters.
 
     Adapters follow the kernels that they adapt, with this function or without
@@ -40,7 +40,7 @@ def fvae_lora_layout_map(layout_map):
     ... )
     >>> layout_map = keras.distribution.LayoutMap(mesh)
     >>> layout_map[".*query/kernel"] = (None, "model")
-    >>> layout_map = keras_fvae.fvae_lora_layout_map(layout_map)
+    >>> layout_map = keras_fvae.adapter_layout_map(layout_map)
     >>> layout_map[".*query/adapter/fvae/feature_weights"] = ("batch", None)
     >>> distribution = keras.distribution.ModelParallel(layout_map=layout_map)
     >>> with distribution.scope():
@@ -83,13 +83,14 @@ def distributed_by(distribution):
         keras.distribution.set_distribution(previous)
 
 
-def follow_kernel(kernel, contraction, variables):
+def follow_kernel(kernel, contraction, variables, weight_axes):
     """Lays out an adapter's variables as their kernel is, if it is.
 
     Args:
         kernel: `keras.Variable`, the kernel that is adapted.
         contraction: `Contraction`, how it contracts.
         variables: List of `keras.Variable`. Those that have a layout keep it.
+        weight_axes: Dict, as `Adapter.weight_axes`.
 
     Raises:
         ValueError: If the mesh does not divide the shape of a variable.
@@ -100,7 +101,9 @@ def follow_kernel(kernel, contraction, variables):
     axes_by_name = {}
     # Int4 kernels are packed to matrices.
     if len(kernel_layout.axes) == contraction.num_kernel_axes:
-        axes_by_name = _adapter_axes(kernel_layout.axes, contraction)
+        axes_by_name = _adapter_axes(
+            kernel_layout.axes, contraction, weight_axes
+        )
     for variable in variables:
         if keras_internals.layout_of(variable) is None:
             axes = axes_by_name.get(
@@ -134,7 +137,7 @@ def num_parts(device_mesh, axis_name):
     return sizes.get(axis_name, 1)
 
 
-def _adapter_axes(kernel_axes, contraction):
+def _adapter_axes(kernel_axes, contraction, weight_axes):
     """By a variable's name, the mesh axes that its axes are sharded over."""
 
     def sharded(axes):
@@ -143,9 +146,14 @@ def _adapter_axes(kernel_axes, contraction):
         names = [kernel_axes[axis] for axis in axes]
         return next((name for name in names if name is not None), None)
 
+    mesh_axes = {
+        "input": sharded(contraction.kernel_contracted_axes),
+        "output": sharded(contraction.kernel_carried_axes),
+        None: None,
+    }
     return {
-        "kernel_b": (None, sharded(contraction.kernel_carried_axes)),
-        "feature_weights": (sharded(contraction.kernel_contracted_axes), None),
+        name: tuple(mesh_axes[axis] for axis in axes)
+        for name, axes in weight_axes.items()
     }
 
 

@@ -8,23 +8,25 @@ import pathlib
 import keras
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.backend.fast_ops import traced_in_parts
 from keras_fvae.backend.scoped import ScopedValue
+from keras_fvae.layers import call_context
 from keras_fvae.layers import masking
 from keras_fvae.layers import sharding
 from keras_fvae.layers import switching
 from keras_fvae.layers.adapted import ADAPTED_MARK
-from keras_fvae.layers.adapted import CONTAINER_MARK
-from keras_fvae.layers.adapted import FVAELoRAMixin
-from keras_fvae.layers.adapted import attach_adapter
-from keras_fvae.layers.adapted import called_in_this_trace
-from keras_fvae.layers.adapted import detach_adapter
-from keras_fvae.layers.adapted import follow_kernel
-from keras_fvae.layers.adapted import has_widened_bias
-from keras_fvae.layers.adapted import is_training
-from keras_fvae.layers.adapted import known_training
-from keras_fvae.layers.adapted import merge_update
-from keras_fvae.layers.adapted import widen_bias
-from keras_fvae.methods.fvae.fvae import NotRematerialized
+from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import shard_like_kernel
+from keras_fvae.layers.adapter import refuse_quantization
+from keras_fvae.layers.attach import attach_adapter
+from keras_fvae.layers.attach import detach_adapter
+from keras_fvae.layers.attach import has_widened_bias
+from keras_fvae.layers.attach import set_merged_weights
+from keras_fvae.layers.attach import widen_bias
+from keras_fvae.layers.call_context import CONTAINER_MARK
+from keras_fvae.layers.call_context import called_in_this_trace
+from keras_fvae.layers.call_context import is_training
+from keras_fvae.layers.call_context import known_training
 from keras_fvae.model import training
 from keras_fvae.model.lookup import adapted_layers
 from keras_fvae.model.record import CONFIG_KEY
@@ -36,29 +38,10 @@ from keras_fvae.model.record import restore_flags
 from keras_fvae.model.tree import LayerTree
 
 
-def _traced_in_parts(method):
-    """A method that `torch.compile` does not trace, but all that it calls.
-
-    A model with adapters is nested deeper than Python lets it trace as one.
-    `torch.export` traces otherwise, and only as one.
-    """
-    if keras.config.backend() != "torch":
-        return method
-    import torch
-
-    disabled = torch.compiler.disable(method, recursive=False)
-
-    @functools.wraps(method)
-    def call(*args, **kwargs):
-        if torch.compiler.is_exporting():
-            return method(*args, **kwargs)
-        return disabled(*args, **kwargs)
-
-    return call
-
-
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class AdaptedContainer(NotRematerialized, keras_internals.Pickled):
+class AdaptedContainer(
+    keras_internals.NotRematerialized, keras_internals.Pickled
+):
     """What a layer with adapted layers inside it can do besides.
 
     It tells the adapted layers which tokens count, and its config says what is
@@ -68,7 +51,7 @@ class AdaptedContainer(NotRematerialized, keras_internals.Pickled):
     # Whether the tokens are those of the layers around it, too.
     knows_outer_masks = True
 
-    @_traced_in_parts
+    @traced_in_parts
     def call(self, *args, **kwargs):
         arguments = self.base_call_signature.bind(*args, **kwargs)
         arguments.apply_defaults()
@@ -251,8 +234,8 @@ class AdaptedModel(AdaptedContainer):
 
     def _check_quantize_args(self, *args):
         # What Keras calls first: it binds `quantize` when a model is made.
-        for layer in adapted_layers(self):
-            layer.adapter.fvae.refuse_quantization()
+        if adapted_layers(self):
+            refuse_quantization()
 
 
 @contextlib.contextmanager
@@ -320,7 +303,7 @@ def _refuse_weights_of_others(model, filepath):
 def refuse_training_if_finalized(model):
     """Raises a `ValueError` if a model is finalized."""
     for layer in adapted_layers(model):
-        layer.adapter.fvae.refuse_if_finalized()
+        layer.adapter.refuse_if_finalized()
 
 
 def join_distribution(model):
@@ -330,7 +313,8 @@ def join_distribution(model):
         return
     layers = adapted_layers(model)
     for layer in layers:
-        follow_kernel(layer, layer.adapter.variables)
+        adapter = layer.adapter
+        shard_like_kernel(layer, adapter.variables, adapter.weight_axes)
     if layers:
         optimizer = getattr(model, "optimizer", None)
         sharding.join_distribution(
@@ -362,18 +346,19 @@ def replace_adapters(layers, adapters):
         attach_adapter(layer, adapter)
 
 
-def merge_adapters(model, layers, updates):
-    """Makes adapted layers plain ones, with their updates in their weights.
+def detach_adapters(model, layers, merged=()):
+    """Makes adapted layers plain ones, and what holds them.
 
     Args:
         model: `keras.Model` or layer.
         layers: List of all adapted layers inside it.
-        updates: List of what `linear_update` returned for their adapters.
+        merged: Optional list of what `merged_weights` returned for them.
     """
     containers = _holders(model, layers)
-    for layer, update in zip(layers, updates):
+    for layer in layers:
         detach_adapter(layer)
-        merge_update(layer, update)
+    for layer, weights in zip(layers, merged):
+        set_merged_weights(layer, *weights)
     for container in containers:
         if isinstance(container, AdaptedContainer) and not _needs_record(
             container
@@ -401,7 +386,7 @@ def _needs_record(container):
         for inner in keras_internals.layers_of(layer)
     }
     return any(
-        isinstance(layer, FVAELoRAMixin)
+        isinstance(layer, AdaptedLayer)
         or (has_widened_bias(layer) and id(layer) not in described_ids)
         for layer in layers
     )
@@ -432,7 +417,7 @@ def restore_adapters(model, record):
     adapters = {
         path: build_recorded_adapter(layer, record["adapted"][path])
         for path, layer in adapted.items()
-        if not isinstance(layer, FVAELoRAMixin)
+        if not isinstance(layer, AdaptedLayer)
     }
     attach_adapters(
         model, [adapted[path] for path in adapters], adapters.values()
@@ -543,3 +528,6 @@ def _signature(method):
     signature = inspect.signature(method)
     _, *parameters = signature.parameters.values()
     return signature.replace(parameters=parameters)
+
+
+call_context.on_unknown_container(make_container)

@@ -6,29 +6,24 @@ import math
 import keras
 
 from keras_fvae.backend import keras_internals
-from keras_fvae.layers import sharding
-from keras_fvae.layers.adapted import build_adapter
-from keras_fvae.layers.adapted import check_adaptable
-from keras_fvae.methods.fvae.config import DEFAULT_RANK
-from keras_fvae.methods.fvae.config import FVAELoRAConfig
-from keras_fvae.methods.fvae.config import resolve_config
-from keras_fvae.model.containers import attach_adapters
+from keras_fvae.layers.attach import build_adapter
+from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.config import check_config
+from keras_fvae.model.install import install
 from keras_fvae.model.lookup import check_built
 from keras_fvae.model.targets import find_targets
 from keras_fvae.model.targets import match_layers
-from keras_fvae.model.training import forget_training
-from keras_fvae.model.training import note_state
 from keras_fvae.model.training import refuse_while_running
-from keras_fvae.model.training import train_only
 from keras_fvae.model.tree import LayerTree
 
 
 @dataclasses.dataclass(frozen=True)
-class FVAELoRASummary:
-    """What `enable_fvae_lora` did; `print` it to read it.
+class AdapterSummary:
+    """What `enable_adapter` did; `print` it to read it.
 
     Args:
-        config: `FVAELoRAConfig`, the settings.
+        config: Config of the method.
         layer_paths: Tuple of strings, the paths of the adapted layers.
         base_parameters: Integer, the model's parameters without the adapters.
         total_parameters: Integer, with the adapters.
@@ -37,7 +32,7 @@ class FVAELoRASummary:
             needs.
     """
 
-    config: FVAELoRAConfig
+    config: AdapterConfig
     layer_paths: tuple
     base_parameters: int
     total_parameters: int
@@ -51,7 +46,7 @@ class FVAELoRASummary:
 
         return "\n".join(
             [
-                f"FVAE-LoRA of rank {self.config.rank} on "
+                f"{self.config.method_name} of rank {self.config.rank} on "
                 f"{len(self.layer_paths)} layers:",
                 *(f"  {path}" for path in self.layer_paths),
                 "Parameters:",
@@ -65,25 +60,19 @@ class FVAELoRASummary:
     __repr__ = __str__
 
 
-def enable_fvae_lora(
-    model,
-    rank=DEFAULT_RANK,
-    target_layer_names=None,
-    *,
-    trainable_layer_names=(),
-    config=None,
-    **config_options,
+def enable_adapter(
+    model, config, target_layer_names=None, *, trainable_layer_names=()
 ):
-    """Adapts a model by FVAE-LoRA, in place, and freezes all the rest.
+    """Adapts a model by a low-rank method, in place, and freezes all the rest.
 
     The layers stay the same objects, with the same names, paths and weights.
-    At first the model predicts what it did. In training each adapted layer
-    adds its share of the FVAE's loss to `model.losses`.
+    At first the model predicts what it did.
 
     Args:
         model: `keras.Model` (or layer) that is built. Every `Dense` and
             `EinsumDense` layer inside it, at any depth, can be adapted.
-        rank: Positive integer, width of the latents. Defaults to `16`.
+        config: Config of the method, such as `keras_fvae.DoRAConfig(rank=16)`.
+            A `seed` is counted up from layer to layer.
         target_layer_names: Which layers to adapt: a layer name (for a
             layer without one, the name of the attribute that holds it), a
             compiled regular expression that is searched for in `layer.path`, a
@@ -93,19 +82,14 @@ def enable_fvae_lora(
             backbone's `default_lora_layer_names()` says.
         trainable_layer_names: Layers to train as well, in the same forms.
             Everything else in `model` is frozen.
-        config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
-            `rank` then counts.
-        **config_options: Single fields of `keras_fvae.FVAELoRAConfig`, such
-            as `dropout=0.0`. The `elbo_weight` is shared among the adapted
-            layers; a `seed` is counted up from layer to layer.
 
     Returns:
-        An `FVAELoRASummary`: the adapted layers and the parameter counts.
+        An `AdapterSummary`: the adapted layers and the parameter counts.
 
     Raises:
         ValueError: If nothing matches a name or expression, a layer that
-            matches cannot be adapted, the model is adapted already, or a
-            setting is not allowed. The model is then as it was.
+            matches cannot be adapted by the method, or the model is adapted
+            already. The model is then as it was.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -113,25 +97,16 @@ def enable_fvae_lora(
     >>> inputs = keras.Input((10, 32))
     >>> x = keras.layers.MultiHeadAttention(2, 16)(inputs, inputs)
     >>> model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
-    >>> summary = keras_fvae.enable_fvae_lora(
-    ...     model, rank=4, trainable_layer_names=["head"]
+    >>> summary = keras_fvae.enable_adapter(
+    ...     model, keras_fvae.LoRAConfig(4), trainable_layer_names=["head"]
     ... )
     >>> [path.split("/")[-1] for path in summary.layer_paths]
     ['query', 'value']
-
-    Reference: [Latent Space Factorization in LoRA](
-    https://arxiv.org/abs/2510.19640), section 3.
     """
     check_built(model)
-    config = resolve_config(rank, config, **config_options)
+    check_config(config)
     tree = LayerTree(model)
-    if tree.adapted:
-        raise ValueError(
-            f"Model '{model.name}' is adapted by FVAE-LoRA already: "
-            f"{len(tree.adapted)} layers, the first is "
-            f"'{tree.adapted[0].path}'. It can be enabled only once; start "
-            "from the base model."
-        )
+    refuse_if_adapted(tree)
     targets = find_targets(model, target_layer_names)
     for layer in targets:
         check_adaptable(layer)
@@ -144,16 +119,24 @@ def enable_fvae_lora(
         "trainable_layer_names",
     )
     adapters = [
-        build_adapter(layer, share)
-        for layer, share in zip(targets, share_config(config, len(targets)))
+        build_adapter(layer, config.for_layer(index, len(targets)))
+        for index, layer in enumerate(targets)
     ]
-    sharding.join_distribution(model.variables)
-    note_state(tree)
-    attach_adapters(model, targets, adapters)
-    adapter_weights = [w for adapter in adapters for w in adapter.weights]
-    train_only(model, trainable_layers, adapter_weights)
-    forget_training(targets)
+    install(tree, targets, adapters, trainable_layers)
     return summarize(model, config, targets)
+
+
+def refuse_if_adapted(tree):
+    """Raises a `ValueError` if a model has adapters."""
+    if tree.adapted:
+        layer = tree.adapted[0]
+        raise ValueError(
+            f"Model '{tree.model.name}' is adapted by "
+            f"{layer.config.method_name} already: {len(tree.adapted)} layers, "
+            f"the first is '{layer.path}'. Call "
+            "`keras_fvae.remove_adapter(model)` first, which makes it the "
+            "plain model again."
+        )
 
 
 def _refuse_loops(tree, targets):
@@ -172,21 +155,11 @@ def _refuse_loops(tree, targets):
             )
 
 
-def share_config(config, num_layers):
-    """One config for each adapted layer: its share of the weight, its seed."""
-    for index in range(num_layers):
-        yield dataclasses.replace(
-            config,
-            elbo_weight=config.elbo_weight / num_layers,
-            seed=None if config.seed is None else config.seed + index,
-        )
-
-
 def summarize(model, config, targets):
     adapter_ids = {
         id(weight) for layer in targets for weight in layer.adapter.weights
     }
-    return FVAELoRASummary(
+    return AdapterSummary(
         config=config,
         layer_paths=tuple(layer.path for layer in targets),
         base_parameters=_count(

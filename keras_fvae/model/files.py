@@ -116,7 +116,7 @@ def parse(content, filepath):
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"'{filepath}' is a file of safetensors, but none that "
-            "`save_fvae_lora_weights` wrote. (`load_peft_adapter` reads those "
+            "`save_adapter` wrote. (`load_peft_adapter` reads those "
             "of PEFT.)"
         )
     if metadata.get("version") != str(VERSION):

@@ -1,25 +1,28 @@
 """From training to use: finalize, merge, or do without the adapters."""
 
-from keras_fvae.layers import adapted as adapted
+import contextlib
+
+from keras_fvae.layers import attach
 from keras_fvae.layers import switching
 from keras_fvae.model import containers
 from keras_fvae.model import lookup
 from keras_fvae.model import training
+from keras_fvae.model.tree import LayerTree
 
 
-def finalize_fvae_lora(model):
-    """Drops what inference does not need: q2, the decoder, the variance of q1.
+def finalize_adapter(model):
+    """Drops what inference does not need.
 
-    The model predicts what it did. It cannot be trained any more.
+    Of FVAE-LoRA that is q2, the decoder and the variance of q1; DoRA keeps
+    the ratio of its magnitudes to the norms in the place of both. The model
+    predicts what it did. It cannot be trained any more.
 
     Args:
-        model: `keras.Model` or layer with layers adapted by FVAE-LoRA,
-            changed in place.
+        model: `keras.Model` or layer with adapted layers, changed in place.
 
     Raises:
-        ValueError: If no layer is adapted, or the adapters sample at
-            inference, which needs the variance of q1. The model is then as it
-            was.
+        ValueError: If no layer is adapted, or an FVAE samples at inference,
+            which needs the variance of q1. The model is then as it was.
 
     Example:
 
@@ -27,7 +30,7 @@ def finalize_fvae_lora(model):
     ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
     ... )
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
-    >>> keras_fvae.finalize_fvae_lora(model)
+    >>> keras_fvae.finalize_adapter(model)
     >>> [weight.name for weight in model.layers[0].adapter.weights]
     ['kernel_b', 'feature_weights', 'latent_weights']
 
@@ -36,33 +39,37 @@ def finalize_fvae_lora(model):
     at inference.
     """
     layers = lookup.require_adapted_layers(model)
-    _refuse_sampling(layers)
+    for layer in layers:
+        with _named("finalized", layer):
+            layer.adapter.check_can_finalize()
     training.refuse_while_running(layers)
     adapters = []
     for layer in layers:
-        adapter = adapted.build_adapter(layer, layer.config, finalized=True)
-        adapter.set_arrays(layer.adapter.get_arrays(finalized=True))
+        adapter = attach.build_adapter(
+            layer, layer.config, finalized=True, starts_anew=False
+        )
+        adapter.set_arrays(attach.inference_arrays(layer))
         adapter.trainable = False
         adapters.append(adapter)
     containers.replace_adapters(layers, adapters)
     training.forget_training(layers, keep_optimizer=False)
 
 
-def merge_fvae_lora(model):
-    """Folds the updates of linear encoders into the kernels.
+def merge_adapter(model):
+    """Folds the updates into the kernels.
 
     The layers are plain Keras layers again, and cost what they did before
-    they were adapted. A layer without a bias gets one, for the offset of the
-    update. All base weights stay frozen.
+    they were adapted. All base weights stay frozen. FVAE-LoRA can be merged if
+    it was trained with `encoder_units=()`; a layer without a bias gets one
+    then, for the offset of the update.
 
     Args:
-        model: `keras.Model` or layer with layers adapted by FVAE-LoRA with
-            `encoder_units=()`, changed in place.
+        model: `keras.Model` or layer with adapted layers, changed in place.
 
     Raises:
-        ValueError: If no layer is adapted, an encoder has hidden layers, the
-            adapters sample at inference, or a layer is quantized. The model
-            is then as it was.
+        ValueError: If no layer is adapted, an update is no linear function of
+            the input or is not the same each time, or a layer is quantized.
+            The model is then as it was.
 
     Example:
 
@@ -70,7 +77,7 @@ def merge_fvae_lora(model):
     ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
     ... )
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2, encoder_units=())
-    >>> keras_fvae.merge_fvae_lora(model)
+    >>> keras_fvae.merge_adapter(model)
     >>> hasattr(model.layers[0], "adapter")
     False
 
@@ -78,29 +85,50 @@ def merge_fvae_lora(model):
     https://arxiv.org/abs/2510.19640), section 3.
     """
     layers = lookup.require_adapted_layers(model)
-    _refuse_sampling(layers)
     training.refuse_while_running(layers)
+    merged = []
     for layer in layers:
-        if layer.config.hidden_units:
-            raise ValueError(
-                f"The encoders of layer '{layer.path}' have hidden layers "
-                f"(encoder_units={layer.config.hidden_units}), so its update "
-                "is no linear function of the input and cannot be folded into "
-                "the kernel. Call `finalize_fvae_lora` instead, or train with "
-                "`encoder_units=()`."
-            )
-        if layer.quantization_mode is not None:
-            raise ValueError(
-                f"The kernel of layer '{layer.path}' is quantized "
-                f"('{layer.quantization_mode}'): nothing can be added to it. "
-                "Call `finalize_fvae_lora` instead."
-            )
-    updates = [adapted.linear_update(layer.adapter) for layer in layers]
-    containers.merge_adapters(model, layers, updates)
+        with _named("merged", layer):
+            merged.append(attach.merged_weights(layer))
+    containers.detach_adapters(model, layers, merged)
     training.forget_training(layers, keep_optimizer=False)
 
 
-def fvae_lora_disabled(model):
+def remove_adapter(model):
+    """Takes the adapters off: the base model again, bit for bit.
+
+    What trained before the model was adapted trains again. A head that was
+    trained with the adapters stays as it was trained. Another method, or the
+    same with other settings, can take the place.
+
+    Args:
+        model: `keras.Model` or layer with adapted layers, changed in place.
+
+    Raises:
+        ValueError: If no layer is adapted.
+        TypeError: If `model` is no Keras model or layer.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> for rank in (1, 2):
+    ...     summary = keras_fvae.enable_adapter(
+    ...         model, keras_fvae.LoRAConfig(rank)
+    ...     )
+    ...     keras_fvae.remove_adapter(model)
+    >>> [weight.name for weight in model.trainable_weights]
+    ['kernel', 'bias']
+    """
+    layers = lookup.require_adapted_layers(model)
+    training.refuse_while_running(layers)
+    containers.detach_adapters(model, layers)
+    training.train_as_before(LayerTree(model))
+    training.forget_training(layers, keep_optimizer=False)
+
+
+def adapter_disabled(model):
     """Makes a model predict like the base model, inside a `with` block.
 
     For the thread that enters the block, and in any model that the layers are
@@ -109,7 +137,7 @@ def fvae_lora_disabled(model):
     without the adapters, which stay as they are.
 
     Args:
-        model: `keras.Model` or layer with layers adapted by FVAE-LoRA.
+        model: `keras.Model` or layer with adapted layers.
 
     Returns:
         A context manager.
@@ -124,17 +152,18 @@ def fvae_lora_disabled(model):
     ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
     ... )
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
-    >>> with keras_fvae.fvae_lora_disabled(model):
+    >>> with keras_fvae.adapter_disabled(model):
     ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
     """
     return switching.switched_off(lookup.require_adapted_layers(model))
 
 
-def _refuse_sampling(layers):
-    for layer in layers:
-        if layer.config.sample_at_inference:
-            raise ValueError(
-                f"Layer '{layer.path}' samples at inference "
-                "(sample_at_inference=True), which needs its variance and "
-                "would not be kept. Set it up without."
-            )
+@contextlib.contextmanager
+def _named(what, layer):
+    """Says of which layer an error is that is raised inside the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"The adapter of layer '{layer.path}' cannot be {what}: {error}."
+        ) from error

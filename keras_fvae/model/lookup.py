@@ -4,7 +4,7 @@ import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.adapted import ADAPTED_CLASSES
-from keras_fvae.layers.adapted import FVAELoRAMixin
+from keras_fvae.layers.adapted import AdaptedLayer
 
 
 def check_model(model):
@@ -27,11 +27,11 @@ def check_built(model):
 
 
 def adapted_layers(model):
-    """The layers of a model that are adapted by FVAE-LoRA, in their order."""
+    """The layers of a model that are that have an adapter, in their order."""
     return [
         layer
         for layer in keras_internals.flatten_layers(model)
-        if isinstance(layer, FVAELoRAMixin)
+        if isinstance(layer, AdaptedLayer)
     ]
 
 
@@ -41,8 +41,8 @@ def require_adapted_layers(model):
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(
-            f"Model '{model.name}' has no layer adapted by FVAE-LoRA. Call "
-            "`enable_fvae_lora` first, or load adapters."
+            f"Model '{model.name}' has no adapted layer. Call `enable_adapter` "
+            "or `enable_fvae_lora` first, or load adapters."
         )
     return layers
 

@@ -5,17 +5,18 @@ Configs and adapter files have such a record, and models are made again by it.
 
 import keras
 
-from keras_fvae.layers.adapted import build_adapter
-from keras_fvae.layers.adapted import check_adaptable
-from keras_fvae.layers.adapted import has_widened_bias
-from keras_fvae.methods.fvae.config import FVAELoRAConfig
+from keras_fvae.layers.attach import build_adapter
+from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.attach import has_widened_bias
+from keras_fvae.layers.config import config_from_description
+from keras_fvae.layers.config import describe_config
 from keras_fvae.model import training
 from keras_fvae.model.tree import LayerTree
 from keras_fvae.model.tree import match_paths
 
 # Where the config of a model has the record.
 CONFIG_KEY = "keras_fvae"
-VERSION = 2
+VERSION = 3
 
 
 def describe(model):
@@ -57,6 +58,10 @@ def describe(model):
         "trainable": [path for path, weight in weights if weight.trainable],
         "chosen_layers": [p for p, la in layers if training.is_chosen(la)],
         "chosen": [p for p, w in weights if training.is_chosen(w)],
+        "trained_before": [p for p, w in weights if training.trained_before(w)],
+        "trained_layers_before": [
+            p for p, la in layers if training.trained_before(la)
+        ],
         "state": training.noted_state(tree),
     }
 
@@ -84,7 +89,7 @@ def paths_of(tree):
 def describe_adapter(layer):
     """The part of a record that says how a layer is adapted."""
     return {
-        "config": layer.config.get_config(),
+        "config": describe_config(layer.config),
         "finalized": layer.adapter.finalized,
     }
 
@@ -123,8 +128,8 @@ def build_recorded_adapter(layer, entry):
         ValueError: If the layer cannot be adapted.
     """
     check_adaptable(layer)
-    config = FVAELoRAConfig(**entry["config"])
-    return build_adapter(layer, config, entry["finalized"])
+    config = config_from_description(entry["config"])
+    return build_adapter(layer, config, entry["finalized"], starts_anew=False)
 
 
 def restore_flags(tree, record):
@@ -138,13 +143,17 @@ def restore_flags(tree, record):
     trainable_layers = {*record["trainable_layers"]}
     trainable, chosen = {*record["trainable"]}, {*record["chosen"]}
     chosen_layers = {*record["chosen_layers"]}
+    before = {*record["trained_before"]}
+    layers_before = {*record["trained_layers_before"]}
     # What holds a layer comes before it, and sets it, too.
     for path, layer in layers.items():
         layer.trainable = path in trainable_layers
         training.choose(layer, path in chosen_layers)
+        training.note_flag(layer, path in layers_before)
     for path, weight in weights.items():
         weight.trainable = path in trainable
         training.choose(weight, path in chosen)
+        training.note_flag(weight, path in before)
         training.note_digest(weight, record["state"].get(path))
     for path, entry in record["adapted"].items():
         layers[path].adapter.trainable = entry["trainable"]

@@ -6,13 +6,15 @@ from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
-from keras_fvae.layers.adapted import adapter_shapes
-from keras_fvae.layers.adapted import check_adaptable
-from keras_fvae.methods.fvae.config import FVAELoRAConfig
-from keras_fvae.model import containers
+from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.attach import inference_arrays
+from keras_fvae.layers.config import config_from_description
+from keras_fvae.layers.config import describe_config
 from keras_fvae.model import files
 from keras_fvae.model import lookup
 from keras_fvae.model import training
+from keras_fvae.model.install import install
 from keras_fvae.model.record import build_recorded_adapter
 from keras_fvae.model.record import describe_adapter
 from keras_fvae.model.record import paths_of
@@ -24,7 +26,7 @@ from keras_fvae.model.tree import match_paths
 FREE_SETTINGS = ("rematerialize", "seed")
 
 
-def save_fvae_lora_weights(model, filepath, include="all"):
+def save_adapter(model, filepath, include="all"):
     """Saves a model's adapters, and what else of it was trained, to one file.
 
     The file holds the weights by layer path and the adapters' settings, so
@@ -35,7 +37,7 @@ def save_fvae_lora_weights(model, filepath, include="all"):
     one writes.
 
     Args:
-        model: `keras.Model` or layer with layers adapted by FVAE-LoRA.
+        model: `keras.Model` or layer with adapted layers.
         filepath: String or path that ends in `.safetensors`, on the local file
             system. A file of that name is replaced only once the new one is
             complete.
@@ -54,7 +56,7 @@ def save_fvae_lora_weights(model, filepath, include="all"):
     ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
     ... )
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
-    >>> keras_fvae.save_fvae_lora_weights(model, "task.safetensors")
+    >>> keras_fvae.save_adapter(model, "task.safetensors")
     """
     lookup.require_adapted_layers(model)
     filepath = files.check_filepath(filepath)
@@ -69,9 +71,10 @@ def save_fvae_lora_weights(model, filepath, include="all"):
         if layer in tree.adapted:
             adapted[path] = describe_adapter(layer)
             adapted[path]["finalized"] |= include == "inference"
-            adapter_arrays = layer.adapter.get_arrays(
-                adapted[path]["finalized"]
-            )
+            if adapted[path]["finalized"]:
+                adapter_arrays = inference_arrays(layer)
+            else:
+                adapter_arrays = layer.adapter.get_arrays()
             for name, array in adapter_arrays.items():
                 arrays[f"layers/{path}/{name}"] = array
     trained = training.trained_weights(tree)
@@ -96,10 +99,10 @@ def save_fvae_lora_weights(model, filepath, include="all"):
         files.write(filepath, record, arrays)
 
 
-def load_fvae_lora_weights(model, filepath):
-    """Loads what `save_fvae_lora_weights` saved, onto the same architecture.
+def load_adapter(model, filepath):
+    """Loads what `save_adapter` saved, onto the same architecture.
 
-    On a plain model FVAE-LoRA is enabled first, as the file says, and what was
+    A plain model is adapted first, as the file says, and what was
     chosen to train then trains here. On an adapted one, the adapted layers and
     their settings must be the file's. If a model is spread over several
     processes of JAX, all of them must call this; the first one reads the file
@@ -126,8 +129,8 @@ def load_fvae_lora_weights(model, filepath):
     ...     return keras.Sequential([keras.Input((4,)), layer])
     >>> model = make_model()
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
-    >>> keras_fvae.save_fvae_lora_weights(model, "task.safetensors")
-    >>> keras_fvae.load_fvae_lora_weights(make_model(), "task.safetensors")
+    >>> keras_fvae.save_adapter(model, "task.safetensors")
+    >>> keras_fvae.load_adapter(make_model(), "task.safetensors")
     """
     lookup.check_built(model)
     filepath = files.check_filepath(filepath)
@@ -150,7 +153,7 @@ def _load(model, record, arrays):
     weights = {**trained, **_find(tree, record, "weight", "state")}
     trained_layers = _find(tree, record, "layer", "trained_layers")
     configs = {
-        path: FVAELoRAConfig(**entry["config"])
+        path: config_from_description(entry["config"])
         for path, entry in record["adapted"].items()
     }
     if tree.adapted:
@@ -166,20 +169,13 @@ def _load(model, record, arrays):
             build_recorded_adapter(layer, record["adapted"][path])
             for path, layer in layers.items()
         ]
-        training.note_state(tree)
-        containers.attach_adapters(model, layers.values(), adapters)
-        trained_weights = [
-            weight
-            for adapter in adapters
-            if not adapter.finalized
-            for weight in adapter.weights
-        ]
-        training.train_only(
-            model,
+        install(
+            tree,
+            layers.values(),
+            adapters,
             trained_layers.values(),
-            [*trained_weights, *trained.values()],
+            trained.values(),
         )
-        training.forget_training(layers.values())
     for path, layer in layers.items():
         names = layer.adapter.array_shapes
         layer.adapter.set_arrays(
@@ -230,11 +226,11 @@ def _check_same_adapters(tree, layers, configs, record):
         if layer not in tree.adapted:
             raise ValueError(f"the layer '{path}' is adapted only in the file.")
         saved = {
-            **configs[path].get_config(),
+            **describe_config(configs[path]),
             "finalized": record["adapted"][path]["finalized"],
         }
         ours = {
-            **layer.config.get_config(),
+            **describe_config(layer.config),
             "finalized": layer.adapter.finalized,
         }
         for name in saved:
@@ -342,8 +338,8 @@ def _check_record(record):
 def _check_settings(path, settings):
     """Raises a `ValueError` if settings are none of a config."""
     try:
-        FVAELoRAConfig(**settings)
-    except (TypeError, ValueError) as error:
+        config_from_description(settings)
+    except ValueError as error:
         raise ValueError(
             f"in its record, the settings of '{path}' are wrong: {error}"
         ) from error

@@ -44,6 +44,41 @@ def train_only(model, layers, weights):
         choose(weight, weight.trainable)
 
 
+def note_flags(tree):
+    """Remembers what trains in a model that is about to be adapted.
+
+    Args:
+        tree: `LayerTree` of the model.
+    """
+    for layer_or_weight in [*tree.all_layers, *tree.model.weights]:
+        note_flag(layer_or_weight, layer_or_weight.trainable)
+
+
+def note_flag(layer_or_weight, value):
+    """Remembers whether a layer or weight trained before it was adapted."""
+    layer_or_weight.trained_before = value
+
+
+def trained_before(layer_or_weight):
+    """Whether it trained before the model was adapted."""
+    return getattr(layer_or_weight, "trained_before", True)
+
+
+def train_as_before(tree):
+    """Makes what trained before a model was adapted train, and no more.
+
+    Args:
+        tree: `LayerTree` of a model that is adapted no longer.
+    """
+    # What holds a layer comes before it, and sets it, too.
+    for layer in tree.all_layers:
+        layer.trainable = trained_before(layer)
+    for weight in tree.model.weights:
+        weight.trainable = trained_before(weight)
+    for layer_or_weight in [*tree.all_layers, *tree.model.weights]:
+        choose(layer_or_weight, False)
+
+
 def choose(layer_or_weight, value=True):
     """Remembers whether a layer or weight was chosen to train."""
     layer_or_weight.is_chosen_to_train = value
@@ -201,7 +236,7 @@ def forget_training(layers, keep_optimizer=True):
         else:
             model.compiled = False
             warnings.warn(
-                f"Model '{model.name}' was trained before FVAE-LoRA changed "
+                f"Model '{model.name}' was trained before its adapters changed "
                 "which of its weights train. Call `compile()` again before "
                 "`fit()`.",
                 stacklevel=3,

@@ -6,7 +6,7 @@ import re
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.adapted import ADAPTED_CLASSES
-from keras_fvae.layers.adapted import FVAELoRAMixin
+from keras_fvae.layers.adapted import AdaptedLayer
 
 
 class LayerTree:
@@ -24,7 +24,7 @@ class LayerTree:
         self.adapted = []
         self._pairs, inner_ids = [], set()
         for path, layer in keras_internals.walk_layers(model):
-            if isinstance(layer, FVAELoRAMixin):
+            if isinstance(layer, AdaptedLayer):
                 self.adapted.append(layer)
                 inner_ids |= {
                     id(inner)
@@ -99,7 +99,7 @@ class LayerTree:
 
 def is_adaptable(layer):
     """Whether a layer is adapted, or of a class that can be."""
-    return isinstance(layer, FVAELoRAMixin) or type(layer) in ADAPTED_CLASSES
+    return isinstance(layer, AdaptedLayer) or type(layer) in ADAPTED_CLASSES
 
 
 def match_paths(recorded_paths, objects, name="", recorded_name=""):

@@ -47,11 +47,11 @@ def main(kind, dataset):
     # Of a batch, Keras gives each process its part.
     history = backbone.fit(dataset, epochs=2, verbose=0)
     # Every process calls it; the first one writes.
-    keras_fvae.save_fvae_lora_weights(backbone, path)
+    keras_fvae.save_adapter(backbone, path)
     assert path.exists() or process_id > 0
 
     loaded = make_backbone("llama")
-    keras_fvae.load_fvae_lora_weights(loaded, path)
+    keras_fvae.load_adapter(loaded, path)
     for layer, saved in zip(adapted_layers(loaded), adapted_layers(backbone)):
         features = layer.adapter.fvae.feature_weights.value
         assert not features.is_fully_addressable
@@ -63,7 +63,7 @@ def main(kind, dataset):
         # In both processes, of which neither must wait for the other.
         with pytest.raises(error):
             path = directory / f"{name}.safetensors"
-            keras_fvae.load_fvae_lora_weights(backbone, path)
+            keras_fvae.load_adapter(backbone, path)
     return history.history["loss"]
 
 

@@ -39,9 +39,7 @@ def main(directory):
         torch.distributed.all_reduce(loss.detach_())
         losses.append(float(loss) / 2)
     if rank == 0:
-        keras_fvae.save_fvae_lora_weights(
-            model, directory / "workers.safetensors"
-        )
+        keras_fvae.save_adapter(model, directory / "workers.safetensors")
         np.savez(
             directory / "workers.npz",
             losses=losses,

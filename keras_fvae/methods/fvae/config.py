@@ -1,20 +1,19 @@
-"""The one configuration of an FVAE-LoRA adapter."""
+"""The settings of FVAE-LoRA."""
 
 import dataclasses
-import math
-import numbers
 
-import keras
+from keras_fvae.layers.config import DEFAULT_RANK
+from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.config import is_finite
+from keras_fvae.layers.config import is_integer
 
-DEFAULT_RANK = 16
 LATENT_FUSIONS = ("concat", "average")
 OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat")
 GAMMA_ESTIMATORS = ("closed_form", "monte_carlo")
 
 
-@keras.saving.register_keras_serializable(package="keras_fvae")
 @dataclasses.dataclass(frozen=True)
-class FVAELoRAConfig:
+class FVAELoRAConfig(AdapterConfig):
     """Settings of FVAE-LoRA: widths, priors and the weights of the objective.
 
     The defaults are the settings that the authors published, in the paper's
@@ -81,8 +80,6 @@ class FVAELoRAConfig:
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
-    rank: int = DEFAULT_RANK
-    alpha: float | None = None
     encoder_units: tuple[int, ...] | None = None
     encoder_shared_trunk: bool = True
     decoder_units: tuple[int, ...] = (128, 128, 128)
@@ -99,21 +96,16 @@ class FVAELoRAConfig:
     num_samples: int = 1
     rematerialize: bool = False
     sample_at_inference: bool = False
-    seed: int | None = None
+
+    method_name = "FVAE-LoRA"
 
     def __post_init__(self):
-        self._check_integer("rank", minimum=1)
+        super().__post_init__()
         self._check_integer("num_samples", minimum=1)
-        if self.seed is not None:
-            self._check_integer("seed", minimum=0)
         if self.encoder_units is not None:
             self._check_units("encoder_units")
         self._check_units("decoder_units")
-        if self.alpha is not None:
-            self._check_number("alpha", "a positive number", lambda v: v > 0)
-        self._check_number(
-            "dropout", "a number in [0, 1)", lambda v: 0 <= v < 1
-        )
+        self._check_rate("dropout")
         self._check_number("prior_mean", "a finite number", lambda v: True)
         self._check_number("prior_std", "a positive number", lambda v: v > 0)
         for name in ("reconstruction_weight", "kl_weight", "elbo_weight"):
@@ -127,9 +119,22 @@ class FVAELoRAConfig:
         self._check_gamma_weight()
 
     @property
-    def scale(self):
-        """Float, the factor `alpha / rank` of the update."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+    def adapter_class(self):
+        """`FVAELoRAAdapter`."""
+        # Which imports this module.
+        from keras_fvae.methods.fvae.adapter import FVAELoRAAdapter
+
+        return FVAELoRAAdapter
+
+    def for_layer(self, index, num_layers):
+        """The config of one of several adapted layers, as in the base class.
+
+        The `elbo_weight` is shared among them.
+        """
+        return dataclasses.replace(
+            super().for_layer(index, num_layers),
+            elbo_weight=self.elbo_weight / num_layers,
+        )
 
     @property
     def hidden_units(self):
@@ -152,46 +157,11 @@ class FVAELoRAConfig:
         """Pair of floats, mean and standard deviation of `p2`."""
         return self.prior_mean, self.prior_std
 
-    def get_config(self):
-        """Returns the fields as a dict that JSON can hold."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config):
-        """Makes a config from what `get_config` returned."""
-        return cls(**config)
-
-    def _refuse(self, name, allowed):
-        raise ValueError(
-            f"`{name}` must be {allowed}. "
-            f"Received: {name}={getattr(self, name)!r}"
-        )
-
-    def _check_integer(self, name, minimum):
-        value = getattr(self, name)
-        if not _is_integer(value) or value < minimum:
-            self._refuse(name, f"an integer >= {minimum}")
-        object.__setattr__(self, name, int(value))
-
-    def _check_number(self, name, allowed, is_allowed):
-        value = getattr(self, name)
-        if not _is_finite(value) or not is_allowed(value):
-            self._refuse(name, allowed)
-        object.__setattr__(self, name, float(value))
-
-    def _check_choice(self, name, choices):
-        value = getattr(self, name)
-        if not any(
-            type(value) is type(choice) and value == choice
-            for choice in choices
-        ):
-            self._refuse(name, f"one of {choices}")
-
     def _check_units(self, name):
         # JSON turns tuples into lists, so both are taken.
         value = getattr(self, name)
         if not isinstance(value, (tuple, list)) or not all(
-            _is_integer(units) and units >= 1 for units in value
+            is_integer(units) and units >= 1 for units in value
         ):
             self._refuse(
                 name, "a tuple of integers >= 1, one for each hidden layer"
@@ -260,19 +230,5 @@ def resolve_config(rank=DEFAULT_RANK, config=None, **config_options):
     return dataclasses.replace(config, **config_options)
 
 
-def _is_integer(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value):
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        # An integer, but no float.
-        return False
-
-
 def _is_weight(value):
-    return _is_finite(value) and value >= 0
+    return is_finite(value) and value >= 0

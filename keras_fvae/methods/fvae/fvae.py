@@ -12,9 +12,13 @@ from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.backend.noise import load_seed
 from keras_fvae.backend.noise import next_seed
 from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.backend.noise import save_seed
+from keras_fvae.backend.token_mean import token_mean
 from keras_fvae.layers import masking
+from keras_fvae.layers.adapter import refuse_quantization
 from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.config import resolve_config
@@ -53,17 +57,6 @@ class FVAEOutput(NamedTuple):
     loss: Any
 
 
-class NotRematerialized:
-    """A layer that `keras.RematScope` does not compute a second time.
-
-    It would draw other noise then, and its losses would count twice, or on JAX
-    be out of reach.
-    """
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        return layer_call
-
-
 class ObjectiveWeights:
     """The weights of the objective that may change while a model trains.
 
@@ -97,7 +90,7 @@ class ObjectiveWeights:
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class FVAE(NotRematerialized, keras.Layer):
+class FVAE(keras_internals.NotRematerialized, keras.Layer):
     """Variational autoencoder with two latents: z1 for the task, z2 the rest.
 
     Two encoders give each token x its posteriors q1(z1 | x) and q2(z2 | x),
@@ -108,7 +101,7 @@ class FVAE(NotRematerialized, keras.Layer):
         config: `keras_fvae.FVAELoRAConfig`. `None` (default) means one with
             the default values.
         finalized: Boolean. Whether to hold only what the mean of q1 needs, as
-            `keras_fvae.finalize_fvae_lora` leaves it. Defaults to `False`.
+            `keras_fvae.finalize_adapter` leaves it. Defaults to `False`.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
             The weights are float32 whatever the `dtype`.
 
@@ -310,7 +303,7 @@ class FVAE(NotRematerialized, keras.Layer):
         """List of all state: the weights, the seed, and what steps keep."""
         kept = [self.objective_weights, self.totals]
         # On PyTorch they would count as parameters, and need not be known.
-        if keras.config.backend() == "torch":
+        if keras_internals.lists_variables_as_parameters():
             kept = []
         return super().variables + [k.variable for k in kept if k is not None]
 
@@ -320,8 +313,8 @@ class FVAE(NotRematerialized, keras.Layer):
         return np.exp(self.get_arrays()["log_scale"]) + SCALE_FLOOR
 
     def quantize(self, *args, **kwargs):
-        # Keras would pass an adapted layer over, without a word.
-        self.refuse_quantization()
+        # Keras would pass the layer that it is in over, without a word.
+        refuse_quantization()
 
     @property
     def array_shapes(self):
@@ -414,16 +407,10 @@ class FVAE(NotRematerialized, keras.Layer):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
-        # Keras does not, and a resumed run would draw the same noise again.
-        state = ops.convert_to_numpy(self.seed_generator.state)
-        store["seed_generator_state"] = state
+        save_seed(self, store)
 
     def load_own_variables(self, store):
-        own = {name: store[name] for name in [*store.keys()]}
-        state = own.pop("seed_generator_state", None)
-        super().load_own_variables(own)
-        if state is not None:
-            self.seed_generator.state.assign(state)
+        super().load_own_variables(load_seed(self, store))
 
     def get_config(self):
         return {
@@ -437,10 +424,11 @@ class FVAE(NotRematerialized, keras.Layer):
         return cls(**{**config, "config": FVAELoRAConfig(**config["config"])})
 
     def _add_packed_weight(self, name, packing):
-        ranges = [self._initial_range(*item) for item in packing.shapes.items()]
-        centers, limits = np.repeat(ranges, packing.sizes, axis=0).T
-
         def initializer(shape, dtype=None):
+            ranges = [
+                self._initial_range(*item) for item in packing.shapes.items()
+            ]
+            centers, limits = np.repeat(ranges, packing.sizes, axis=0).T
             numbers = self.initial_generator(name).uniform(-1.0, 1.0, shape)
             values = (centers + limits * numbers).astype(dtype)
             # Of its own dtype, an array takes no operation.
@@ -490,7 +478,7 @@ class FVAE(NotRematerialized, keras.Layer):
             "wasserstein": objective.wasserstein(*q1, *q2),
         }
         return {
-            name: objective.token_mean(values, token_weights)
+            name: token_mean(values, token_weights)
             for name, values in each.items()
         }
 
@@ -501,18 +489,9 @@ class FVAE(NotRematerialized, keras.Layer):
         terms = {
             **score.terms,
             "fvae_loss": score.loss,
-            "wasserstein": objective.token_mean(wasserstein, token_weights),
+            "wasserstein": token_mean(wasserstein, token_weights),
         }
         self.totals.add(terms, x, score.squared_error, q1.mean, token_weights)
-
-    def refuse_quantization(self):
-        """Raises a `ValueError` that says in which order to go."""
-        raise ValueError(
-            "A model must be quantized before FVAE-LoRA is enabled. To "
-            "quantize the base of a trained model: save the adapters by "
-            "`save_fvae_lora_weights`, quantize a base model without them, "
-            "and load them by `load_fvae_lora_weights`."
-        )
 
     def refuse_if_finalized(self):
         """Raises a `ValueError` if only what inference needs is left."""
@@ -521,7 +500,7 @@ class FVAE(NotRematerialized, keras.Layer):
                 "This model is finalized: its adapters kept only what "
                 "inference needs, and can neither be trained nor sampled. To "
                 "go on, load the adapters as they were before, from a file "
-                "that `save_fvae_lora_weights` or `model.save` wrote."
+                "that `save_adapter` or `model.save` wrote."
             )
 
     def _packed_values(self):

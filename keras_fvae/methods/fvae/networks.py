@@ -9,13 +9,15 @@ import functools
 from typing import Any
 from typing import NamedTuple
 
-import keras
 from keras import ops
 
 from keras_fvae.backend import lean_gradients
+from keras_fvae.backend.fast_ops import affine
+from keras_fvae.backend.fast_ops import traced_once
 from keras_fvae.backend.noise import noise_and_masks
 from keras_fvae.backend.packing import reshape
 from keras_fvae.backend.rematerialization import rematerialize
+from keras_fvae.backend.token_mean import token_mean
 from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.layout import layout
 
@@ -96,8 +98,8 @@ class Networks:
         self.feature_packing, self.latent_packing = layout(
             config, width, finalized
         )
-        self.score = _traced_once(self._draw_and_score, "training")
-        self.rematerialized_score = _traced_once(self._rematerialized_score)
+        self.score = traced_once(self._draw_and_score, "training")
+        self.rematerialized_score = traced_once(self._rematerialized_score)
 
     def unpack(self, feature_weights, latent_weights, prefix=""):
         """The weights by name: those whose names begin with `prefix`."""
@@ -131,7 +133,7 @@ class Networks:
             packing, packed = self.latent_packing, latent_weights
             bias = packing.unpack_one(packed, f"encoder_bias_{level}")
             # The first trunk's first head is the mean of q1.
-            x = _affine(x, kernel[:, :width], bias[:width])
+            x = affine(x, kernel[:, :width], bias[:width])
         return ops.cast(x, "float32")
 
     def posteriors(self, x, feature_weights, latent_weights):
@@ -192,12 +194,9 @@ class Networks:
 
     def _rematerialized_score(self, inputs, seed):
         """As `_draw_and_score` in training, and little is kept of it."""
-        if keras.config.backend() == "torch":
-            drawn = self._draw(inputs, seed, training=True)
-            return keras.remat(self._score)(**inputs, **drawn)
-        return rematerialize(self._draw_and_score, inputs, seed)
+        return rematerialize(self._draw, self._score, inputs, seed)
 
-    def _draw(self, inputs, seed, training):
+    def _draw(self, inputs, seed=None, training=True):
         """The random numbers of a step: arguments of `_score`."""
         widths = self.widths_to_draw(training, inputs.get("noise"))
         if not widths:
@@ -281,7 +280,7 @@ class Networks:
                 x = self._activate(x, is_kept, f"encoder_{level - 1}")
                 kernel = _block_diagonal(kernel)
             bias = ops.reshape(weights[f"encoder_bias_{level}"], (-1,))
-            x = _affine(x, kernel, bias)
+            x = affine(x, kernel, bias)
         # Of each posterior, the mean and the log variance.
         heads = ops.reshape(
             ops.cast(x, "float32"), (*token_shape, 2, 2, self.config.rank)
@@ -299,10 +298,10 @@ class Networks:
         x = ops.cast(x, dtype)
         for level in range(len(self.config.decoder_units)):
             kernel = weights[f"decoder_kernel_{level}"]
-            x = _affine(x, kernel, weights[f"decoder_bias_{level}"])
+            x = affine(x, kernel, weights[f"decoder_bias_{level}"])
             x = self._activate(x, is_kept, f"decoder_{level}")
         kernel = ops.transpose(weights["decoder_output_kernel"])
-        return _affine(x, kernel, weights["decoder_output_bias"])
+        return affine(x, kernel, weights["decoder_output_bias"])
 
     def _activate(self, x, is_kept, name):
         """ReLU and dropout of a hidden layer."""
@@ -319,23 +318,23 @@ class Networks:
             Dict of scalar tensors, and the pair of log p1(z1) and log p2(z2).
         """
 
-        def token_mean(values):
-            return objective.token_mean(values, token_weights, feature_axes=2)
+        def mean(values):
+            return token_mean(values, token_weights, feature_axes=2)
 
-        mean, log_variance = posteriors
+        means, log_variance = posteriors
         prior_means = _column([0.0, self.config.prior_mean])
         prior_stds = _column([1.0, self.config.prior_std])
         # The terms are linear in these two, so their means come first.
-        squared_distance = token_mean(
-            objective.squared_distance(mean, log_variance, prior_means)
+        squared_distance = mean(
+            objective.squared_distance(means, log_variance, prior_means)
         )
-        log_variance = token_mean(log_variance)
+        log_variance = mean(log_variance)
         kl_z1, kl_z2 = ops.unstack(
             objective.kl_divergence(squared_distance, log_variance, prior_stds),
             2,
         )
         if self.config.gamma_estimator == "monte_carlo":
-            squared_distance = token_mean(ops.square(z - prior_means))
+            squared_distance = mean(ops.square(z - prior_means))
         log_p1, log_p2 = ops.unstack(
             objective.log_density(squared_distance, prior_stds), 2
         )
@@ -363,31 +362,6 @@ class Networks:
 @functools.cache
 def _networks_for(config, width, finalized):
     return Networks(config, width, finalized)
-
-
-def _traced_once(function, *static_arguments):
-    """A function that JAX traces once for all layers with the same shapes.
-
-    Not so TensorFlow, whose XLA would compute what the gradient of an inner
-    `tf.function` takes from it while it compiles.
-    """
-    if keras.config.backend() == "jax":
-        import jax
-
-        return jax.jit(function, static_argnames=static_arguments)
-    return function
-
-
-def _affine(x, kernel, bias):
-    if keras.config.backend() == "torch":
-        # In one operation, where Keras's take longer to call than to run.
-        import torch
-
-        rows = x.reshape(-1, x.shape[-1])
-        rows = torch.addmm(bias.to(x.dtype), rows, kernel.to(x.dtype))
-        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
-    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
-    return ops.matmul(x, kernel) + bias
 
 
 def _column(numbers):

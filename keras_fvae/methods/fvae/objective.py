@@ -112,34 +112,6 @@ def negative_log_likelihood(squared_error, scale):
     )
 
 
-def token_mean(values, token_weights=None, feature_axes=0):
-    """Mean over the tokens.
-
-    Args:
-        values: Tensor of shape `(tokens, ...)`, or `(draws, tokens, ...)`
-            for the mean over several draws too.
-        token_weights: Optional tensor of shape `(tokens,)`, what each token
-            weighs. `None` (default) means all the same.
-        feature_axes: Integer, how many axes follow that of the tokens; they
-            are kept.
-
-    Returns:
-        Float32 tensor of the shape of the kept axes; 0 if there is no token.
-    """
-    values = _float32(values)
-    axes = tuple(range(len(values.shape) - feature_axes))
-    if token_weights is None:
-        sizes = ops.shape(values)[: len(axes)]
-        if all(isinstance(size, int) and size > 0 for size in sizes):
-            return ops.mean(values, axis=axes)
-        # There may be no tokens, of which the mean is 0.
-        num_values = ops.cast(ops.prod(ops.stack(sizes)), "float32")
-        return ops.divide_no_nan(ops.sum(values, axis=axes), num_values)
-    weights = ops.reshape(token_weights, (-1, *[1] * feature_axes))
-    num_draws = math.prod(values.shape[: len(axes) - 1])
-    return ops.sum(values * weights, axis=axes) * (1 / num_draws)
-
-
 def fvae(
     log_likelihood,
     kl_z1,

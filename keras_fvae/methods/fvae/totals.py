@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_fvae.backend.replicas import mean_over_replicas
-from keras_fvae.methods.fvae import objective
+from keras_fvae.backend.token_mean import token_mean
 
 TERMS = (
     "fvae_loss",
@@ -52,7 +52,7 @@ class TermTotals:
                 `replicas.token_weights` returns it.
         """
         x_mean, x_square, z1_total, z1_square = (
-            objective.token_mean(values, token_weights, feature_axes=1)
+            token_mean(values, token_weights, feature_axes=1)
             for values in (
                 x,
                 ops.square(ops.cast(x, "float32")),

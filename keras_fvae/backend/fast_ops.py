@@ -1,0 +1,106 @@
+"""Operations that one of the backends does faster in another way."""
+
+import functools
+
+import keras
+from keras import ops
+
+
+def affine(x, kernel, bias):
+    """`x kernel + bias`, in the dtype of `x`.
+
+    Args:
+        x: Tensor of shape `(..., d)`.
+        kernel: Tensor of shape `(d, units)`.
+        bias: Tensor of shape `(units,)`.
+
+    Returns:
+        Tensor of shape `(..., units)`.
+    """
+    if keras.config.backend() == "torch":
+        # In one operation, where Keras's take longer to call than to run.
+        import torch
+
+        rows = x.reshape(-1, x.shape[-1])
+        rows = torch.addmm(bias.to(x.dtype), rows, kernel.to(x.dtype))
+        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+    kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
+    return ops.matmul(x, kernel) + bias
+
+
+def matmul(x, kernel):
+    """`x kernel`, in the dtype of `x`.
+
+    Args:
+        x: Tensor of shape `(..., d)`.
+        kernel: Tensor or `keras.Variable` of shape `(d, units)`.
+
+    Returns:
+        Tensor of shape `(..., units)`.
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if keras.config.backend() == "torch":
+        return x @ kernel.to(x.dtype)
+    return ops.matmul(x, ops.cast(kernel, x.dtype))
+
+
+def add_matmul(y, x, kernel):
+    """`y + x kernel`, in the dtype of `y`, or `None`.
+
+    Args:
+        y: Tensor of shape `(..., units)`. It may be changed in place.
+        x: Tensor of shape `(..., d)`.
+        kernel: Tensor of shape `(d, units)`.
+
+    Returns:
+        Tensor of the shape of `y`; `None` if there is no faster way than to
+        multiply, and then to add.
+    """
+    if keras.config.backend() != "torch":
+        return None
+    import torch
+
+    # Where `torch.vmap` maps, a tensor stands for many.
+    is_mapped = torch._C._functorch.maybe_current_level() is not None
+    if is_mapped or not y.is_contiguous():
+        return None
+    rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
+    if torch.is_grad_enabled():
+        # A gradient would have to be copied for what is changed in place.
+        return None
+    y.view(-1, kernel.shape[-1]).addmm_(rows, kernel.to(y.dtype))
+    return y
+
+
+def traced_once(function, *static_arguments):
+    """A function that JAX traces once for all layers with the same shapes.
+
+    Not so TensorFlow, whose XLA would compute what the gradient of an inner
+    `tf.function` takes from it while it compiles.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function, static_argnames=static_arguments)
+    return function
+
+
+def traced_in_parts(method):
+    """A method that `torch.compile` does not trace, but all that it calls.
+
+    A model with adapters is nested deeper than Python lets it trace as one.
+    `torch.export` traces otherwise, and only as one.
+    """
+    if keras.config.backend() != "torch":
+        return method
+    import torch
+
+    disabled = torch.compiler.disable(method, recursive=False)
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        if torch.compiler.is_exporting():
+            return method(*args, **kwargs)
+        return disabled(*args, **kwargs)
+
+    return call

@@ -1,0 +1,70 @@
+"""The star's own verb."""
+
+from keras_fvae.layers.config import DEFAULT_RANK
+from keras_fvae.methods.fvae.config import resolve_config
+from keras_fvae.model.enable import enable_adapter
+
+
+def enable_fvae_lora(
+    model,
+    rank=DEFAULT_RANK,
+    target_layer_names=None,
+    *,
+    trainable_layer_names=(),
+    config=None,
+    **config_options,
+):
+    """Adapts a model by FVAE-LoRA, in place, and freezes all the rest.
+
+    The layers stay the same objects, with the same names, paths and weights.
+    At first the model predicts what it did. In training each adapted layer
+    adds its share of the FVAE's loss to `model.losses`.
+
+    Args:
+        model: `keras.Model` (or layer) that is built. Every `Dense` and
+            `EinsumDense` layer inside it, at any depth, can be adapted.
+        rank: Positive integer, width of the latents. Defaults to `16`.
+        target_layer_names: Which layers to adapt: a layer name (for a
+            layer without one, the name of the attribute that holds it), a
+            compiled regular expression that is searched for in `layer.path`, a
+            function that takes a layer and returns a boolean, or a list of
+            such. `None` (default) means the query and value projections of
+            attention, whatever they are called in KerasHub, and what a
+            backbone's `default_lora_layer_names()` says.
+        trainable_layer_names: Layers to train as well, in the same forms.
+            Everything else in `model` is frozen.
+        config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
+            `rank` then counts.
+        **config_options: Single fields of `keras_fvae.FVAELoRAConfig`, such
+            as `dropout=0.0`. The `elbo_weight` is shared among the adapted
+            layers; a `seed` is counted up from layer to layer.
+
+    Returns:
+        An `AdapterSummary`: the adapted layers and the parameter counts.
+
+    Raises:
+        ValueError: If nothing matches a name or expression, a layer that
+            matches cannot be adapted, the model is adapted already, or a
+            setting is not allowed. The model is then as it was.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> inputs = keras.Input((10, 32))
+    >>> x = keras.layers.MultiHeadAttention(2, 16)(inputs, inputs)
+    >>> model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    >>> summary = keras_fvae.enable_fvae_lora(
+    ...     model, rank=4, trainable_layer_names=["head"]
+    ... )
+    >>> [path.split("/")[-1] for path in summary.layer_paths]
+    ['query', 'value']
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+    return enable_adapter(
+        model,
+        resolve_config(rank, config, **config_options),
+        target_layer_names,
+        trainable_layer_names=trainable_layer_names,
+    )

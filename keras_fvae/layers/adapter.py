@@ -1,0 +1,270 @@
+"""What a method is: the weights beside one frozen layer, and their update."""
+
+import math
+import random
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fvae.backend import noise
+from keras_fvae.backend import replicas
+from keras_fvae.layers.contraction import analyze_equation
+
+
+def refuse_quantization():
+    """Raises a `ValueError` that says in which order to go."""
+    raise ValueError(
+        "A model must be quantized before it is adapted. To quantize the base "
+        "of a trained model: save the adapters by `save_adapter`, quantize a "
+        "base model without them, and load them by `load_adapter`."
+    )
+
+
+class Adapter(keras.Layer):
+    """The base class of each method: the weights, the update, no models.
+
+    A frozen layer is seen as a matrix W of shape `(d, k)`: all contracted axes
+    of its kernel are one axis of width d, all carried axes one of k units.
+    Layers hold an adapter and call its `adapt`. It is not called itself: for
+    what it does, that would take as long on PyTorch.
+
+    A method overrides `build`, `adapt` and `merge`, says in `weight_axes` how
+    its weights lie beside the kernel's, and gets all else: saving, restoring,
+    merging, sharding, quantized bases.
+
+    Args:
+        config: Config of the method.
+        equation: String, the einsum equation of the layer that is adapted.
+        regularizer: Optional regularizer of the weights that the method says.
+        finalized: Boolean. Whether to hold only what inference needs.
+        **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
+    """
+
+    # By the name of a weight, for each of its axes, which axes of the kernel
+    # it has: "input" (contracted), "output" (carried) or `None`. On a mesh of
+    # devices it is sharded as those are.
+    weight_axes = {}
+
+    def __init__(
+        self, config, equation, regularizer=None, finalized=False, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.config = config
+        self.equation = equation
+        self.regularizer = regularizer
+        self.finalized = finalized
+        self.initial_seed = config.seed
+        if self.initial_seed is None:
+            # As Keras does, and `keras.utils.set_random_seed` controls.
+            self.initial_seed = random.randrange(2**31)
+
+    def build(self, input_shape, kernel_shape, read_kernel=None):
+        """Makes the weights.
+
+        Args:
+            input_shape: Tuple, the shape of the layer's input.
+            kernel_shape: Tuple of integers, the shape of the layer's kernel.
+            read_kernel: Optional function that returns the frozen kernel as a
+                float32 NumPy array of shape `(d, k)`, for methods that start
+                from it; to be called inside an initializer. `None` if the
+                initial values do not matter, since others will be set.
+        """
+        contraction = analyze_equation(self.equation, len(input_shape))
+        self.kernel_shape = tuple(kernel_shape)
+        self.width = contraction.width(kernel_shape)
+        self.units = contraction.units(kernel_shape)
+        self.read_kernel = read_kernel
+
+    def adapt(self, frozen, training):
+        """What the layer computes before its activation.
+
+        Args:
+            frozen: `FrozenCall`, the call of the frozen layer.
+            training: Boolean.
+
+        Returns:
+            Tensor of the shape and dtype of `frozen.outputs()`.
+        """
+        raise NotImplementedError
+
+    def merge(self, kernel, bias):
+        """The weights of a plain layer that computes the same.
+
+        Args:
+            kernel: Float64 NumPy array of shape `(d, k)`.
+            bias: Float64 NumPy array of shape `(k,)`, 0 if there is none.
+
+        Returns:
+            Pair of such arrays.
+
+        Raises:
+            ValueError: If there are none; the message says why.
+        """
+        raise NotImplementedError
+
+    def changes_state(self, training):
+        """Whether a call draws random numbers or adds a loss.
+
+        Neither gets out of a function that the backend transforms.
+        """
+        return False
+
+    @property
+    def is_trainable(self):
+        """Boolean, whether there is something to draw random numbers for."""
+        return bool(self.trainable_weights)
+
+    def check_can_finalize(self):
+        """Raises a `ValueError` if inference needs all that training does."""
+
+    def get_arrays(self, finalized=False, read_kernel=None):
+        """The weights as NumPy arrays.
+
+        Args:
+            finalized: Boolean. Whether to return only what inference needs:
+                the arrays of a finalized adapter.
+            read_kernel: Function, as in `build`, if `finalized`.
+
+        Returns:
+            Dict of name to NumPy array.
+        """
+        return {w.name: replicas.to_numpy(w) for w in self.weights}
+
+    def set_arrays(self, arrays):
+        """Sets the weights from what `get_arrays` returned."""
+        for weight in self.weights:
+            weight.assign(arrays[weight.name])
+
+    @property
+    def array_shapes(self):
+        """Dict of name to shape, of the arrays that `get_arrays` returns."""
+        return {weight.name: tuple(weight.shape) for weight in self.weights}
+
+    @property
+    def num_inference_parameters(self):
+        """Integer, the parameters that inference needs."""
+        return sum(math.prod(shape) for shape in self.array_shapes.values())
+
+    def add_adapter_weight(self, name, shape, initializer, **kwargs):
+        """A weight that is float32 whatever the dtype policy.
+
+        Args:
+            name: String, which `weight_axes` has.
+            shape: Tuple of integers.
+            initializer: Function without arguments that returns its first
+                values as a NumPy array.
+            **kwargs: Arguments of `keras.Layer.add_weight`.
+
+        Returns:
+            `keras.Variable`.
+        """
+
+        def initial_tensor(shape, dtype=None):
+            # Of its own dtype, an array takes no operation.
+            return ops.convert_to_tensor(initializer().astype(dtype), dtype)
+
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initial_tensor,
+            dtype="float32",
+            autocast=False,
+            **kwargs,
+        )
+
+    def initial_generator(self, name):
+        """What the initial values of a weight are drawn from.
+
+        NumPy's: on JAX each operation is a program, which stays in memory.
+
+        Args:
+            name: String, the name of the weight.
+
+        Returns:
+            `numpy.random.Generator`.
+        """
+        return np.random.default_rng([self.initial_seed, *name.encode()])
+
+    def add_seed_generator(self):
+        """The generator of what the adapter draws, in its attribute."""
+        self.seed_generator = keras.random.SeedGenerator(self.initial_seed)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        noise.save_seed(self, store)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(noise.load_seed(self, store))
+
+    def compute_mask(self, inputs, previous_mask):
+        return None
+
+    def quantize(self, *args, **kwargs):
+        # Keras would pass an adapted layer over, without a word.
+        refuse_quantization()
+
+    def refuse_if_finalized(self):
+        """Raises a `ValueError` if only what inference needs is left."""
+        if self.finalized:
+            raise ValueError(
+                "This model is finalized: its adapters kept only what "
+                "inference needs, and can neither be trained nor sampled. To "
+                "go on, load the adapters as they were before, from a file "
+                "that `save_adapter` or `model.save` wrote."
+            )
+
+
+class LowRankAdapter(Adapter):
+    """A method of the form `y += scale * project(x) B`.
+
+    A method overrides `build_projection` and `project`: what stands in the
+    place of LoRA's A. Here that is A itself, drawn uniformly from
+    `[-1 / sqrt(d), 1 / sqrt(d)]`; B is 0 at first.
+    """
+
+    weight_axes = {"kernel_a": ("input", None), "kernel_b": (None, "output")}
+
+    def build(self, input_shape, kernel_shape, read_kernel=None):
+        super().build(input_shape, kernel_shape, read_kernel)
+        self.build_projection()
+        self.kernel_b = self.add_adapter_weight(
+            "kernel_b",
+            (self.config.rank, self.units),
+            self.initial_kernel_b,
+            regularizer=self.regularizer,
+        )
+
+    def build_projection(self):
+        """Makes the weights of what stands in the place of A."""
+        self.kernel_a = self.add_adapter_weight(
+            "kernel_a",
+            (self.width, self.config.rank),
+            self.initial_kernel_a,
+            regularizer=self.regularizer,
+        )
+
+    def initial_kernel_a(self):
+        """NumPy array of shape `(d, rank)`, the first values of A."""
+        limit = 1 / math.sqrt(self.width)
+        return self.initial_generator("kernel_a").uniform(
+            -limit, limit, (self.width, self.config.rank)
+        )
+
+    def initial_kernel_b(self):
+        """NumPy array of shape `(rank, k)`, the first values of B."""
+        return np.zeros((self.config.rank, self.units))
+
+    def project(self, frozen, training):
+        """What B is applied to: `x A`, of shape `(..., rank)`."""
+        return frozen.project(self.kernel_a)
+
+    def adapt(self, frozen, training):
+        projected = self.project(frozen, training)
+        kernel_b = self.config.scale * self.kernel_b.value
+        return frozen.add_product(frozen.outputs(), projected, kernel_b)
+
+    def merge(self, kernel, bias):
+        arrays = self.get_arrays()
+        kernel_a = arrays["kernel_a"].astype("float64")
+        return kernel + self.config.scale * kernel_a @ arrays["kernel_b"], bias

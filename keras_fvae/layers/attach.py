@@ -1,0 +1,252 @@
+"""Putting an adapter onto a layer that is there, and taking it off again."""
+
+import contextlib
+import dataclasses
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.backend import replicas
+from keras_fvae.layers import sharding
+from keras_fvae.layers.adapted import ADAPTED_CLASSES
+from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import contraction_of
+from keras_fvae.layers.adapted import input_rank_of
+from keras_fvae.layers.adapted import new_adapter
+from keras_fvae.layers.adapted import read_kernel
+from keras_fvae.layers.adapted import shard_like_kernel
+
+# Those in which Keras gives the gradient with respect to a layer's input.
+QUANTIZATION_MODES = (None, "int8", "int4")
+
+
+def check_adaptable(layer):
+    """Refuses a layer that cannot be adapted in place.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+
+    Raises:
+        ValueError: If the layer is of another class, not built, adapted
+            already, or has LoRA, a kernel constraint, an equation that cannot
+            be adapted, or was quantized in other modes than int8 and int4.
+    """
+    what = f"layer '{layer.path or layer.name}'"
+    if isinstance(layer, AdaptedLayer):
+        raise ValueError(f"The {what} is adapted by FVAE-LoRA already.")
+    if type(layer) not in ADAPTED_CLASSES:
+        kind = f"of class `{type(layer).__name__}`"
+        for base in ADAPTED_CLASSES:
+            if isinstance(layer, base):
+                kind += (
+                    f", which derives from `{base.__name__}` and may compute "
+                    "something else"
+                )
+        raise ValueError(
+            "FVAE-LoRA adapts layers of the classes `Dense` and `EinsumDense` "
+            f"themselves. The {what} is {kind}."
+        )
+    if not layer.built:
+        raise ValueError(
+            f"The {what} is not built. Call the model on data, or build it, "
+            "before you enable FVAE-LoRA."
+        )
+    if layer.lora_enabled:
+        raise ValueError(
+            f"LoRA is enabled on the {what} already. A layer takes either LoRA "
+            "or FVAE-LoRA: start from a model without LoRA."
+        )
+    if layer.kernel_constraint is not None:
+        raise ValueError(
+            f"The {what} has a kernel constraint, which could not hold for the "
+            "kernel and the update together. Remove the `kernel_constraint`, "
+            "or leave the layer out of `target_layer_names`."
+        )
+    if layer.quantization_mode not in QUANTIZATION_MODES:
+        raise ValueError(
+            f"The {what} is quantized in the mode '{layer.quantization_mode}'. "
+            "FVAE-LoRA adapts quantized layers of the modes 'int8' and 'int4'."
+        )
+    contraction_of(layer)
+
+
+def build_adapter(layer, config, finalized=False, starts_anew=True):
+    """A built adapter for a built layer, not attached to it yet.
+
+    Args:
+        layer: Layer that `check_adaptable` accepts.
+        config: Config of the method.
+        finalized: Boolean. Whether to hold only what inference needs.
+        starts_anew: Boolean. Whether the initial values matter; `False` if
+            others will be set.
+    """
+    with (
+        replicas.scope_of(keras_internals.kernel_of(layer)),
+        sharding.distributed_by(None),
+    ):
+        adapter = new_adapter(layer, config, finalized)
+        # The variables get the paths that they will have in the layer.
+        with (
+            keras.name_scope(layer.name, caller=layer),
+            _refusals_named(layer, config),
+        ):
+            adapter.build(
+                (None,) * input_rank_of(layer),
+                layer.kernel.shape,
+                (lambda: read_kernel(layer)) if starts_anew else None,
+            )
+    shard_like_kernel(layer, adapter.variables, adapter.weight_axes)
+    return adapter
+
+
+def adapter_shapes(layer, config, finalized=False):
+    """The shapes of an adapter's arrays, none of which is made.
+
+    Args:
+        layer: Layer that `check_adaptable` accepts.
+        config: Config of the method.
+        finalized: Boolean. Whether only what inference needs is held.
+
+    Returns:
+        Dict of name to shape, as `Adapter.array_shapes`.
+    """
+    # A seed, so that none is drawn.
+    config = dataclasses.replace(config, seed=0)
+    with keras_internals.without_values(), sharding.distributed_by(None):
+        adapter = new_adapter(layer, config, finalized)
+        with _refusals_named(layer, config):
+            adapter.build((None,) * input_rank_of(layer), layer.kernel.shape)
+    return adapter.array_shapes
+
+
+@contextlib.contextmanager
+def _refusals_named(layer, config):
+    """Says of which layer and method an error is, raised inside the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"The layer '{layer.path or layer.name}' cannot be adapted by "
+            f"{config.method_name}: {error}."
+        ) from error
+
+
+def inference_arrays(layer):
+    """Dict of name to NumPy array: what inference needs of an adapted layer."""
+    return layer.adapter.get_arrays(
+        finalized=True, read_kernel=lambda: read_kernel(layer)
+    )
+
+
+def attach_adapter(layer, adapter):
+    """Turns a layer into an adapted one, in place: the same object.
+
+    Args:
+        layer: Layer that `check_adaptable` accepts.
+        adapter: What `build_adapter` returned for it.
+    """
+    with keras_internals.unlocked(layer):
+        layer.adapter = adapter
+    layer.__class__ = ADAPTED_CLASSES[type(layer)]
+    layer.freeze_base()
+
+
+def detach_adapter(layer):
+    """Turns an adapted layer back into a plain one; the reverse of attaching.
+
+    Args:
+        layer: Adapted layer, whose base weights stay frozen.
+    """
+    keras_internals.untrack(layer, layer.adapter)
+    del layer.adapter
+    layer.__class__ = next(
+        base for base in ADAPTED_CLASSES if isinstance(layer, base)
+    )
+
+
+def merged_weights(layer):
+    """The weights of the plain layer that computes what an adapted one does.
+
+    Args:
+        layer: Adapted layer.
+
+    Returns:
+        Pair of NumPy arrays: the kernel, in its own shape, and a bias for each
+        unit; `None` in the place of a bias that stays what it is.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if layer.quantization_mode is not None:
+        raise ValueError(
+            f"its kernel is quantized ('{layer.quantization_mode}'): nothing "
+            "can be added to it. Call `finalize_adapter` instead"
+        )
+    contraction = contraction_of(layer)
+    kernel = replicas.to_numpy(layer.kernel).astype("float64")
+    matrix = kernel.transpose(contraction.matrix_order).reshape(
+        layer.adapter.width, layer.adapter.units
+    )
+    previous = np.zeros(layer.adapter.units)
+    if layer.bias is not None:
+        bias = replicas.to_numpy(layer.bias).astype("float64")
+        shape = contraction.bias_shape(layer.kernel.shape)
+        previous = np.broadcast_to(bias, shape).reshape(-1)
+    matrix, bias = layer.adapter.merge(matrix, previous)
+    return contraction.from_matrix(matrix, kernel.shape), (
+        None if np.array_equal(bias, previous) else bias
+    )
+
+
+def set_merged_weights(layer, kernel, bias):
+    """Sets the weights of a layer that `detach_adapter` made plain.
+
+    Args:
+        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+        kernel: What `merged_weights` returned for it before.
+        bias: The same.
+    """
+    layer.kernel.assign(kernel)
+    if bias is not None:
+        widen_bias(layer)
+        layer.bias.assign(bias.reshape(layer.bias.shape))
+
+
+def widen_bias(layer):
+    """Gives a layer a bias for each unit, if it has none or a narrower one.
+
+    Args:
+        layer: Built `keras.layers.Dense` or `keras.layers.EinsumDense`.
+    """
+    contraction = contraction_of(layer)
+    shape = contraction.bias_shape(layer.kernel.shape)
+    if layer.bias is not None and tuple(layer.bias.shape) == shape:
+        return
+    previous = layer.bias
+    with (
+        keras_internals.unlocked(layer),
+        keras.name_scope(layer.name, caller=layer),
+        replicas.scope_of(keras_internals.kernel_of(layer)),
+    ):
+        if previous is not None:
+            keras_internals.untrack(layer, previous)
+        layer.bias = layer.add_weight(
+            name="bias", shape=shape, initializer="zeros", trainable=False
+        )
+    shard_like_kernel(layer, [layer.bias])
+    if previous is not None:
+        layer.bias.assign(ops.broadcast_to(previous, shape))
+    if hasattr(layer, "bias_axes"):
+        outputs = layer.equation.split("->")[1]
+        kernel = layer.equation.split("->")[0].split(",")[1]
+        layer.bias_axes = "".join(axis for axis in outputs if axis in kernel)
+    else:
+        layer.use_bias = True
+    layer.has_widened_bias = True
+
+
+def has_widened_bias(layer):
+    """Whether `widen_bias` has changed the layer."""
+    return getattr(layer, "has_widened_bias", False)

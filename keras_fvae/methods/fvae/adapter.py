@@ -1,0 +1,162 @@
+"""FVAE-LoRA as a method: z1 in the place of `x A`, and the loss of the FVAE."""
+
+import contextlib
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_fvae.backend import replicas
+from keras_fvae.backend.scoped import ScopedValue
+from keras_fvae.layers import masking
+from keras_fvae.layers.adapter import LowRankAdapter
+from keras_fvae.methods.fvae.fvae import FVAE
+
+# Where adapted layers put their posteriors, if anywhere.
+_recorded = ScopedValue()
+
+
+class RecordedPosteriors(NamedTuple):
+    """The posteriors of the tokens that an adapted layer was called on."""
+
+    adapter: Any
+    q1: Any
+    q2: Any
+    mask: Any
+
+
+@contextlib.contextmanager
+def recorded_posteriors():
+    """Records the posteriors of the adapted layers called inside the block.
+
+    Yields:
+        List, to which each call at inference adds a `RecordedPosteriors`.
+    """
+    records = []
+    with _recorded.set_to(records):
+        yield records
+
+
+class FVAELoRAAdapter(LowRankAdapter):
+    """The update `scale * z1 B`, and the loss of the FVAE that gives z1.
+
+    Reference: [Latent Space Factorization in LoRA](
+    https://arxiv.org/abs/2510.19640), section 3.
+    """
+
+    weight_axes = {
+        "kernel_b": (None, "output"),
+        "feature_weights": ("input", None),
+        "latent_weights": (None,),
+    }
+
+    def __init__(self, config, equation, **kwargs):
+        super().__init__(config, equation, **kwargs)
+        self.fvae = FVAE(
+            dataclasses.replace(config, seed=self.initial_seed),
+            self.finalized,
+            dtype=self.dtype_policy,
+            name="fvae",
+        )
+
+    def build_projection(self):
+        self.fvae.build((None, self.width))
+
+    def initial_kernel_b(self):
+        shape = self.config.rank, self.units
+        return 0.02 * self.initial_generator("kernel_b").normal(size=shape)
+
+    def project(self, frozen, training):
+        """The latent z1 of each token; in training, the loss is added.
+
+        In training z1 is drawn; at inference it is its posterior mean.
+        """
+        x = frozen.tokens
+        records = _recorded.value
+        if records is not None:
+            posteriors = self.fvae.posteriors(x)
+            records.append(
+                RecordedPosteriors(self, *posteriors, frozen.find_mask())
+            )
+        if training:
+            z1 = self._draw_and_add_loss(x, frozen)
+        elif self.config.sample_at_inference:
+            z1 = self.fvae.sample_z1(x)
+        else:
+            z1 = self.fvae.posterior_mean(x)
+        if len(z1.shape) > len(x.shape):
+            # The update is linear in z1: the mean of the draws is enough.
+            z1 = ops.mean(z1, axis=0)
+        return z1
+
+    def merge(self, kernel, bias):
+        if self.config.sample_at_inference:
+            raise ValueError(
+                "it samples at inference (sample_at_inference=True), so its "
+                "update is not the same each time. Set it up without"
+            )
+        if self.config.hidden_units:
+            raise ValueError(
+                "its encoders have hidden layers "
+                f"(encoder_units={self.config.hidden_units}), so its update is "
+                "no linear function of the input. Call `finalize_adapter` "
+                "instead, or train with `encoder_units=()`"
+            )
+        arrays = self.get_arrays(finalized=True)
+        kernel_b = self.config.scale * arrays["kernel_b"].astype("float64")
+        return (
+            kernel + arrays["encoder_kernel_0"][:, 0] @ kernel_b,
+            bias + arrays["encoder_bias_0"][0] @ kernel_b,
+        )
+
+    def changes_state(self, training):
+        return training or self.config.sample_at_inference
+
+    @property
+    def is_trainable(self):
+        return bool(self.fvae.trainable_weights)
+
+    def check_can_finalize(self):
+        if self.config.sample_at_inference:
+            raise ValueError(
+                "it samples at inference (sample_at_inference=True), which "
+                "needs the variance of q1, and that would not be kept. Set it "
+                "up without"
+            )
+
+    def get_arrays(self, finalized=False, read_kernel=None):
+        kernel_b = {"kernel_b": replicas.to_numpy(self.kernel_b)}
+        return {**kernel_b, **self.fvae.get_arrays(finalized)}
+
+    def set_arrays(self, arrays):
+        self.kernel_b.assign(arrays["kernel_b"])
+        self.fvae.set_arrays(arrays)
+
+    @property
+    def array_shapes(self):
+        kernel_b = {"kernel_b": tuple(self.kernel_b.shape)}
+        return {**kernel_b, **self.fvae.array_shapes}
+
+    @property
+    def num_inference_parameters(self):
+        rank, units = self.kernel_b.shape
+        return rank * units + self.fvae.num_inference_parameters
+
+    def _draw_and_add_loss(self, x, frozen):
+        x = ops.reshape(x, (-1, x.shape[-1]))
+        mask = masking.flatten_mask(frozen.find_mask(), frozen.token_shape)
+        score = self.fvae.encode_and_score(x, training=True, mask=mask)
+        elbo_weight = self.fvae.objective_weights.elbo_weight
+        self._add_to_mean_loss(elbo_weight * score.loss)
+        z1, _ = ops.unstack(score.z, 2, axis=-2)
+        return z1
+
+    def _add_to_mean_loss(self, loss):
+        """Adds a loss such that those of all calls in a step sum to the mean.
+
+        A layer that is called twice, such as ALBERT's, weighs as much as one
+        that is called once. The FVAE has no other losses.
+        """
+        previous = self.fvae.losses
+        self.fvae.add_loss((loss - sum(previous)) / (len(previous) + 1))
