@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 from helpers import BACKEND
+from helpers import dtype_of
+from helpers import to_numpy
 
 from keras_fvae.backend import keras_internals
 
@@ -378,3 +380,41 @@ def test_a_class_that_no_module_has_can_be_pickled():
         keras.ops.convert_to_numpy(found.kernel),
         keras.ops.convert_to_numpy(layer.kernel),
     )
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("is_einsum", [False, True])
+def test_float_kernel(is_einsum, mode, rng):
+    if is_einsum:
+        layer = keras.layers.EinsumDense("bxy,xyuv->buv", (3, 4))
+        inputs, shape = np.eye(6).reshape(6, 2, 3), (2, 3, 3, 4)
+    else:
+        layer = keras.layers.Dense(12, use_bias=False)
+        inputs, shape = np.eye(6), (6, 12)
+    layer.build(inputs.shape)
+    if mode is not None:
+        layer.quantize(mode)
+    found = to_numpy(keras_internals.float_kernel(layer))
+    assert found.shape == shape
+    # What the layer makes of each unit vector is a row of its kernel.
+    rows = to_numpy(layer(inputs))
+    np.testing.assert_allclose(
+        found.reshape(6, 12), rows.reshape(6, 12), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_float_kernel_in_full_precision():
+    layer = keras.layers.Dense(3, dtype="mixed_bfloat16")
+    layer.build((None, 4))
+    found = []
+
+    class Reader(keras.layers.Layer):
+        def call(self, x):
+            # Here Keras casts what is read.
+            for full_precision in (False, True):
+                kernel = keras_internals.float_kernel(layer, full_precision)
+                found.append(dtype_of(kernel))
+            return x
+
+    Reader(dtype="mixed_bfloat16")(np.ones((1, 4)))
+    assert found == ["bfloat16", "float32"]

@@ -531,17 +531,16 @@ def _float_kernel(layer):
     kernel = layer.kernel
     if mode is None:
         return kernel
-    scale = layer.kernel_scale
-    if mode == "int8" and isinstance(layer, keras.layers.EinsumDense):
+    shape, scale = kernel.shape, layer.kernel_scale
+    if mode == "int4":
+        # A matrix, as it is packed.
+        kernel = ops.reshape(kernel, (-1, scale.shape[-1]))
+    elif isinstance(layer, keras.layers.EinsumDense):
         scale = layer._adjust_scale_for_dequant(scale)
-    if mode == "int4" and getattr(layer, "_int4_block_size", None) not in (
-        None,
-        -1,
-    ):
+    if getattr(layer, "kernel_zero", None) is not None:
         kernel = dequantize_with_sz_map(
             kernel, scale, layer.kernel_zero, layer.g_idx, group_axis=0
         )
     else:
         kernel = ops.divide(ops.cast(kernel, "float32"), scale)
-    shape = getattr(layer, "original_kernel_shape", kernel.shape)
     return ops.reshape(kernel, shape)

@@ -1,0 +1,305 @@
+"""What must hold for every method, and holds for a new one for nothing."""
+
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+from helpers import JIT_COMPILE
+from helpers import move_adapters
+from helpers import snapshot
+from helpers import to_numpy
+from methods import CONFIGS
+from methods import TARGETS
+from methods import WITHOUT_NOISE
+from methods import X
+from methods import Y
+from methods import adapt
+from methods import frozen_bytes
+from methods import make_model
+from methods import predict
+from methods import train
+
+import keras_fvae
+from keras_fvae.layers.adapter import Adapter
+from keras_fvae.layers.config import config_from_description
+from keras_fvae.layers.config import describe_config
+from keras_fvae.model import lookup
+
+on_all = pytest.mark.parametrize("name", CONFIGS)
+
+
+def assert_same(found, expected, atol=1e-6):
+    np.testing.assert_allclose(found, expected, atol=atol)
+
+
+def trained(name, rng=None, dtype=None):
+    """A model whose adapters are far from where they start."""
+    model = adapt(make_model(dtype), name)
+    move_adapters(model, rng or np.random.default_rng(1), scale=0.2)
+    return model
+
+
+@on_all
+def test_it_starts_as_the_base_model(name):
+    model = make_model()
+    before = predict(model)
+    adapt(model, name)
+    assert_same(predict(model), before, 2e-6)
+
+
+@on_all
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+def test_only_the_adapter_and_what_is_chosen_train(name, jit_compile):
+    model = make_model()
+    frozen = frozen_bytes(model)
+    adapt(model, name)
+    adapters = [layer.adapter for layer in lookup.adapted_layers(model)]
+    weights = [w for adapter in adapters for w in adapter.trainable_weights]
+    assert weights and all(
+        any(w is t for t in model.trainable_weights) for w in weights
+    )
+    values = [to_numpy(weight) for weight in weights]
+    model.compile(
+        keras.optimizers.Adam(0.05),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit_compile,
+    )
+    losses = model.fit(X, Y, batch_size=4, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert frozen_bytes(model) == frozen
+    for weight, value in zip(weights, values):
+        assert np.abs(to_numpy(weight) - value).max() > 1e-3, weight.path
+
+
+@on_all
+def test_a_file_brings_it_back(name, tmp_path):
+    model = trained(name)
+    keras_fvae.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = make_model()
+    keras_fvae.load_adapter(loaded, tmp_path / "a.safetensors")
+    assert_same(predict(loaded), predict(model))
+    assert [w.path for w in loaded.trainable_weights] == [
+        w.path for w in model.trainable_weights
+    ]
+    for layer in lookup.adapted_layers(loaded):
+        assert type(layer.config) is type(CONFIGS[name])
+    # It trains on, from there.
+    assert train(loaded) == pytest.approx(train(model), rel=1e-4)
+
+
+@on_all
+def test_a_file_with_what_inference_needs(name, tmp_path):
+    model = trained(name)
+    path = tmp_path / "a.safetensors"
+    keras_fvae.save_adapter(model, path, include="inference")
+    loaded = make_model()
+    keras_fvae.load_adapter(loaded, path)
+    assert_same(predict(loaded), predict(model))
+    with pytest.raises(ValueError, match="finalized"):
+        train(loaded)
+
+
+@on_all
+@pytest.mark.parametrize("copy_model", [copy.deepcopy, pickle, "keras"])
+def test_copies_of_the_model(name, copy_model, tmp_path):
+    model = trained(name)
+    if copy_model == "keras":
+        model.save(tmp_path / "model.keras")
+        found = keras.saving.load_model(tmp_path / "model.keras")
+    elif copy_model is pickle:
+        found = pickle.loads(pickle.dumps(model))
+    else:
+        found = copy_model(model)
+    assert_same(predict(found), predict(model))
+    keras_fvae.remove_adapter(found)
+    assert_same(predict(found), predict(make_model_with_head_of(model)))
+
+
+def make_model_with_head_of(model):
+    plain = make_model()
+    plain.get_layer("head").set_weights(model.get_layer("head").get_weights())
+    return plain
+
+
+@on_all
+def test_merging(name):
+    model = trained(name)
+    before = predict(model)
+    unchanged = snapshot(model)
+    if name == "FVAE-LoRA":
+        with pytest.raises(ValueError, match="encoder_units"):
+            keras_fvae.merge_adapter(model)
+        assert snapshot(model) == unchanged
+        return
+    keras_fvae.merge_adapter(model)
+    assert not lookup.adapted_layers(model)
+    assert_same(predict(model), before, 1e-5)
+
+
+@on_all
+def test_switched_off_it_is_the_base_model(name):
+    base = predict(make_model())
+    model = trained(name)
+    with keras_fvae.adapter_disabled(model):
+        assert_same(predict(model), base, 0)
+    assert np.abs(predict(model) - base).max() > 1e-2
+
+
+@on_all
+def test_removed_it_is_the_base_model(name):
+    model = make_model()
+    before = snapshot(model)
+    base = predict(model)
+    for other in (name, "LoRA"):
+        adapt(model, other)
+        move_adapters(model, np.random.default_rng(0))
+        keras_fvae.remove_adapter(model)
+        assert_same(predict(model), base, 0)
+        assert snapshot(model) == before
+    # And trains as one.
+    assert train(model) == pytest.approx(train(make_model()), rel=1e-5)
+
+
+@on_all
+def test_finalizing(name):
+    model = trained(name)
+    before = predict(model)
+    keras_fvae.finalize_adapter(model)
+    assert_same(predict(model), before)
+    assert not any(
+        w.trainable
+        for layer in lookup.adapted_layers(model)
+        for w in layer.adapter.weights
+    )
+    with pytest.raises(ValueError, match="finalized"):
+        train(model)
+    keras_fvae.remove_adapter(model)
+    assert_same(predict(model), predict(make_model()), 0)
+
+
+@on_all
+@pytest.mark.parametrize(
+    "dtype", ["mixed_bfloat16", "bfloat16", "mixed_float16", "float64"]
+)
+def test_adapters_are_float32(name, dtype):
+    if (BACKEND, dtype) == ("jax", "mixed_float16"):
+        # There is no attention of that type on CPUs.
+        dtype = "bfloat16"
+    model = make_model(dtype)
+    before = predict(model)
+    adapt(model, name)
+    for layer in lookup.adapted_layers(model):
+        assert {w.dtype for w in layer.adapter.weights} == {"float32"}
+    assert_same(predict(model), before, 2e-2)
+    assert np.isfinite(train(model)).all()
+
+
+@on_all
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_bases(name, mode, tmp_path):
+    def make_quantized():
+        model = make_model()
+        model.quantize(mode)
+        return model
+
+    model = make_quantized()
+    before = predict(model)
+    frozen = frozen_bytes(model)
+    adapt(model, name)
+    assert_same(predict(model), before, 2e-6)
+    losses = train(model, epochs=12)
+    assert np.mean(losses[-3:]) < losses[0]
+    assert frozen_bytes(model) == frozen
+    with pytest.raises(ValueError, match="quantized"):
+        keras_fvae.merge_adapter(model)
+    keras_fvae.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = make_quantized()
+    keras_fvae.load_adapter(loaded, tmp_path / "a.safetensors")
+    assert_same(predict(loaded), predict(model))
+    predictions = predict(model)
+    keras_fvae.finalize_adapter(model)
+    assert_same(predict(model), predictions, 1e-5)
+
+
+@on_all
+def test_a_layer_that_is_called_twice(name):
+    inputs = keras.Input((6,))
+    layer = keras.layers.Dense(6, "tanh", name="twice")
+    head = keras.layers.Dense(3, name="head")
+    model = keras.Model(inputs, head(layer(layer(inputs))))
+    x = X[:, 0]
+    base = to_numpy(model(x))
+    keras_fvae.enable_adapter(model, CONFIGS[name], "twice")
+    assert_same(to_numpy(model(x)), base, 2e-6)
+    model.compile(
+        keras.optimizers.Adam(0.02),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    losses = model.fit(x, Y, epochs=20, verbose=0).history["loss"]
+    assert np.mean(losses[-3:]) < losses[0]
+
+
+@on_all
+def test_sharding_axes_name_every_weight(name):
+    model = adapt(make_model(), name)
+    for finalize in (False, True):
+        if finalize:
+            keras_fvae.finalize_adapter(model)
+        for layer in lookup.adapted_layers(model):
+            for weight in layer.adapter.weights:
+                axes = layer.adapter.weight_axes[weight.name]
+                assert len(axes) == len(weight.shape), weight.path
+                assert {*axes} <= {"input", "output", None}
+
+
+@on_all
+def test_configs_come_back(name):
+    config = CONFIGS[name]
+    assert config_from_description(describe_config(config)) == config
+    serialized = keras.saving.serialize_keras_object(config)
+    assert keras.saving.deserialize_keras_object(serialized) == config
+    assert isinstance(config.adapter_class, type)
+    assert issubclass(config.adapter_class, Adapter)
+    layer = keras_fvae.AdaptedDense(3, config, activation="relu")
+    outputs = to_numpy(layer(X))
+    copied = keras_fvae.AdaptedDense.from_config(layer.get_config())
+    assert copied.config == config
+    copied.build(X.shape)
+    for ours, theirs in zip(copied.weights, layer.weights):
+        ours.assign(theirs)
+    assert_same(to_numpy(copied(X)), outputs)
+
+
+@pytest.mark.parametrize("name", WITHOUT_NOISE)
+def test_weights_give_the_same_losses_again(name):
+    assert train(trained(name)) == train(trained(name))
+
+
+@on_all
+def test_what_cannot_be_right_is_refused(name, tmp_path):
+    config = CONFIGS[name]
+    model = adapt(make_model(), name)
+    path = tmp_path / "a.safetensors"
+    keras_fvae.save_adapter(model, path)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="remove_adapter"):
+        keras_fvae.enable_adapter(model, config, TARGETS)
+    with pytest.raises(ValueError, match="remove_adapter"):
+        model.get_layer("up").enable_lora(2)
+    assert snapshot(model) == before
+    other = adapt(make_model(), "DoRA" if "DoRA" not in name else "HiRA")
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=type(config).__name__):
+        keras_fvae.load_adapter(other, path)
+    assert snapshot(other) == before
+    for wrong in (0, 2.5, "2", None, True):
+        with pytest.raises(ValueError, match="rank"):
+            type(config)(wrong)
+    for wrong in (-1, 0.5, "x"):
+        with pytest.raises(ValueError, match="seed"):
+            type(config)(2, seed=wrong)
+    with pytest.raises(TypeError, match="LoRAConfig"):
+        keras_fvae.enable_adapter(make_model(), type(config), TARGETS)

@@ -1,0 +1,119 @@
+"""What is common to the tests of all methods: one config of each."""
+
+import dataclasses
+
+import keras
+import numpy as np
+from helpers import to_numpy
+from keras import ops
+
+import keras_fvae
+from keras_fvae.layers.adapter import Adapter
+from keras_fvae.layers.config import AdapterConfig
+
+
+class ShiftAdapter(Adapter):
+    """A toy: the outputs plus a number for each unit."""
+
+    weight_axes = {"shift": ("output",)}
+
+    def build(self, input_shape, kernel_shape, read_kernel=None):
+        super().build(input_shape, kernel_shape, read_kernel)
+        self.shift = self.add_adapter_weight(
+            "shift", (self.units,), lambda: np.zeros(self.units)
+        )
+
+    def adapt(self, frozen, training):
+        outputs = frozen.outputs()
+        return outputs + ops.cast(frozen.for_units(self.shift), outputs.dtype)
+
+    def merge(self, kernel, bias):
+        return kernel, bias + self.get_arrays()["shift"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftConfig(AdapterConfig):
+    """All that a new method takes, beside its adapter."""
+
+    adapter_class = ShiftAdapter
+    method_name = "Shift"
+
+
+# Of rank 2, with a scale where there is one.
+CONFIGS = {
+    "LoRA": keras_fvae.LoRAConfig(2, 4, seed=1),
+    "LoRA with dropout": keras_fvae.LoRAConfig(2, dropout=0.2, seed=1),
+    "rsLoRA": keras_fvae.RSLoRAConfig(2, 4, seed=1),
+    "FFA-LoRA": keras_fvae.FFALoRAConfig(2, 4, seed=1),
+    "PiSSA": keras_fvae.PiSSAConfig(2, 4),
+    "OLoRA": keras_fvae.OLoRAConfig(2, 4),
+    "DoRA": keras_fvae.DoRAConfig(2, 4, seed=1),
+    "DoRA with gradient": keras_fvae.DoRAConfig(
+        2, 4, gradient_through_norm=True, seed=1
+    ),
+    "HiRA": keras_fvae.HiRAConfig(2, seed=1),
+    "DropLoRA": keras_fvae.DropLoRAConfig(2, 4, seed=1),
+    "FVAE-LoRA": keras_fvae.FVAELoRAConfig(
+        2, 4, decoder_units=(4,), elbo_weight=1e-4, seed=1
+    ),
+    "linear FVAE-LoRA": keras_fvae.FVAELoRAConfig(
+        2, encoder_units=(), decoder_units=(4,), elbo_weight=1e-4, seed=1
+    ),
+    "Shift": ShiftConfig(2),
+}
+# Those that compute the same in training as at inference.
+WITHOUT_NOISE = [
+    name
+    for name, config in CONFIGS.items()
+    if not getattr(config, "dropout", 0)
+]
+X = np.random.default_rng(0).normal(size=(8, 5, 6)).astype("float32")
+Y = np.arange(8) % 3
+
+
+def make_model(dtype=None):
+    """Attention, so two kinds of `EinsumDense`, a `Dense`, and a head."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5, 6))
+    attention = keras.layers.MultiHeadAttention(
+        2, 4, name="attention", dtype=dtype
+    )
+    x = attention(inputs, inputs)
+    x = keras.layers.Dense(7, "tanh", use_bias=False, name="up", dtype=dtype)(x)
+    x = keras.layers.GlobalAveragePooling1D(dtype=dtype)(x)
+    return keras.Model(
+        inputs, keras.layers.Dense(3, name="head", dtype=dtype)(x)
+    )
+
+
+TARGETS = ["query", "attention_output", "up"]
+
+
+def adapt(model, name, **kwargs):
+    keras_fvae.enable_adapter(
+        model, CONFIGS[name], TARGETS, trainable_layer_names=["head"], **kwargs
+    )
+    return model
+
+
+def train(model, epochs=2, learning_rate=0.05):
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model.fit(
+        X, Y, batch_size=4, epochs=epochs, shuffle=False, verbose=0
+    ).history["loss"]
+
+
+def predict(model):
+    return to_numpy(model(X)).astype("float32")
+
+
+def frozen_bytes(model):
+    """By path, the bytes of each weight that no adapter has."""
+    return {
+        weight.path: to_numpy(weight).tobytes()
+        for weight in model.weights
+        if "adapter" not in weight.path and "head" not in weight.path
+    }
