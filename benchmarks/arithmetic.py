@@ -33,6 +33,18 @@ def frozen(task, length):
     return kernels + attention
 
 
+# How often a method multiplies the tokens by thin matrices, A and B.
+THIN_PRODUCTS = {
+    "LoRA on x": 1,
+    "rsLoRA": 1,
+    "FFA-LoRA": 1,
+    "DropLoRA": 1,
+    "DoRA": 1,
+    "PiSSA": 2,
+    "OLoRA": 2,
+}
+
+
 def targets(task):
     """The layers that every method adapts."""
     return [
@@ -51,8 +63,8 @@ def width_and_units(layer):
 
 def inference(method, width, units, rank):
     """Those of an adapted layer at inference, beside the frozen product."""
-    if method == "LoRA on x":
-        return rank * (width + units)
+    if method in THIN_PRODUCTS:
+        return THIN_PRODUCTS[method] * rank * (width + units)
     if method in ("FVAE-LoRA", "finalized"):
         # The hidden layer and the mean of q1, then B.
         return width * rank + rank * rank + rank * units
@@ -68,8 +80,11 @@ def training(method, width, units, rank, decoder_units=(128, 128, 128)):
     if method == "LoRA":
         # The gradient of the whole kernel; B A itself is no matter of tokens.
         return width * units
-    if method == "LoRA on x":
-        return 3 * rank * (width + units)
+    if method == "HiRA":
+        # The gradient of A B, in the place of that of the kernel.
+        return width * units
+    if method in THIN_PRODUCTS:
+        return 3 * THIN_PRODUCTS[method] * rank * (width + units)
     # Both encoders in one product, their heads in a block-diagonal one.
     encoders = width * 2 * rank + 2 * rank * 4 * rank
     widths = (2 * rank, *decoder_units, width)

@@ -38,6 +38,7 @@ GOALS = (
     ("training step", COMPILED, "train", "FVAE-LoRA", "LoRA", (0, 0, 1.05)),
     ("training step", LLAMA, "train", "FVAE-LoRA", "LoRA", (1.0, 1.0, 1.0)),
     ("training step", VIT, "train", "FVAE-LoRA", "LoRA on x", (1.12, 1.12, 0)),
+    ("training step", VIT, "train", "LoRA on x", "LoRA", (1.0, 1.0, 1.0)),
     ("prediction", VIT, "predict", "FVAE-LoRA", "base", (1.05,) * 3),
     ("prediction", VIT, "predict", "finalized", "base", (1.03,) * 3),
     ("prediction", VIT, "predict", "merged", "base", (1.0,) * 3),

@@ -6,13 +6,8 @@ import functools
 import keras
 import keras_hub
 import numpy as np
-from keras import ops
 
 import keras_fvae
-from benchmarks.arithmetic import targets
-from benchmarks.arithmetic import width_and_units
-from keras_fvae.backend import keras_internals
-from keras_fvae.layers.contraction import analyze_equation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +124,23 @@ def make_tokens(size, rng):
     return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
 
 
-class LoRAOnX(keras.layers.EinsumDense):
-    """`EinsumDense` with the leanest LoRA: (x A) B, A of (d, rank)."""
+# Of our own, beside KerasHub's LoRA.
+CONFIGS = {
+    "LoRA on x": keras_fvae.LoRAConfig,
+    "rsLoRA": keras_fvae.RSLoRAConfig,
+    "FFA-LoRA": keras_fvae.FFALoRAConfig,
+    "PiSSA": keras_fvae.PiSSAConfig,
+    "OLoRA": keras_fvae.OLoRAConfig,
+    "DoRA": keras_fvae.DoRAConfig,
+    "HiRA": keras_fvae.HiRAConfig,
+    "DropLoRA": keras_fvae.DropLoRAConfig,
+}
 
-    def call(self, x, training=None):
-        contraction = analyze_equation(self.equation, len(x.shape))
-        tokens = contraction.to_tokens(x, self.kernel.shape)
-        update = ops.matmul(ops.matmul(tokens, self.lora_a), self.lora_b)
-        update = contraction.from_tokens(update, x, self.kernel.shape)
-        return super().call(x) + update
 
-
-def enable_lora_on_x(task, rank):
-    task.backbone.trainable = False
-    for layer in targets(task):
-        width, units = width_and_units(layer)
-        layer.__class__ = LoRAOnX
-        with keras_internals.unlocked(layer):
-            layer.lora_a = layer.add_weight((width, rank), "he_uniform")
-            layer.lora_b = layer.add_weight((rank, units), "zeros")
-        layer.trainable = True
-        for weight in layer.weights:
-            weight.trainable = weight is layer.lora_a or weight is layer.lora_b
+def enable_method(task, rank, method):
+    keras_fvae.enable_adapter(
+        task.backbone, CONFIGS[method](rank), ["query", "value"]
+    )
 
 
 def enable_fvae_lora(task, rank, then=None, **options):
@@ -172,7 +162,10 @@ def freeze(task, rank):
 TRAINING_METHODS = {
     "full fine-tuning": lambda task, rank: None,
     "LoRA": lambda task, rank: task.backbone.enable_lora(rank),
-    "LoRA on x": enable_lora_on_x,
+    **{
+        method: functools.partial(enable_method, method=method)
+        for method in CONFIGS
+    },
     "FVAE-LoRA": enable_fvae_lora,
     "rematerialized": functools.partial(enable_fvae_lora, rematerialize=True),
 }
@@ -187,7 +180,14 @@ METHODS = {
     ),
 }
 # What `benchmarks.device` measures: the head alone, and what else trains.
-DEVICE_METHODS = ("base", *TRAINING_METHODS)
+DEVICE_METHODS = (
+    "base",
+    "full fine-tuning",
+    "LoRA",
+    "LoRA on x",
+    "FVAE-LoRA",
+    "rematerialized",
+)
 
 
 def make_adapted(size, method, rank, jit_compile="auto"):

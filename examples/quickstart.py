@@ -1,9 +1,12 @@
-"""Fine-tunes a pretrained text classifier by FVAE-LoRA, beside LoRA.
+"""Fine-tunes a pretrained text classifier by FVAE-LoRA, beside other methods.
 
 Without arguments the model is all-MiniLM-L6-v2, and the task is to tell which
-package of Python's standard library a docstring comes from:
+package of Python's standard library a docstring comes from, in two
+situations: all labels are right; or there are 400 texts, and of their labels
+40 % are wrong.
 
     python examples/quickstart.py
+    python examples/quickstart.py --methods all
 
 With your own texts, a CSV file with one text and one label a line:
 
@@ -41,8 +44,19 @@ parser.add_argument(
     default=os.environ.get("KERAS_BACKEND", "jax"),
     help="default: $KERAS_BACKEND, else jax",
 )
+parser.add_argument(
+    "--methods",
+    nargs="+",
+    metavar="METHOD",
+    default=["head only", "LoRA", "FVAE-LoRA"],
+    help='names, or "all" (default: "head only" LoRA FVAE-LoRA)',
+)
 parser.add_argument("--rank", type=int, default=16, help="default: 16")
-parser.add_argument("--epochs", type=int, default=8, help="default: 8")
+parser.add_argument(
+    "--epochs",
+    type=int,
+    help="default: 8, and 15 where labels are wrong",
+)
 parser.add_argument("--seed", type=int, default=0, help="default: 0")
 parser.add_argument(
     "--output",
@@ -66,16 +80,30 @@ import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
-import sklearn.metrics
 
 import keras_fvae
 
 SEQUENCE_LENGTH = 24
 BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
+NUM_NOISY_TEXTS = 400
+SHARE_OF_WRONG_LABELS = 0.4
+CONFIGS = {
+    "LoRA": keras_fvae.LoRAConfig,
+    "rsLoRA": keras_fvae.RSLoRAConfig,
+    "FFA-LoRA": keras_fvae.FFALoRAConfig,
+    "PiSSA": keras_fvae.PiSSAConfig,
+    "OLoRA": keras_fvae.OLoRAConfig,
+    "DoRA": keras_fvae.DoRAConfig,
+    "HiRA": keras_fvae.HiRAConfig,
+    "DropLoRA": keras_fvae.DropLoRAConfig,
+    "FVAE-LoRA": keras_fvae.FVAELoRAConfig,
+}
+METHODS = ["head only", "KerasHub's LoRA", *CONFIGS]
 
 
 def main(train, test):
+    methods = choose_methods()
     classes = sorted({label for _, label in train})
     print(
         f"{len(train)} texts to train on and {len(test)} to test on, in "
@@ -86,39 +114,63 @@ def main(train, test):
     arguments.output.mkdir(parents=True, exist_ok=True)
     adapter = arguments.output / "quickstart.safetensors"
     picture = arguments.output / "quickstart.png"
-
-    def run(name, adapt):
-        print(f"\n{name}")
-        classifier = load_classifier(len(classes))
-        classifier.preprocessor = None
-        num_adapter_parameters = adapt(classifier.backbone)
-        result = train_and_test(classifier, train, test)
-        return classifier, {
-            "name": name,
-            "trainable": count(classifier.trainable_weights),
-            "adapter": num_adapter_parameters,
-            **result,
-        }
-
-    rank = arguments.rank
-    _, head_only = run("head only", freeze)
-    classifier, fvae_lora = run(f"FVAE-LoRA, rank {rank}", enable_fvae_lora)
-    keras_fvae.save_adapter(classifier, adapter)
-    # KerasHub's LoRA keeps an A for each attention head, so that equal ranks
-    # are not equal sizes: take the rank that is nearest in size, too.
-    size_of_rank_1 = enable_lora(load_classifier(len(classes)).backbone, 1)
-    nearest = max(1, round(fvae_lora["adapter"] / size_of_rank_1))
-    loras = [
-        run(
-            f"KerasHub's LoRA, rank {lora_rank}",
-            lambda backbone, rank=lora_rank: enable_lora(backbone, rank),
-        )[1]
-        for lora_rank in (rank, nearest)
-    ]
-    results = [head_only, *loras, fvae_lora]
-    print_table(results)
+    situations = {
+        "all labels right": (train, arguments.epochs or 8),
+        "40 % of the labels wrong": (spoil(train), arguments.epochs or 15),
+    }
+    results = {}
+    for situation, (data, epochs) in situations.items():
+        results[situation] = []
+        for method in methods:
+            print(f"\n{method}, {situation}")
+            classifier = load_classifier(len(classes))
+            classifier.preprocessor = None
+            size = adapt(classifier.backbone, method)
+            result = train_and_test(classifier, data, test, epochs)
+            trainable = count(classifier.trainable_weights)
+            results[situation].append(
+                {
+                    "name": method,
+                    "trainable": trainable,
+                    "adapter": size,
+                    **result,
+                }
+            )
+            if method == "FVAE-LoRA" and situation == "all labels right":
+                keras_fvae.save_adapter(classifier, adapter)
+    for situation, rows in results.items():
+        print_table(situation, len(situations[situation][0][1]), rows)
+    print(
+        "calibration: expected calibration error, 10 bins; trains: parameters "
+        "that train, with the head; adapter: parameters that inference needs "
+        "beside the base model and the head."
+    )
     plot_curves(results, picture)
-    print(f"The adapter and the head are in {adapter}, the curves in {picture}")
+    if adapter.exists():
+        print(f"The adapter of FVAE-LoRA and its head are in {adapter}")
+    print(f"The curves are in {picture}")
+
+
+def choose_methods():
+    if arguments.methods == ["all"]:
+        return METHODS
+    for method in arguments.methods:
+        if method not in METHODS:
+            sys.exit(f"There is no method '{method}'. There are: {METHODS}")
+    return arguments.methods
+
+
+def spoil(train):
+    """Fewer texts, some with the label of another class."""
+    inputs, labels = train
+    rng = np.random.default_rng(arguments.seed)
+    chosen = rng.permutation(len(labels))[:NUM_NOISY_TEXTS]
+    labels = labels[chosen].copy()
+    wrong = rng.random(len(labels)) < SHARE_OF_WRONG_LABELS
+    num_classes = labels.max() + 1
+    shifts = rng.integers(1, num_classes, len(labels))
+    labels[wrong] = (labels + shifts)[wrong] % num_classes
+    return {name: value[chosen] for name, value in inputs.items()}, labels
 
 
 def load_classifier(num_classes):
@@ -153,18 +205,16 @@ def encode(classifier, examples, classes):
     return inputs, np.array([classes.index(label) for label in labels])
 
 
-def freeze(backbone):
-    backbone.trainable = False
-    return 0
-
-
-def enable_lora(backbone, rank):
-    backbone.enable_lora(rank)
-    return count(w for w in backbone.weights if "lora_kernel" in w.name)
-
-
-def enable_fvae_lora(backbone):
-    summary = backbone.enable_fvae_lora(rank=arguments.rank)
+def adapt(backbone, method):
+    """Adapts a backbone; returns how many parameters inference needs more."""
+    if method == "head only":
+        backbone.trainable = False
+        return 0
+    if method == "KerasHub's LoRA":
+        # It keeps an A for each attention head.
+        backbone.enable_lora(arguments.rank)
+        return count(w for w in backbone.weights if "lora_kernel" in w.name)
+    summary = backbone.enable_adapter(CONFIGS[method](arguments.rank))
     print(summary)
     return summary.inference_parameters
 
@@ -173,9 +223,9 @@ def count(weights):
     return sum(math.prod(weight.shape) for weight in weights)
 
 
-def train_and_test(classifier, train, test):
+def train_and_test(classifier, train, test, epochs):
     """Trains with the same seed and budget as every other run."""
-    num_steps = arguments.epochs * math.ceil(len(train[1]) / BATCH_SIZE)
+    num_steps = epochs * math.ceil(len(train[1]) / BATCH_SIZE)
     learning_rate = keras.optimizers.schedules.CosineDecay(
         0.0,
         decay_steps=num_steps - num_steps // 10,
@@ -191,20 +241,30 @@ def train_and_test(classifier, train, test):
     history = classifier.fit(
         *train,
         batch_size=BATCH_SIZE,
-        epochs=arguments.epochs,
+        epochs=epochs,
         validation_data=test,
         callbacks=[timer],
     ).history
-    predicted = classifier.predict(test[0], verbose=0).argmax(axis=-1)
+    logits = classifier.predict(test[0], verbose=0)
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
     return {
         "accuracy": history["val_accuracy"][-1],
-        "macro F1": sklearn.metrics.f1_score(
-            test[1], predicted, average="macro"
-        ),
         "loss": history["val_loss"][-1],
+        "calibration": calibration_error(probabilities, test[1]),
         "seconds": float(np.median(timer.seconds)),
         "history": history,
     }
+
+
+def calibration_error(probabilities, labels, num_bins=10):
+    """Expected calibration error (Guo et al., 2017): confidence - accuracy."""
+    confidence = probabilities.max(axis=-1)
+    is_right = probabilities.argmax(axis=-1) == labels
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    return sum(
+        np.abs(confidence[bins == b].sum() - is_right[bins == b].sum())
+        for b in range(num_bins)
+    ) / len(labels)
 
 
 class StepTimer(keras.callbacks.Callback):
@@ -226,14 +286,14 @@ class StepTimer(keras.callbacks.Callback):
         self.seconds.append(seconds / self.num_steps)
 
 
-def print_table(results):
-    names = ["", "accuracy", "macro F1", "loss", "trains", "adapter", "s/step"]
+def print_table(situation, num_texts, results):
+    columns = ["", "accuracy", "loss", "calibration", "trains", "adapter"]
     rows = [
         [
             result["name"],
             f"{result['accuracy']:.3f}",
-            f"{result['macro F1']:.3f}",
             f"{result['loss']:.3f}",
+            f"{result['calibration']:.3f}",
             f"{result['trainable']:,}",
             f"{result['adapter']:,}",
             f"{result['seconds']:.2f}",
@@ -241,29 +301,34 @@ def print_table(results):
         for result in results
     ]
     width = max(len(row[0]) for row in rows)
-    print(f"\nOn the test texts, after {arguments.epochs} epochs:")
-    for first, *others in [names, *rows]:
-        print(first.ljust(width), *(f"{cell:>10}" for cell in others))
+    epochs = len(results[0]["history"]["loss"])
     print(
-        "trains: parameters that train, with the head; adapter: parameters "
-        "that inference needs beside the base model and the head."
+        f"\nOn the test texts, after {epochs} epochs on {num_texts} texts, "
+        f"{situation}:"
     )
+    for first, *others in [[*columns, "s/step"], *rows]:
+        print(first.ljust(width), *(f"{cell:>11}" for cell in others))
 
 
 def plot_curves(results, path):
     plt.style.use("tableau-colorblind10")
-    figure, (left, right) = plt.subplots(
-        ncols=2, figsize=(10, 4), layout="constrained"
+    figure, axes = plt.subplots(
+        2, len(results), figsize=(10, 7), layout="constrained", sharey="row"
     )
-    styles = ["o:", "s--", "^-.", "D-"]
-    for result, style in zip(results, styles):
-        history = result["history"]
-        epochs = range(1, len(history["loss"]) + 1)
-        left.plot(epochs, history["val_loss"], style, label=result["name"])
-        right.plot(epochs, history["val_accuracy"], style, label=result["name"])
-    left.set(xlabel="epoch", ylabel="cross-entropy on the test texts")
-    right.set(xlabel="epoch", ylabel="accuracy on the test texts")
-    right.legend()
+    markers = "os^DvP*Xd<>"
+    for column, (situation, rows) in zip(axes.T, results.items()):
+        for result, marker in zip(rows, markers):
+            history = result["history"]
+            epochs = range(1, len(history["loss"]) + 1)
+            for axis, name in zip(column, ("val_loss", "val_accuracy")):
+                axis.plot(
+                    epochs, history[name], f"{marker}-", label=result["name"]
+                )
+        column[0].set(title=situation)
+        column[1].set(xlabel="epoch")
+    axes[0, 0].set(ylabel="cross-entropy on the test texts")
+    axes[1, 0].set(ylabel="accuracy on the test texts")
+    axes[0, 0].legend()
     figure.savefig(path, dpi=150)
 
 

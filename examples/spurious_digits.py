@@ -56,7 +56,6 @@ import sklearn.model_selection
 from keras import ops
 
 import keras_fvae
-from keras_fvae.backend import keras_internals
 
 # KerasHub's models shuffle arrays as well, but Keras cannot see it.
 warnings.filterwarnings("ignore", message=".*shuffle=True")
@@ -245,25 +244,10 @@ def pretrain(images, digits):
     return model.backbone.get_weights()
 
 
-class LoRAEinsumDense(keras.layers.EinsumDense):
-    """`EinsumDense` with the paper's LoRA: one A of (d, rank), one B."""
-
-    def call(self, x, training=None):
-        update = ops.einsum("btd,dr,rnh->btnh", x, self.lora_a, self.lora_b)
-        return super().call(x) + update
-
-
-def enable_paper_lora(backbone):
-    backbone.trainable = False
-    for layer in keras_internals.flatten_layers(backbone):
-        if layer.name in ("query", "value"):
-            width, *units = layer.kernel.shape
-            layer.__class__ = LoRAEinsumDense
-            with keras_internals.unlocked(layer):
-                layer.lora_a = layer.add_weight((width, RANK), "he_uniform")
-                layer.lora_b = layer.add_weight((RANK, *units), "zeros")
-            layer.trainable = True
-            layer.kernel.trainable = layer.bias.trainable = False
+def enable_lora(backbone):
+    keras_fvae.enable_adapter(
+        backbone, keras_fvae.LoRAConfig(RANK), ["query", "value"]
+    )
 
 
 def freeze(backbone):
@@ -281,7 +265,7 @@ def enable_fvae_lora(backbone, elbo_weight, **options):
 METHODS = {
     "head only": freeze,
     "full fine-tuning": lambda backbone: None,
-    "LoRA": enable_paper_lora,
+    "LoRA": enable_lora,
     "KerasHub's LoRA": enable_keras_lora,
     "VAE2LAT": functools.partial(enable_fvae_lora, objective="vae2lat"),
     "beta-VAE2LAT": functools.partial(

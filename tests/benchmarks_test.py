@@ -32,7 +32,10 @@ def test_what_inference_takes_is_what_it_keeps():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch counts what it does")
-@pytest.mark.parametrize("method", ["FVAE-LoRA", "LoRA on x", "LoRA"])
+@pytest.mark.parametrize(
+    "method",
+    ["FVAE-LoRA", "LoRA on x", "LoRA", "PiSSA", "OLoRA", "DropLoRA", "rsLoRA"],
+)
 def test_what_training_takes_is_counted(method):
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -14,6 +14,7 @@ import keras_fvae
 
 QUICKSTART = ROOT / "examples" / "quickstart.py"
 SPURIOUS_DIGITS = ROOT / "examples" / "spurious_digits.py"
+DEFAULT = ["head only", "LoRA", "FVAE-LoRA"]
 WORDS = ["sun", "sea", "sand", "snow", "ice", "frost"]
 
 
@@ -60,15 +61,15 @@ def quickstart(*arguments, check=True):
     return run_python(QUICKSTART, *arguments, check=check)
 
 
-def check_output(output, folder, rank):
-    """The table has a row for each run, and the files are there."""
-    table = output.split("On the test texts")[1].splitlines()[2:6]
-    assert [re.split(r" {2,}", row)[0] for row in table] == [
-        "head only",
-        f"KerasHub's LoRA, rank {rank}",
-        re.split(r" {2,}", table[2])[0],
-        f"FVAE-LoRA, rank {rank}",
-    ]
+def check_output(output, folder, methods):
+    """Each table has a row for each run, and the files are there."""
+    for table in output.split("On the test texts")[1:]:
+        rows = table.splitlines()[2 : 2 + len(methods)]
+        assert [re.split(r" {2,}", row)[0] for row in rows] == methods
+        for row in rows:
+            accuracy, loss, calibration = map(float, row.split()[-6:-3])
+            assert 0 <= accuracy <= 1 and 0 <= calibration <= 1 and loss > 0
+    assert output.count("On the test texts") == 2
     assert (folder / "quickstart.png").stat().st_size > 10_000
     assert (folder / "quickstart.safetensors").is_file()
 
@@ -86,7 +87,7 @@ def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
         "--output", tmp_path / "out",
     ).stdout  # fmt: skip
     assert "in 2 classes: summer, winter." in output
-    check_output(output, tmp_path / "out", rank=2)
+    check_output(output, tmp_path / "out", DEFAULT)
     classifier = keras_hub.models.TextClassifier.from_preset(
         str(preset), num_classes=2
     )
@@ -96,10 +97,29 @@ def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_quickstart_with_all_methods(preset, csv_file, tmp_path):
+    output = quickstart(
+        "--preset", preset,
+        "--csv", csv_file,
+        "--text-column", "words",
+        "--label-column", "season",
+        "--backend", BACKEND,
+        "--methods", "all",
+        "--rank", 2,
+        "--epochs", 1,
+        "--output", tmp_path,
+    ).stdout  # fmt: skip
+    others = ["rsLoRA", "FFA-LoRA", "PiSSA", "OLoRA", "DoRA", "HiRA"]
+    others += ["DropLoRA", "FVAE-LoRA"]
+    methods = ["head only", "KerasHub's LoRA", "LoRA", *others]
+    check_output(output, tmp_path, methods)
+
+
+@pytest.mark.slow
 def test_quickstart_as_it_is(tmp_path):
     output = quickstart("--epochs", 1, "--output", tmp_path).stdout
     assert "960 texts to train on and 320 to test on, in 16 classes" in output
-    check_output(output, tmp_path, rank=16)
+    check_output(output, tmp_path, DEFAULT)
 
 
 @pytest.mark.slow
@@ -135,6 +155,7 @@ def test_spurious_digits(tmp_path):
     "arguments, message",
     [
         (["--preset", "no_such_preset"], "Cannot load the preset 'no_such"),
+        (["--methods", "BORA"], "no method 'BORA'. There are: ['head only'"),
         (["--csv", "missing.csv"], "Cannot read missing.csv"),
         (["--csv", "README.md"], "README.md has no column 'text'"),
         (["--csv", "CSV", "--text-column", "words"], "no column 'label'"),

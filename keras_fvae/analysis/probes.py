@@ -14,6 +14,7 @@ from keras_fvae.analysis import extras
 from keras_fvae.layers import masking
 from keras_fvae.layers import switching
 from keras_fvae.methods.fvae.adapter import recorded_posteriors
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
 from keras_fvae.model.tree import numbered
@@ -75,7 +76,7 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
-    layers = require_adapted_layers(model)
+    layers = require_adapted_layers(model, FVAELoRAConfig)
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a `keras.Model`, which can `predict`. "

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.networks import SCALE_FLOOR
 from keras_fvae.methods.fvae.objective import LOG_2_PI
 from keras_fvae.methods.fvae.totals import TermTotals
@@ -72,7 +73,7 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         self.per_layer = per_layer
 
     def on_train_begin(self, logs=None):
-        self._layers = require_adapted_layers(self.model)
+        self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
         self._warned = set()
         self._kl_z1 = {}
         for layer in self._layers:

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 from keras import ops
 
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.model.lookup import require_adapted_layers
 
 
@@ -78,7 +79,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
                 )
 
     def on_train_begin(self, logs=None):
-        self._layers = require_adapted_layers(self.model)
+        self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
         self._values = None
 
     def on_train_batch_begin(self, batch, logs=None):

@@ -259,12 +259,7 @@ def save_peft_adapter(model, directory):
     directory = check_local(directory, "directory")
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
-    adapted = lookup.adapted_layers(backbone)
-    if not adapted:
-        raise ValueError(
-            f"Model '{model.name}' has no layer adapted by FVAE-LoRA, so there "
-            "is nothing to save."
-        )
+    adapted = lookup.require_adapted_layers(backbone, FVAELoRAConfig)
     modules = _modules(backbone, architecture)
     names = {id(layer): name for name, layer in modules.items()}
     root = "" if backbone is model else architecture.root

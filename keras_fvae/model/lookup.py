@@ -35,8 +35,14 @@ def adapted_layers(model):
     ]
 
 
-def require_adapted_layers(model):
-    """As `adapted_layers`; a `ValueError` if there are none."""
+def require_adapted_layers(model, method=None):
+    """As `adapted_layers`; a `ValueError` if there are none.
+
+    Args:
+        model: `keras.Model` or layer.
+        method: Optional class of configs. If another method has adapted a
+            layer, that is a `ValueError`, too.
+    """
     check_model(model)
     layers = adapted_layers(model)
     if not layers:
@@ -44,6 +50,13 @@ def require_adapted_layers(model):
             f"Model '{model.name}' has no adapted layer. Call `enable_adapter` "
             "or `enable_fvae_lora` first, or load adapters."
         )
+    for layer in layers:
+        if method is not None and not isinstance(layer.config, method):
+            raise ValueError(
+                f"This takes a model that is adapted by {method.method_name}. "
+                f"The layer '{layer.path}' of model '{model.name}' is adapted "
+                f"by {layer.config.method_name}."
+            )
     return layers
 
 

@@ -4,12 +4,13 @@ import copy
 import pickle
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
-from helpers import BACKEND
 from helpers import JIT_COMPILE
 from helpers import move_adapters
 from helpers import snapshot
+from helpers import text_inputs
 from helpers import to_numpy
 from methods import CONFIGS
 from methods import TARGETS
@@ -90,6 +91,7 @@ def test_a_file_brings_it_back(name, tmp_path):
     assert train(loaded) == pytest.approx(train(model), rel=1e-4)
 
 
+@pytest.mark.one_backend
 @on_all
 def test_a_file_with_what_inference_needs(name, tmp_path):
     model = trained(name)
@@ -102,6 +104,7 @@ def test_a_file_with_what_inference_needs(name, tmp_path):
         train(loaded)
 
 
+@pytest.mark.one_backend
 @on_all
 @pytest.mark.parametrize("copy_model", [copy.deepcopy, pickle, "keras"])
 def test_copies_of_the_model(name, copy_model, tmp_path):
@@ -148,6 +151,7 @@ def test_switched_off_it_is_the_base_model(name):
     assert np.abs(predict(model) - base).max() > 1e-2
 
 
+@pytest.mark.one_backend
 @on_all
 def test_removed_it_is_the_base_model(name):
     model = make_model()
@@ -163,6 +167,7 @@ def test_removed_it_is_the_base_model(name):
     assert train(model) == pytest.approx(train(make_model()), rel=1e-5)
 
 
+@pytest.mark.one_backend
 @on_all
 def test_finalizing(name):
     model = trained(name)
@@ -180,14 +185,12 @@ def test_finalizing(name):
     assert_same(predict(model), predict(make_model()), 0)
 
 
+@pytest.mark.one_backend
 @on_all
 @pytest.mark.parametrize(
     "dtype", ["mixed_bfloat16", "bfloat16", "mixed_float16", "float64"]
 )
 def test_adapters_are_float32(name, dtype):
-    if (BACKEND, dtype) == ("jax", "mixed_float16"):
-        # There is no attention of that type on CPUs.
-        dtype = "bfloat16"
     model = make_model(dtype)
     before = predict(model)
     adapt(model, name)
@@ -197,6 +200,7 @@ def test_adapters_are_float32(name, dtype):
     assert np.isfinite(train(model)).all()
 
 
+@pytest.mark.one_backend
 @on_all
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_bases(name, mode, tmp_path):
@@ -242,6 +246,7 @@ def test_a_layer_that_is_called_twice(name):
     assert np.mean(losses[-3:]) < losses[0]
 
 
+@pytest.mark.one_backend
 @on_all
 def test_sharding_axes_name_every_weight(name):
     model = adapt(make_model(), name)
@@ -255,6 +260,7 @@ def test_sharding_axes_name_every_weight(name):
                 assert {*axes} <= {"input", "output", None}
 
 
+@pytest.mark.one_backend
 @on_all
 def test_configs_come_back(name):
     config = CONFIGS[name]
@@ -273,11 +279,13 @@ def test_configs_come_back(name):
     assert_same(to_numpy(copied(X)), outputs)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", WITHOUT_NOISE)
 def test_weights_give_the_same_losses_again(name):
     assert train(trained(name)) == train(trained(name))
 
 
+@pytest.mark.one_backend
 @on_all
 def test_what_cannot_be_right_is_refused(name, tmp_path):
     config = CONFIGS[name]
@@ -303,3 +311,91 @@ def test_what_cannot_be_right_is_refused(name, tmp_path):
             type(config)(2, seed=wrong)
     with pytest.raises(TypeError, match="LoRAConfig"):
         keras_fvae.enable_adapter(make_model(), type(config), TARGETS)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: keras_fvae.latents(model, X),
+        lambda model: keras_fvae.probe_latents(model, X, Y % 2, num_folds=2),
+        lambda model: model.fit(
+            X, Y, verbose=0, callbacks=[keras_fvae.FVAELoRAMonitor()]
+        ),
+        lambda model: model.fit(
+            X,
+            Y,
+            verbose=0,
+            callbacks=[keras_fvae.FVAELoRASchedule(kl_weight=lambda step: 1.0)],
+        ),
+    ],
+)
+def test_what_is_of_latents_takes_fvae_lora_alone(use):
+    model = adapt(make_model(), "DoRA")
+    train(model, epochs=1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapted by FVAE-LoRA.*by DoRA"):
+        use(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.one_backend
+def test_peft_takes_fvae_lora_alone(bert, tmp_path):
+    keras_fvae.enable_adapter(bert.backbone, CONFIGS["LoRA"])
+    with pytest.raises(ValueError, match="adapted by FVAE-LoRA.*by LoRA"):
+        keras_fvae.save_peft_adapter(bert, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("config", ["PiSSAConfig", "OLoRAConfig"])
+def test_a_rank_above_the_kernels_is_refused(config):
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"query.*at most 6.*rank=7"):
+        keras_fvae.enable_adapter(model, getattr(keras_fvae, config)(7))
+    assert snapshot(model) == before
+
+
+@pytest.mark.one_backend
+def test_a_unit_without_weights_has_no_direction():
+    model = make_model()
+    kernel = to_numpy(model.get_layer("up").kernel).copy()
+    kernel[:, 4] = 0
+    model.get_layer("up").kernel.assign(kernel)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'up'.*unit 4 of 7 are all 0"):
+        keras_fvae.enable_adapter(model, CONFIGS["DoRA"], "up")
+    assert snapshot(model) == before
+
+
+@pytest.mark.one_backend
+def test_a_plain_model_has_nothing_to_remove():
+    with pytest.raises(ValueError, match="no adapted layer"):
+        keras_fvae.remove_adapter(make_model())
+    with pytest.raises(TypeError, match="Keras model or layer"):
+        keras_fvae.remove_adapter("model")
+    with pytest.raises(TypeError, match="alpha"):
+        keras_fvae.HiRAConfig(2, alpha=4)
+
+
+@pytest.mark.one_backend
+@on_all
+def test_kerashub_brings_it_back(name, make_bert, rng, tmp_path):
+    backbone = make_bert().backbone
+    inputs = text_inputs(rng)
+
+    def outputs(backbone):
+        return to_numpy(backbone(inputs)["sequence_output"])
+
+    plain = type(backbone).from_config(backbone.get_config())
+    plain.set_weights(backbone.get_weights())
+    backbone.enable_adapter(CONFIGS[name])
+    move_adapters(backbone, rng)
+    expected = outputs(backbone)
+    backbone.save_to_preset(str(tmp_path / "preset"))
+    loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "preset"))
+    assert_same(outputs(loaded), expected)
+    backbone.save_adapter(tmp_path / "a.safetensors")
+    plain.load_adapter(tmp_path / "a.safetensors")
+    assert_same(outputs(plain), expected)
