@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 from helpers import move_adapters
-from helpers import quieten
+from helpers import remove_latent_noise
 from helpers import to_numpy
 
 import keras_fvae
@@ -39,7 +39,7 @@ def adapt_quietly(model, **options):
         model, dropout=0.0, elbo_weight=0.5, **SMALL, **options
     )
     move_adapters(model, np.random.default_rng(0))
-    quieten(model)
+    remove_latent_noise(model)
 
 
 def train(model, optimizer=None, data=(TOKENS, LABELS), fit=None, **compile):

@@ -14,7 +14,7 @@ from keras import ops
 import keras_fvae
 from keras_fvae.integrations.peft import config_from_peft
 from keras_fvae.methods.fvae import objective
-from keras_fvae.methods.fvae.layout import REFERENCE_SCALE
+from keras_fvae.methods.fvae.layout import REFERENCE_STD
 from keras_fvae.methods.fvae.layout import reference_views
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
@@ -93,8 +93,8 @@ def test_gradients_of_the_reference(case):
     # A gradient has the layout of its variable.
     ours = reference_views(fvae.config, fvae.networks.unpack(*gradients))
     # Ours is with respect to the logarithm of theirs.
-    ours[REFERENCE_SCALE] = (
-        ours[REFERENCE_SCALE] / case.arrays[f"weight/{REFERENCE_SCALE}"]
+    ours[REFERENCE_STD] = (
+        ours[REFERENCE_STD] / case.arrays[f"weight/{REFERENCE_STD}"]
     )
     theirs = case.named("grad/")
     assert ours.keys() == theirs.keys()
@@ -121,9 +121,9 @@ def test_a_negative_reference_scale_gives_the_same_density(rng):
     fvae = keras_fvae.FVAE(keras_fvae.FVAELoRAConfig(rank=2))
     fvae.build((None, 3))
     weights = fvae.get_reference_weights()
-    weights[REFERENCE_SCALE] = np.array([0.5, -0.5 - 2e-5, -1e-5], "float32")
+    weights[REFERENCE_STD] = np.array([0.5, -0.5 - 2e-5, -1e-5], "float32")
     fvae.set_reference_weights(weights)
-    scale = fvae.get_reference_weights()[REFERENCE_SCALE]
+    scale = fvae.get_reference_weights()[REFERENCE_STD]
     np.testing.assert_allclose(scale, [0.5, 0.5, 0.0], rtol=1e-5, atol=1e-9)
 
 
@@ -131,12 +131,12 @@ def test_a_negative_reference_scale_gives_the_same_density(rng):
     "change, message",
     [
         (
-            lambda w: w.pop(REFERENCE_SCALE),
-            f"Missing weight: '{REFERENCE_SCALE}",
+            lambda w: w.pop(REFERENCE_STD),
+            f"Missing weight: '{REFERENCE_STD}",
         ),
         (lambda w: w.update(other=1), "Unknown weight: 'other'"),
         (
-            lambda w: w.update({REFERENCE_SCALE: np.ones(4)}),
+            lambda w: w.update({REFERENCE_STD: np.ones(4)}),
             r"must have shape \(3,\).*Received: \(4,\)",
         ),
     ],
@@ -312,7 +312,7 @@ def test_objectives_against_draws_in_numpy(name, combine, rng):
         hidden @ weights[f"{decoder}.output_layer.weight"].T
         + weights[f"{decoder}.output_layer.bias"]
     )
-    scale = weights[REFERENCE_SCALE] + 1e-5
+    scale = weights[REFERENCE_STD] + 1e-5
     log_p = scipy.stats.norm.logpdf(x, reconstruction, scale).sum(-1)
     log_p1 = scipy.stats.norm.logpdf(z1).sum(-1)
     log_p2 = scipy.stats.norm.logpdf(z2, 1.5, 1.0).sum(-1)
@@ -492,7 +492,7 @@ def test_average_fusion(rng):
         latents @ weights[f"{prefix}.output_layer.weight"].T
         + weights[f"{prefix}.output_layer.bias"]
     )
-    scale = weights[REFERENCE_SCALE] + 1e-5
+    scale = weights[REFERENCE_STD] + 1e-5
     np.testing.assert_allclose(
         to_numpy(out.terms["negative_log_likelihood"]),
         to_numpy(
@@ -533,7 +533,7 @@ def test_at_the_start_both_posteriors_are_standard_normal(rng):
         assert abs(z.mean()) < 4 / np.sqrt(z.size)
         assert abs(z.std() - 1) < 4 / np.sqrt(2 * z.size)
     assert abs(np.corrcoef(z1, z2)[0, 1]) < 4 / np.sqrt(z1.size)
-    scale = fvae.get_reference_weights()[REFERENCE_SCALE] + 1e-5
+    scale = fvae.get_reference_weights()[REFERENCE_STD] + 1e-5
     np.testing.assert_allclose(scale, 1.0, rtol=1e-6)
 
 
@@ -541,7 +541,7 @@ def test_initial_weights_are_those_of_glorot():
     fvae = keras_fvae.FVAE(keras_fvae.FVAELoRAConfig(seed=1))
     fvae.build((None, 96))
     arrays = fvae.get_arrays()
-    np.testing.assert_allclose(fvae.decoder_scale, 1, rtol=1e-6)
+    np.testing.assert_allclose(fvae.decoder_std, 1, rtol=1e-6)
     drawn = {
         name: array
         for name, array in arrays.items()

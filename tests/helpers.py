@@ -130,7 +130,7 @@ def text_inputs(rng, shape=(4, 8), vocabulary_size=50):
     }
 
 
-def quieten(model):
+def remove_latent_noise(model):
     """Takes the variance out of the latents, so that draws are the means."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras_fvae.FVAE):

@@ -406,7 +406,7 @@ def test_models_without_an_adapter_or_a_known_architecture(
 ):
     with pytest.raises(ValueError, match=r"`Functional`. Known are"):
         keras_fvae.load_peft_adapter(attention_model, ADAPTER)
-    with pytest.raises(ValueError, match="nothing to save"):
+    with pytest.raises(ValueError, match="no adapted layer"):
         keras_fvae.save_peft_adapter(bert, tmp_path)
     bert.backbone.enable_fvae_lora(rank=2)
     with pytest.raises(ValueError, match="adapted by FVAE-LoRA already"):

@@ -10,7 +10,7 @@ RATE = 0.25
 
 
 @pytest.fixture
-def is_kept(rng):
+def dropout_mask(rng):
     return rng.uniform(size=(5, 40)) >= RATE
 
 
@@ -24,15 +24,15 @@ def dot(one, other):
     return ops.sum(ops.multiply(ops.convert_to_tensor(one), other))
 
 
-def test_relu_and_dropout(arrays, is_kept):
+def test_relu_and_dropout(arrays, dropout_mask):
     x, _, upstream = arrays
-    keep = ops.convert_to_tensor(is_kept)
+    keep = ops.convert_to_tensor(dropout_mask)
     value, _, (gradient,) = value_and_gradients(
         lambda x: dot(upstream, lean_gradients.relu_and_dropout(x, keep, RATE)),
         [],
         [x],
     )
-    passes = (is_kept & (x > 0)) / (1 - RATE)
+    passes = (dropout_mask & (x > 0)) / (1 - RATE)
     np.testing.assert_allclose(value, np.sum(upstream * passes * x), rtol=1e-4)
     np.testing.assert_allclose(gradient, upstream * passes, rtol=1e-6)
 
@@ -70,7 +70,7 @@ def test_add_noise(arrays, rng):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX tells what it keeps")
-def test_no_more_is_kept_than_the_results(arrays, is_kept):
+def test_no_more_is_kept_than_the_results(arrays, dropout_mask):
     import jax
 
     x, log_variance, noise = arrays
@@ -80,7 +80,7 @@ def test_no_more_is_kept_than_the_results(arrays, is_kept):
         return sum(each.nbytes for each in jax.tree.leaves(gradients_of))
 
     def hidden(x):
-        return lean_gradients.relu_and_dropout(x, is_kept, RATE)
+        return lean_gradients.relu_and_dropout(x, dropout_mask, RATE)
 
     def latents(mean, log_variance):
         return lean_gradients.add_noise(mean, log_variance, noise)

@@ -4,7 +4,7 @@ import pytest
 from backbones import BACKBONES
 from helpers import JIT_COMPILE
 from helpers import move_adapters
-from helpers import quieten
+from helpers import remove_latent_noise
 from helpers import text_inputs
 from helpers import to_numpy
 from keras import ops
@@ -25,7 +25,7 @@ def adapt(model, rng, **options):
     # A weight moved at random, and latents without noise: what differs then,
     # differs because of the padding.
     move_adapters(model, rng)
-    quieten(model)
+    remove_latent_noise(model)
 
 
 def pad(inputs, length):
@@ -131,7 +131,7 @@ def test_every_row_counts_where_the_mask_is_of_other_tokens(bert, rng):
     inputs = text_inputs(rng)
     inputs["padding_mask"][:, 4:] = 0
     keras_fvae.enable_fvae_lora(bert, target_layer_names="logits", **SMALL)
-    quieten(bert)
+    remove_latent_noise(bert)
     pooled = bert.backbone(inputs)["pooled_output"]
     logits = bert.get_layer("logits")
     expected = to_numpy(logits.adapter.fvae(pooled).loss)

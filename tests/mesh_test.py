@@ -1,5 +1,6 @@
 """Adapted backbones on a mesh of eight devices of JAX."""
 
+import family
 import jax
 import keras
 import keras_hub
@@ -101,7 +102,7 @@ def assert_sharded_as_kernels(backbone, name):
             layer.adapter.kernel_b.path: (None, outputs),
             fvae.feature_weights.path: (inputs, None),
         }
-        rest = [fvae.latent_weights, fvae.objective_weights.variable]
+        rest = [fvae.latent_weights, fvae.coefficients.variable]
         for variable in [*rest, fvae.seed_generator.state]:
             assert len(variable.value.sharding.device_set) == 8
             assert variable.value.is_fully_replicated
@@ -135,6 +136,27 @@ def test_sharding_of_every_variable(name, batch):
         fit(backbone, batch)
     # A step must not gather what was spread.
     assert_sharded_as_kernels(backbone, name)
+
+
+@pytest.mark.parametrize("name", family.WITHOUT_NOISE)
+def test_every_method_computes_what_one_device_does(name):
+    expected = family.train(family.adapt(family.make_model(), name))
+    mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"))
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["query/kernel"] = (None, "model", None)
+    layout_map["output/kernel"] = ("model", None, None)
+    with model_parallel(layout_map).scope():
+        model = family.adapt(family.make_model(), name)
+        losses = family.train(model)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    # The mesh's axis, where a weight has the heads.
+    for layer_name, axis in (("query", "output"), ("output", "input")):
+        adapter = model.get_layer(layer_name).adapter
+        for weight in adapter.weights:
+            assert tuple(weight.value.sharding.spec) == tuple(
+                "model" if a == axis else None
+                for a in adapter.weight_axes[weight.name]
+            ), weight.path
 
 
 def test_slots_of_the_optimizer_lie_as_the_weights_do():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 from helpers import move_adapters
-from helpers import quieten
+from helpers import remove_latent_noise
 from helpers import text_inputs
 from helpers import to_numpy
 
 import keras_fvae
-from keras_fvae.methods.fvae.layout import REFERENCE_SCALE
+from keras_fvae.methods.fvae.layout import REFERENCE_STD
 from keras_fvae.model.lookup import adapted_layers
 
 TERMS = ["negative_log_likelihood", "kl_z1", "gamma", "wasserstein"]
@@ -38,7 +38,7 @@ def make_model(rng, **options):
     }
     keras_fvae.enable_fvae_lora(model, **config)
     move_adapters(model, rng)
-    quieten(model)
+    remove_latent_noise(model)
     return model
 
 
@@ -77,7 +77,7 @@ def expected_means(layer, x):
     terms["active_units"] = (means.var(axis=0) > 0.01).sum()
     variance = np.sum([batch.var(axis=0).sum() for batch in batches])
     # Of the likelihood of a Gaussian, the squared error is what is left.
-    scale = layer.adapter.fvae.get_reference_weights()[REFERENCE_SCALE] + 1e-5
+    scale = layer.adapter.fvae.get_reference_weights()[REFERENCE_STD] + 1e-5
     assert np.ptp(scale) < 1e-6
     constant = len(scale) * (np.log(scale[0]) + 0.5 * np.log(2 * np.pi))
     squared_error = np.sum(
@@ -98,7 +98,7 @@ def test_the_terms_are_those_of_the_fvae(jit_compile, xy, rng):
     model = make_model(rng)
     for layer in adapted_layers(model):
         weights = layer.adapter.fvae.get_reference_weights()
-        weights[REFERENCE_SCALE] = np.full_like(weights[REFERENCE_SCALE], 0.7)
+        weights[REFERENCE_STD] = np.full_like(weights[REFERENCE_STD], 0.7)
         layer.adapter.fvae.set_reference_weights(weights)
     monitor = keras_fvae.FVAELoRAMonitor(per_layer=True)
     history = fit(model, xy, [monitor], jit_compile=jit_compile, epochs=2)
@@ -166,7 +166,7 @@ def test_the_monitor_changes_nothing_and_leaves_nothing(rng, xy):
 def test_padding_is_left_out(bert, rng):
     bert.backbone.enable_fvae_lora(rank=2, decoder_units=(4,), dropout=0.0)
     move_adapters(bert, rng)
-    quieten(bert)
+    remove_latent_noise(bert)
     bert.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy")
 
     def terms(length):
@@ -229,7 +229,7 @@ def test_a_decoder_scale_at_its_floor(xy, rng):
     model = make_model(rng, elbo_weight=1e-12)
     path, fvae = model.layers[1].path, model.layers[1].adapter.fvae
     weights = fvae.get_reference_weights()
-    weights[REFERENCE_SCALE][2] = 1e-9
+    weights[REFERENCE_STD][2] = 1e-9
     fvae.set_reference_weights(weights)
     [message] = messages(model, xy, epochs=3)
     assert f"scale is at its floor of 1e-05 in '{path}'" in message
@@ -254,7 +254,7 @@ def test_a_layer_that_is_called_twice_counts_by_the_mean(rng, xy):
     model = keras.Model(inputs, layer(layer(inputs)))
     keras_fvae.enable_fvae_lora(model, rank=2, decoder_units=(4,), dropout=0.0)
     move_adapters(model, rng)
-    quieten(model)
+    remove_latent_noise(model)
     x = xy[0]
     history = fit(model, (x, x), [keras_fvae.FVAELoRAMonitor()], batch_size=12)
     fvae = layer.adapter.fvae

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import move_adapters
-from helpers import quieten
+from helpers import remove_latent_noise
 from helpers import to_numpy
 
 import keras_fvae
@@ -43,7 +43,7 @@ def adapt(model):
         trainable_layer_names=["head"],
     )
     move_adapters(model, np.random.default_rng(0))
-    quieten(model)
+    remove_latent_noise(model)
 
 
 def compile_model(model, **options):

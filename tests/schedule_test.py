@@ -19,7 +19,7 @@ def xy(rng):
 
 def weights_of(model):
     return [
-        to_numpy(layer.adapter.fvae.objective_weights.variable).tolist()
+        to_numpy(layer.adapter.fvae.coefficients.variable).tolist()
         for layer in adapted_layers(model)
     ]
 

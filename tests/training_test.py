@@ -4,7 +4,7 @@ import pytest
 from helpers import BACKEND
 from helpers import JIT_COMPILE
 from helpers import move_adapters
-from helpers import quieten
+from helpers import remove_latent_noise
 from helpers import text_inputs
 from helpers import to_numpy
 
@@ -121,7 +121,7 @@ def test_the_loss_in_fit_is_that_of_the_task_and_the_elbo(
         dense_model, dropout=0.0, elbo_weight=0.5, **SMALL
     )
     move_adapters(dense_model, rng)
-    quieten(dense_model)
+    remove_latent_noise(dense_model)
     dense_model.compile("sgd", "mse", run_eagerly=run_eagerly)
     dense_model.optimizer.learning_rate = 0.0
     task = np.square(dense_model.predict(x, verbose=0) - y).mean()

@@ -522,7 +522,10 @@ def float_kernel(layer, full_precision=False):
     """
     if full_precision:
         with AutocastScope(None):
-            return ops.convert_to_tensor(_float_kernel(layer))
+            kernel = _float_kernel(layer)
+            # TensorFlow would read a variable later.
+            is_variable = isinstance(kernel, keras.Variable)
+            return kernel.value if is_variable else kernel
     return ops.cast(_float_kernel(layer), layer.compute_dtype)
 
 

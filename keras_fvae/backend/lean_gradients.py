@@ -11,12 +11,12 @@ from keras import ops
 from keras_fvae.backend.token_mean import token_mean
 
 
-def relu_and_dropout(x, is_kept, rate):
+def relu_and_dropout(x, dropout_mask, rate):
     """ReLU and dropout.
 
     Args:
         x: Float tensor.
-        is_kept: Boolean tensor of the same shape, the units that stay.
+        dropout_mask: Boolean tensor of the same shape, the units that stay.
         rate: Float in `(0, 1)`, the share of those that don't.
 
     Returns:
@@ -25,11 +25,11 @@ def relu_and_dropout(x, is_kept, rate):
     scale = 1 / (1 - rate)
     if keras.config.backend() != "jax":
         # The ReLU last, so that there is one result to keep, and not two.
-        return ops.relu(ops.where(is_kept, x * scale, 0))
+        return ops.relu(ops.where(dropout_mask, x * scale, 0))
 
     @ops.custom_gradient
-    def compute(x, is_kept):
-        y = ops.where(is_kept, ops.relu(x * scale), 0)
+    def compute(x, dropout_mask):
+        y = ops.where(dropout_mask, ops.relu(x * scale), 0)
 
         def gradients(upstream):
             # Neither lets anything through where nothing came of it.
@@ -37,7 +37,7 @@ def relu_and_dropout(x, is_kept, rate):
 
         return y, gradients
 
-    return compute(x, is_kept)
+    return compute(x, dropout_mask)
 
 
 def clip(x, low, high):

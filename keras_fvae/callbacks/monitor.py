@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
-from keras_fvae.methods.fvae.networks import SCALE_FLOOR
+from keras_fvae.methods.fvae.networks import STD_FLOOR
 from keras_fvae.methods.fvae.objective import LOG_2_PI
 from keras_fvae.methods.fvae.totals import TermTotals
 from keras_fvae.model.lookup import require_adapted_layers
@@ -18,7 +18,7 @@ from keras_fvae.model.training import forget_compiled_functions
 COLLAPSED_KL_PER_UNIT = 0.01
 EXPLAINED_ENOUGH = 0.9
 STILL_GROWS = 1.1
-NEAR_FLOOR = 2 * SCALE_FLOOR
+NEAR_FLOOR = 2 * STD_FLOOR
 
 
 class FVAELoRAMonitor(keras.callbacks.Callback):
@@ -135,12 +135,12 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         at_floor = [
             layer.path
             for layer, _ in called
-            if layer.adapter.fvae.decoder_scale.min() < NEAR_FLOOR
+            if layer.adapter.fvae.decoder_std.min() < NEAR_FLOOR
         ]
         if at_floor:
             self._warn_once(
                 "scale floor",
-                f"The decoder's scale is at its floor of {SCALE_FLOOR} in "
+                f"The decoder's scale is at its floor of {STD_FLOOR} in "
                 f"{_list(at_floor)}: some inputs of the layer hardly vary, and "
                 "their likelihood outgrows all else. Normalize what the layer "
                 "gets, or lower the `reconstruction_weight`.",
@@ -168,7 +168,7 @@ def _parts_of_loss(layer, terms):
     """What a layer adds to the loss; what log 2 pi, which pulls at nothing,
     is of that."""
     fvae, config = layer.adapter.fvae, layer.config
-    weight = float(ops.convert_to_numpy(fvae.objective_weights.elbo_weight))
+    weight = float(ops.convert_to_numpy(fvae.coefficients.elbo_weight))
     is_weighted = config.objective == "fvae"
     reconstruction_weight = config.reconstruction_weight if is_weighted else 1.0
     width = fvae.feature_weights.shape[0]

@@ -101,7 +101,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
         except ValueError as error:
             raise ValueError(f"At step {step}: {error}") from None
         for layer, config in zip(self._layers, configs):
-            layer.adapter.fvae.objective_weights.set(config)
+            layer.adapter.fvae.coefficients.set(config)
 
 
 def _checked(name, value, step):

@@ -305,7 +305,7 @@ def shard_like_kernel(layer, variables, weight_axes=types.MappingProxyType({})):
         variables: List of `keras.Variable`, of its adapter or a bias.
         weight_axes: Dict, as `Adapter.weight_axes`.
     """
-    sharding.follow_kernel(
+    sharding.lay_out_like_kernel(
         keras_internals.kernel_of(layer),
         contraction_of(layer),
         variables,

@@ -83,7 +83,7 @@ def distributed_by(distribution):
         keras.distribution.set_distribution(previous)
 
 
-def follow_kernel(kernel, contraction, variables, weight_axes):
+def lay_out_like_kernel(kernel, contraction, variables, weight_axes):
     """Lays out an adapter's variables as their kernel is, if it is.
 
     Args:

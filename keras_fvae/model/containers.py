@@ -354,7 +354,7 @@ def detach_adapters(model, layers, merged=()):
         layers: List of all adapted layers inside it.
         merged: Optional list of what `merged_weights` returned for them.
     """
-    containers = _holders(model, layers)
+    containers = _ancestors(model, layers)
     for layer in layers:
         detach_adapter(layer)
     for layer, weights in zip(layers, merged):
@@ -449,15 +449,15 @@ def make_containers(model, layers):
 
     The layers inside the model, the model, and models that it is in.
     """
-    containers = _holders(model, layers)
+    containers = _ancestors(model, layers)
     for container in containers:
         make_container(container)
     for layer in [*layers, *containers]:
         keras_internals.publish_weights(layer)
 
 
-def _holders(model, layers):
-    inside = LayerTree(model).holders(layers)
+def _ancestors(model, layers):
+    inside = LayerTree(model).ancestors(layers)
     around = training.living_models_with(layers)
     return [*{id(holder): holder for holder in [*inside, *around]}.values()]
 

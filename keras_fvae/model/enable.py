@@ -141,7 +141,7 @@ def refuse_if_adapted(tree):
 
 def _refuse_loops(tree, targets):
     """Refuses layers in a loop, out of which TensorFlow and JAX let no loss."""
-    for holder in tree.holders(targets):
+    for holder in tree.ancestors(targets):
         if isinstance(holder, keras.layers.RNN) and not holder.unroll:
             inner_ids = {
                 id(inner) for inner in keras_internals.flatten_layers(holder)

@@ -52,7 +52,7 @@ def finalize_adapter(model):
         adapter.trainable = False
         adapters.append(adapter)
     containers.replace_adapters(layers, adapters)
-    training.forget_training(layers, keep_optimizer=False)
+    training.reset_training_state(layers, keep_optimizer=False)
 
 
 def merge_adapter(model):
@@ -91,7 +91,7 @@ def merge_adapter(model):
         with _named("merged", layer):
             merged.append(attach.merged_weights(layer))
     containers.detach_adapters(model, layers, merged)
-    training.forget_training(layers, keep_optimizer=False)
+    training.reset_training_state(layers, keep_optimizer=False)
 
 
 def remove_adapter(model):
@@ -125,7 +125,7 @@ def remove_adapter(model):
     training.refuse_while_running(layers)
     containers.detach_adapters(model, layers)
     training.train_as_before(LayerTree(model))
-    training.forget_training(layers, keep_optimizer=False)
+    training.reset_training_state(layers, keep_optimizer=False)
 
 
 def adapter_disabled(model):

@@ -27,4 +27,4 @@ def install(tree, layers, adapters, trainable_layers=(), trainable_weights=()):
         for weight in adapter.trainable_weights
     ]
     training.train_only(model, trainable_layers, [*trained, *trainable_weights])
-    training.forget_training(layers)
+    training.reset_training_state(layers)

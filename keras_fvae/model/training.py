@@ -212,7 +212,7 @@ def subclasses(cls):
     return {cls}.union(*map(subclasses, cls.__subclasses__()))
 
 
-def forget_training(layers, keep_optimizer=True):
+def reset_training_state(layers, keep_optimizer=True):
     """Makes the models that hold the layers start anew, for other weights.
 
     Their steps are compiled again, and their optimizers have slots for the

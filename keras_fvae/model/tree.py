@@ -82,7 +82,7 @@ class LayerTree:
             if id(weight) not in adapter_ids
         ]
 
-    def holders(self, layers):
+    def ancestors(self, layers):
         """The model and the layers inside it that hold one of the layers."""
         parents = collections.defaultdict(list)
         for _, layer in self._pairs:

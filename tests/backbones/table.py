@@ -78,7 +78,7 @@ def row(name, model):
     tree = LayerTree(model)
     for layer in tree.adapted:
         # The innermost.
-        holder = min(tree.holders([layer]), key=_num_layers)
+        holder = min(tree.ancestors([layer]), key=_num_layers)
         projections[type(holder).__name__].add(_called(layer, holder))
     cell = "; ".join(
         f"`{holder}`: {', '.join(f'`{name}`' for name in sorted(names))}"

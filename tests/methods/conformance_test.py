@@ -7,21 +7,21 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from family import CONFIGS
+from family import TARGETS
+from family import WITHOUT_NOISE
+from family import X
+from family import Y
+from family import adapt
+from family import frozen_bytes
+from family import make_model
+from family import predict
+from family import train
 from helpers import JIT_COMPILE
 from helpers import move_adapters
 from helpers import snapshot
 from helpers import text_inputs
 from helpers import to_numpy
-from methods import CONFIGS
-from methods import TARGETS
-from methods import WITHOUT_NOISE
-from methods import X
-from methods import Y
-from methods import adapt
-from methods import frozen_bytes
-from methods import make_model
-from methods import predict
-from methods import train
 
 import keras_fvae
 from keras_fvae.layers.adapter import Adapter

@@ -146,10 +146,10 @@ class FVAELoRAAdapter(LowRankAdapter):
     def _draw_and_add_loss(self, x, frozen):
         x = ops.reshape(x, (-1, x.shape[-1]))
         mask = masking.flatten_mask(frozen.find_mask(), frozen.token_shape)
-        score = self.fvae.encode_and_score(x, training=True, mask=mask)
-        elbo_weight = self.fvae.objective_weights.elbo_weight
-        self._add_to_mean_loss(elbo_weight * score.loss)
-        z1, _ = ops.unstack(score.z, 2, axis=-2)
+        elbo = self.fvae.elbo(x, training=True, mask=mask)
+        elbo_weight = self.fvae.coefficients.elbo_weight
+        self._add_to_mean_loss(elbo_weight * elbo.loss)
+        z1, _ = ops.unstack(elbo.z, 2, axis=-2)
         return z1
 
     def _add_to_mean_loss(self, loss):

@@ -22,9 +22,9 @@ from keras_fvae.layers.adapter import refuse_quantization
 from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.config import resolve_config
-from keras_fvae.methods.fvae.layout import REFERENCE_SCALE
+from keras_fvae.methods.fvae.layout import REFERENCE_STD
 from keras_fvae.methods.fvae.layout import reference_views
-from keras_fvae.methods.fvae.networks import SCALE_FLOOR
+from keras_fvae.methods.fvae.networks import STD_FLOOR
 from keras_fvae.methods.fvae.networks import networks_for
 from keras_fvae.methods.fvae.networks import reparameterize
 
@@ -57,7 +57,7 @@ class FVAEOutput(NamedTuple):
     loss: Any
 
 
-class ObjectiveWeights:
+class ObjectiveCoefficients:
     """The weights of the objective that may change while a model trains.
 
     They are state that a compiled step reads, and no weights of the model:
@@ -73,7 +73,7 @@ class ObjectiveWeights:
             dtype="float32",
             trainable=False,
             autocast=False,
-            name="objective_weights",
+            name="coefficients",
         )
 
     def set(self, config):
@@ -138,7 +138,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             # As Keras does, and `keras.utils.set_random_seed` controls.
             self._initial_seed = random.randrange(2**31)
         self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
-        self.objective_weights = None
+        self.coefficients = None
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
         self.totals = None
 
@@ -155,7 +155,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             "latent_weights", self.networks.latent_packing
         )
         if not self.finalized:
-            self.objective_weights = ObjectiveWeights(self.config)
+            self.coefficients = ObjectiveCoefficients(self.config)
 
     def call(self, x, training=None, mask=None, noise=None):
         x = keras_internals.to_features(x, self.compute_dtype)
@@ -172,10 +172,10 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
                 axis=-2,
             )
         x = ops.reshape(x, (-1, x.shape[-1]))
-        score = self.encode_and_score(x, training, mask, noise)
+        elbo = self.elbo(x, training, mask, noise)
         token_weights = replicas.token_weights(mask, ops.shape(x)[0])
-        q1, q2 = score.posteriors.split()
-        z1, z2 = ops.unstack(score.z, 2, axis=-2)
+        q1, q2 = elbo.posteriors.split()
+        z1, z2 = ops.unstack(elbo.z, 2, axis=-2)
 
         def restore(rows):
             draws_shape = tuple(rows.shape[:-2])
@@ -187,10 +187,10 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             restore(z2),
             *map(restore, q2),
             {
-                **score.terms,
+                **elbo.terms,
                 **self._further_terms(q1, q2, token_weights),
             },
-            score.loss,
+            elbo.loss,
         )
 
     def compute_mask(self, inputs, previous_mask):
@@ -260,7 +260,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         self.refuse_if_finalized()
         return self.networks.posteriors(x, *self._weights()).split()
 
-    def encode_and_score(self, x, training=None, mask=None, noise=None):
+    def elbo(self, x, training=None, mask=None, noise=None):
         """The latents and the loss: `call` without the diagnostics.
 
         Args:
@@ -271,7 +271,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
                 rank)`.
 
         Returns:
-            A `Score`.
+            A `ELBO`.
         """
         self.refuse_if_finalized()
         token_weights = replicas.token_weights(mask, ops.shape(x)[0])
@@ -279,7 +279,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             "x": x,
             "feature_weights": self.feature_weights.value,
             "latent_weights": self.latent_weights.value,
-            "objective_weights": self.objective_weights.variable.value,
+            "coefficients": self.coefficients.variable.value,
             "token_weights": token_weights,
             "noise": noise,
         }
@@ -288,29 +288,29 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         if self.networks.widths_to_draw(training, noise):
             seed = next_seed(self.seed_generator)
         if training and self.config.rematerialize:
-            score = self.networks.rematerialized_score(inputs, seed)
+            elbo = self.networks.rematerialized_elbo(inputs, seed)
         else:
-            score = self.networks.score(inputs, seed, training=bool(training))
+            elbo = self.networks.elbo(inputs, seed, training=bool(training))
         if training and self.totals is not None:
             self._add_to_totals(
-                *keras.tree.map_structure(ops.stop_gradient, (x, score)),
+                *keras.tree.map_structure(ops.stop_gradient, (x, elbo)),
                 token_weights,
             )
-        return score
+        return elbo
 
     @property
     def variables(self):
         """List of all state: the weights, the seed, and what steps keep."""
-        kept = [self.objective_weights, self.totals]
+        kept = [self.coefficients, self.totals]
         # On PyTorch they would count as parameters, and need not be known.
         if keras_internals.lists_variables_as_parameters():
             kept = []
         return super().variables + [k.variable for k in kept if k is not None]
 
     @property
-    def decoder_scale(self):
+    def decoder_std(self):
         """NumPy array of shape `(d,)`, the decoder's standard deviation."""
-        return np.exp(self.get_arrays()["log_scale"]) + SCALE_FLOOR
+        return np.exp(self.get_arrays()["log_std"]) + STD_FLOOR
 
     def quantize(self, *args, **kwargs):
         # Keras would pass the layer that it is in over, without a word.
@@ -363,10 +363,10 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         views = reference_views(self.config, self.networks.unpack(*packed))
         weights = {name: view.copy() for name, view in views.items()}
         # The standard deviation is `scale_tril + 1e-5` there, and
-        # `exp(log_scale) + SCALE_FLOOR` here.
+        # `exp(log_std) + STD_FLOOR` here.
         # In float64, so that no rounding is left after going there and back.
-        log_scale = weights[REFERENCE_SCALE].astype("float64")
-        weights[REFERENCE_SCALE] = np.exp(log_scale).astype("float32")
+        log_std = weights[REFERENCE_STD].astype("float64")
+        weights[REFERENCE_STD] = np.exp(log_std).astype("float32")
         return weights
 
     def set_reference_weights(self, weights):
@@ -398,10 +398,10 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
                 )
             views[name][...] = weights[name]
         # Nothing keeps theirs positive, and the density sees only its size.
-        scale_tril = views[REFERENCE_SCALE].astype("float64")
-        mirrored = np.abs(scale_tril + SCALE_FLOOR) - SCALE_FLOOR
+        scale_tril = views[REFERENCE_STD].astype("float64")
+        mirrored = np.abs(scale_tril + STD_FLOOR) - STD_FLOOR
         positive = np.where(scale_tril > 0, scale_tril, mirrored)
-        views[REFERENCE_SCALE][...] = np.log(np.maximum(positive, 1e-12))
+        views[REFERENCE_STD][...] = np.log(np.maximum(positive, 1e-12))
         self.feature_weights.assign(packed[0])
         self.latent_weights.assign(packed[1])
 
@@ -444,8 +444,8 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
 
     def _initial_range(self, name, shape):
         """Where an array's initial values lie, uniformly: center, limit."""
-        if name == "log_scale":
-            return math.log1p(-SCALE_FLOOR), 0.0
+        if name == "log_std":
+            return math.log1p(-STD_FLOOR), 0.0
         is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
         if "bias" in name or is_head:
             # With heads of zero, the update is zero and q1 is p1.
@@ -482,16 +482,16 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             for name, values in each.items()
         }
 
-    def _add_to_totals(self, x, score, token_weights):
+    def _add_to_totals(self, x, elbo, token_weights):
         """Adds a step to what `keras_fvae.FVAELoRAMonitor` counts."""
-        q1, q2 = score.posteriors.split()
+        q1, q2 = elbo.posteriors.split()
         wasserstein = objective.wasserstein(*q1, *q2)
         terms = {
-            **score.terms,
-            "fvae_loss": score.loss,
+            **elbo.terms,
+            "fvae_loss": elbo.loss,
             "wasserstein": token_mean(wasserstein, token_weights),
         }
-        self.totals.add(terms, x, score.squared_error, q1.mean, token_weights)
+        self.totals.add(terms, x, elbo.squared_error, q1.mean, token_weights)
 
     def refuse_if_finalized(self):
         """Raises a `ValueError` if only what inference needs is left."""

@@ -4,7 +4,7 @@ import itertools
 
 from keras_fvae.backend.packing import Packing
 
-REFERENCE_SCALE = "views_conditionalGaussianDecoders.scale_tril"
+REFERENCE_STD = "views_conditionalGaussianDecoders.scale_tril"
 
 
 def _num_trunks(config):
@@ -40,7 +40,7 @@ def layout(config, width, finalized):
             latent_shapes[f"decoder_bias_{level}"] = (after,)
         feature_shapes["decoder_output_kernel"] = (width, widths[-1])
         feature_shapes["decoder_output_bias"] = (width,)
-        feature_shapes["log_scale"] = (width,)
+        feature_shapes["log_std"] = (width,)
     return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
 
 
@@ -98,5 +98,5 @@ def reference_views(config, weights):
         weights["decoder_output_kernel"].T,
         weights["decoder_output_bias"],
     )
-    views[REFERENCE_SCALE] = weights["log_scale"]
+    views[REFERENCE_STD] = weights["log_std"]
     return views

@@ -23,7 +23,7 @@ from keras_fvae.methods.fvae.layout import layout
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
 # The smallest standard deviation of the decoder, as in the authors' code.
-SCALE_FLOOR = 1e-5
+STD_FLOOR = 1e-5
 
 
 class Posterior(NamedTuple):
@@ -51,8 +51,8 @@ class Posteriors(NamedTuple):
         return tuple(map(Posterior, means, log_variances))
 
 
-class Score(NamedTuple):
-    """What `FVAE.encode_and_score` returns.
+class ELBO(NamedTuple):
+    """What `FVAE.elbo` returns.
 
     Args:
         posteriors: `Posteriors` of the tokens.
@@ -98,8 +98,8 @@ class Networks:
         self.feature_packing, self.latent_packing = layout(
             config, width, finalized
         )
-        self.score = traced_once(self._draw_and_score, "training")
-        self.rematerialized_score = traced_once(self._rematerialized_score)
+        self.elbo = traced_once(self._draw_and_elbo, "training")
+        self.rematerialized_elbo = traced_once(self._rematerialized_elbo)
 
     def unpack(self, feature_weights, latent_weights, prefix=""):
         """The weights by name: those whose names begin with `prefix`."""
@@ -178,26 +178,26 @@ class Networks:
             return (self.config.num_samples, *shape)
         return shape
 
-    def _draw_and_score(self, inputs, seed=None, training=True):
+    def _draw_and_elbo(self, inputs, seed=None, training=True):
         """The latents and the loss.
 
         Args:
-            inputs: Dict of the arguments of `_score` that are not drawn.
+            inputs: Dict of the arguments of `_elbo` that are not drawn.
             seed: What `next_seed` returned. `None` (default) if nothing
                 is drawn.
             training: Boolean, whether there is dropout. Defaults to `True`.
 
         Returns:
-            A `Score`.
+            A `ELBO`.
         """
-        return self._score(**inputs, **self._draw(inputs, seed, training))
+        return self._elbo(**inputs, **self._draw(inputs, seed, training))
 
-    def _rematerialized_score(self, inputs, seed):
-        """As `_draw_and_score` in training, and little is kept of it."""
-        return rematerialize(self._draw, self._score, inputs, seed)
+    def _rematerialized_elbo(self, inputs, seed):
+        """As `_draw_and_elbo` in training, and little is kept of it."""
+        return rematerialize(self._draw, self._elbo, inputs, seed)
 
     def _draw(self, inputs, seed=None, training=True):
-        """The random numbers of a step: arguments of `_score`."""
+        """The random numbers of a step: arguments of `_elbo`."""
         widths = self.widths_to_draw(training, inputs.get("noise"))
         if not widths:
             return {}
@@ -210,26 +210,26 @@ class Networks:
             [*widths.values()],
             self.config.dropout,
         )
-        drawn = {"is_kept": dict(zip(widths, masks))}
+        drawn = {"dropout_masks": dict(zip(widths, masks))}
         if self.config.num_samples > 1:
             # The encoders run once for all draws.
-            for name, mask in drawn["is_kept"].items():
+            for name, mask in drawn["dropout_masks"].items():
                 if name.startswith("encoder"):
-                    drawn["is_kept"][name] = mask[0]
+                    drawn["dropout_masks"][name] = mask[0]
         if noise_width:
             shape = self.draws_shape(num_tokens, 2, self.config.rank)
             drawn["noise"] = ops.reshape(noise, shape)
         return drawn
 
-    def _score(
+    def _elbo(
         self,
         x,
         feature_weights,
         latent_weights,
-        objective_weights,
+        coefficients,
         token_weights=None,
         noise=None,
-        is_kept=(),
+        dropout_masks=(),
     ):
         """The latents and the loss.
 
@@ -237,24 +237,24 @@ class Networks:
             x: Tensor of shape `(tokens, d)`.
             feature_weights: Tensor, as `feature_packing` packs it.
             latent_weights: Tensor, as `latent_packing` packs it.
-            objective_weights: Tensor of shape `(4,)`: `elbo_weight`, b, and c
+            coefficients: Tensor of shape `(4,)`: `elbo_weight`, b, and c
                 for z1 and for z2.
             token_weights: Optional tensor of shape `(tokens,)`, as
                 `replicas.token_weights` returns it.
             noise: Optional tensor shaped like the latents, `(..., tokens, 2,
                 rank)`; `None` for latents that are the posteriors' means.
-            is_kept: Dict of hidden layer to boolean tensor of the shape of its
-                units, those that dropout keeps.
+            dropout_masks: Dict of hidden layer to boolean tensor of the shape
+                of its units, those that dropout keeps.
 
         Returns:
-            A `Score`.
+            A `ELBO`.
         """
         weights = self.unpack(feature_weights, latent_weights)
-        posteriors = self._encode(x, weights, is_kept)
+        posteriors = self._encode(x, weights, dropout_masks)
         z = posteriors.mean
         if noise is not None:
             z = reparameterize(posteriors, noise)
-        residual = self._decode(z, weights, x.dtype, is_kept)
+        residual = self._decode(z, weights, x.dtype, dropout_masks)
         residual -= x
         # The scale is the same for every token, so the squared error is
         # averaged over the tokens before it is divided by the scale.
@@ -263,12 +263,12 @@ class Networks:
         )
         terms, log_priors = self._terms(posteriors, z, token_weights)
         terms["negative_log_likelihood"] = objective.negative_log_likelihood(
-            squared_error, ops.exp(weights["log_scale"]) + SCALE_FLOOR
+            squared_error, ops.exp(weights["log_std"]) + STD_FLOOR
         )
-        loss = -self._objective(terms, log_priors, objective_weights)
-        return Score(posteriors, z, squared_error, terms, loss)
+        loss = -self._objective(terms, log_priors, coefficients)
+        return ELBO(posteriors, z, squared_error, terms, loss)
 
-    def _encode(self, x, weights, is_kept=()):
+    def _encode(self, x, weights, dropout_masks=()):
         """The posteriors; the trunks of the encoders run side by side."""
         token_shape = ops.shape(x)[:-1]
         for level in range(len(self.config.hidden_units) + 1):
@@ -277,7 +277,7 @@ class Networks:
                 # Every trunk reads x.
                 kernel = ops.reshape(kernel, (kernel.shape[0], -1))
             else:
-                x = self._activate(x, is_kept, f"encoder_{level - 1}")
+                x = self._activate(x, dropout_masks, f"encoder_{level - 1}")
                 kernel = _block_diagonal(kernel)
             bias = ops.reshape(weights[f"encoder_bias_{level}"], (-1,))
             x = affine(x, kernel, bias)
@@ -289,7 +289,7 @@ class Networks:
         log_variance = lean_gradients.clip(log_variance, *LOG_VARIANCE_LIMITS)
         return Posteriors(mean, log_variance)
 
-    def _decode(self, z, weights, dtype, is_kept):
+    def _decode(self, z, weights, dtype, dropout_masks):
         """The mean of p(x | z1, z2)."""
         if self.config.latent_fusion == "concat":
             x = ops.reshape(z, (*ops.shape(z)[:-2], 2 * self.config.rank))
@@ -299,15 +299,15 @@ class Networks:
         for level in range(len(self.config.decoder_units)):
             kernel = weights[f"decoder_kernel_{level}"]
             x = affine(x, kernel, weights[f"decoder_bias_{level}"])
-            x = self._activate(x, is_kept, f"decoder_{level}")
+            x = self._activate(x, dropout_masks, f"decoder_{level}")
         kernel = ops.transpose(weights["decoder_output_kernel"])
         return affine(x, kernel, weights["decoder_output_bias"])
 
-    def _activate(self, x, is_kept, name):
+    def _activate(self, x, dropout_masks, name):
         """ReLU and dropout of a hidden layer."""
-        if name in is_kept:
+        if name in dropout_masks:
             return lean_gradients.relu_and_dropout(
-                x, is_kept[name], self.config.dropout
+                x, dropout_masks[name], self.config.dropout
             )
         return ops.relu(x)
 
@@ -341,10 +341,10 @@ class Networks:
         terms = {"kl_z1": kl_z1, "kl_z2": kl_z2, "gamma": log_p2 - log_p1}
         return terms, (log_p1, log_p2)
 
-    def _objective(self, terms, log_priors, objective_weights):
+    def _objective(self, terms, log_priors, coefficients):
         log_likelihood = -terms["negative_log_likelihood"]
         kl_z1, kl_z2 = terms["kl_z1"], terms["kl_z2"]
-        _, kl_weight, *gamma_weights = ops.unstack(objective_weights, 4)
+        _, kl_weight, *gamma_weights = ops.unstack(coefficients, 4)
         if self.config.objective == "fvae":
             return objective.fvae(
                 log_likelihood,
