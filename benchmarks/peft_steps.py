@@ -1,7 +1,7 @@
 """Training steps of PEFT's methods on a ViT-B/16-like model, in seconds.
 
-For `benchmarks.peft`, which runs it in an environment with PEFT, transformers
-and PyTorch alone:
+For `benchmarks.beside_peft`, which runs it in an environment with PEFT,
+transformers and PyTorch alone:
 
     python benchmarks/peft_steps.py ROUNDS METHOD [METHOD ...]
 """

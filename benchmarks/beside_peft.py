@@ -1,6 +1,6 @@
 """Training steps on PyTorch beside PEFT's own, of the same method and shapes.
 
-python -m benchmarks.peft
+python -m benchmarks.beside_peft
 
 PEFT runs in an environment of its own, which is made at the first time.
 """
