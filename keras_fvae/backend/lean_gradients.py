@@ -1,4 +1,4 @@
-"""Operations whose gradients need their results, and not what went into them.
+"""Operations with custom gradients that save outputs, and not inputs.
 
 On JAX, XLA computes in the backward pass again what is cheap to compute, and
 keeps what that begins with: here the random bits, several times as large as
@@ -41,7 +41,7 @@ def relu_and_dropout(x, dropout_mask, rate):
 
 
 def clip(x, low, high):
-    """What is outside of the limits set to them.
+    """Clips x to `[low, high]`.
 
     Args:
         x: Float tensor.

@@ -1,19 +1,20 @@
-"""What is known of a call of adapted layers beside its arguments."""
+"""The context of a call: what adapted layers know beside their arguments."""
 
 import contextlib
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend.scoped import ScopedValue
 
-# What the model or the step around adapted layers says of `training`.
+# Fallback value of `training`, from the model or step around the layers.
 _training = ScopedValue()
 
 
 def known_training(training):
-    """Says whether adapted layers train that are called inside the block.
+    """Sets a fallback value of `training` for the time of a block.
 
-    Not all models pass `training` on to all layers, and some call themselves
-    once more in `compute_loss` without a word of it.
+    It holds for adapted layers whose caller does not pass one, because not
+    all models pass `training` on to all layers, and some call themselves once
+    more in `compute_loss` without it.
 
     Args:
         training: Boolean, or `None` if nothing is known.
@@ -22,26 +23,27 @@ def known_training(training):
 
 
 def is_training(training):
-    """Whether a layer trains.
+    """Whether a layer trains: the one rule for `training`.
 
-    It does if it is told so; else if the innermost model or step around it
-    was; and if nothing was said at all, if Keras is in a training step.
+    First what the layer is called with counts, if it is `True`; then the
+    fallback of the innermost model or step around it; if there is none,
+    whether Keras runs a training step.
 
     Args:
-        training: Boolean or `None`, what the layer was called with. Layers
-            around it may pass on `False` by default, unasked.
+        training: Boolean or `None`, what the layer was called with. `False`
+            alone says nothing, because some layers pass it on by default.
     """
     if training or _training.value:
         return True
     return _training.value is None and keras_internals.is_in_training_step()
 
 
-# In which trace of the backend the outermost model was called.
+# The backend's trace in which the outermost model was called.
 _outer_trace = ScopedValue()
 
 
 def called_in_this_trace():
-    """Says where a model is called that adapted layers are in, for a block."""
+    """Remembers the backend's trace of a model's call, inside a block."""
     if _outer_trace.value is not None:
         return contextlib.nullcontext()
     return _outer_trace.set_to((keras_internals.trace_state(),))
