@@ -1,6 +1,7 @@
 """Random numbers from the state of a `keras.random.SeedGenerator`."""
 
 import math
+import random
 from collections.abc import Sequence
 
 import keras
@@ -9,6 +10,29 @@ from keras import ops
 
 from keras_fvae.backend import packing
 from keras_fvae.backend.replicas import replica_index
+
+
+def choose_seed(seed):
+    """A seed, drawn if it is `None`.
+
+    As Keras does, so that `keras.utils.set_random_seed` controls it.
+    """
+    return random.randrange(2**31) if seed is None else seed
+
+
+def initial_generator(seed, name):
+    """What the initial values of a weight are drawn from.
+
+    NumPy's: on JAX each operation is a program, which stays in memory.
+
+    Args:
+        seed: Non-negative integer.
+        name: String, the name of the weight.
+
+    Returns:
+        `numpy.random.Generator`.
+    """
+    return np.random.default_rng([seed, *name.encode()])
 
 
 def next_seed(seed_generator):

@@ -1,7 +1,6 @@
 """What a method is: the weights beside one frozen layer, and their update."""
 
 import math
-import random
 
 import keras
 import numpy as np
@@ -54,10 +53,7 @@ class Adapter(keras.Layer):
         self.equation = equation
         self.regularizer = regularizer
         self.finalized = finalized
-        self.initial_seed = config.seed
-        if self.initial_seed is None:
-            # As Keras does, and `keras.utils.set_random_seed` controls.
-            self.initial_seed = random.randrange(2**31)
+        self.initial_seed = noise.choose_seed(config.seed)
 
     def build(self, input_shape, kernel_shape, read_kernel=None):
         """Makes the weights.
@@ -173,19 +169,6 @@ class Adapter(keras.Layer):
             **kwargs,
         )
 
-    def initial_generator(self, name):
-        """What the initial values of a weight are drawn from.
-
-        NumPy's: on JAX each operation is a program, which stays in memory.
-
-        Args:
-            name: String, the name of the weight.
-
-        Returns:
-            `numpy.random.Generator`.
-        """
-        return np.random.default_rng([self.initial_seed, *name.encode()])
-
     def add_seed_generator(self):
         """The generator of what the adapter draws, in its attribute."""
         self.seed_generator = keras.random.SeedGenerator(self.initial_seed)
@@ -247,9 +230,8 @@ class LowRankAdapter(Adapter):
     def initial_kernel_a(self):
         """NumPy array of shape `(d, rank)`, the first values of A."""
         limit = 1 / math.sqrt(self.width)
-        return self.initial_generator("kernel_a").uniform(
-            -limit, limit, (self.width, self.config.rank)
-        )
+        generator = noise.initial_generator(self.initial_seed, "kernel_a")
+        return generator.uniform(-limit, limit, (self.width, self.config.rank))
 
     def initial_kernel_b(self):
         """NumPy array of shape `(rank, k)`, the first values of B."""

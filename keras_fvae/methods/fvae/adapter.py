@@ -8,6 +8,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.noise import initial_generator
 from keras_fvae.backend.scoped import ScopedValue
 from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import LowRankAdapter
@@ -64,8 +65,8 @@ class FVAELoRAAdapter(LowRankAdapter):
         self.fvae.build((None, self.width))
 
     def initial_kernel_b(self):
-        shape = self.config.rank, self.units
-        return 0.02 * self.initial_generator("kernel_b").normal(size=shape)
+        generator = initial_generator(self.initial_seed, "kernel_b")
+        return 0.02 * generator.normal(size=(self.config.rank, self.units))
 
     def project(self, frozen, training):
         """The latent z1 of each token; in training, the loss is added.

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 from typing import Any
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.backend.noise import choose_seed
+from keras_fvae.backend.noise import initial_generator
 from keras_fvae.backend.noise import load_seed
 from keras_fvae.backend.noise import next_seed
 from keras_fvae.backend.noise import noise_and_masks
@@ -133,10 +134,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         super().__init__(**kwargs)
         self.config = resolve_config(config=config)
         self.finalized = finalized
-        self._initial_seed = self.config.seed
-        if self._initial_seed is None:
-            # As Keras does, and `keras.utils.set_random_seed` controls.
-            self._initial_seed = random.randrange(2**31)
+        self._initial_seed = choose_seed(self.config.seed)
         self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
         self.coefficients = None
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
@@ -195,19 +193,6 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
 
     def compute_mask(self, inputs, previous_mask):
         return None
-
-    def initial_generator(self, name):
-        """What the initial values of a variable are drawn from.
-
-        NumPy's: on JAX each operation is a program, which stays in memory.
-
-        Args:
-            name: String, the name of the variable.
-
-        Returns:
-            `numpy.random.Generator`.
-        """
-        return np.random.default_rng([self._initial_seed, *name.encode()])
 
     @property
     def num_inference_parameters(self):
@@ -429,7 +414,8 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
                 self._initial_range(*item) for item in packing.shapes.items()
             ]
             centers, limits = np.repeat(ranges, packing.sizes, axis=0).T
-            numbers = self.initial_generator(name).uniform(-1.0, 1.0, shape)
+            generator = initial_generator(self._initial_seed, name)
+            numbers = generator.uniform(-1.0, 1.0, shape)
             values = (centers + limits * numbers).astype(dtype)
             # Of its own dtype, an array takes no operation.
             return ops.convert_to_tensor(values, dtype)
