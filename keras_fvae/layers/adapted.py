@@ -5,6 +5,7 @@ import types
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
@@ -290,11 +291,21 @@ def new_adapter(layer, config, finalized=False):
 
 
 def read_kernel(layer):
-    """The kernel of a built layer, dequantized: float32 array `(d, k)`."""
+    """The kernel of a built layer, dequantized: float32 array `(d, k)`.
+
+    Raises:
+        ValueError: If it has numbers that are not finite.
+    """
     kernel = contraction_of(layer).to_matrix(
-        keras_internals.float_kernel(layer)
+        keras_internals.float_kernel(layer, full_precision=True)
     )
-    return replicas.to_numpy(kernel).astype("float32")
+    kernel = replicas.to_numpy(ops.cast(kernel, "float32"))
+    if not np.isfinite(kernel).all():
+        raise ValueError(
+            "its kernel has numbers that are not finite, and the method starts "
+            "from it. Load the base model's weights before"
+        )
+    return kernel
 
 
 def shard_like_kernel(layer, variables, weight_axes=types.MappingProxyType({})):

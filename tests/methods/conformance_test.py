@@ -118,7 +118,10 @@ def test_copies_of_the_model(name, copy_model, tmp_path):
         found = copy_model(model)
     assert_same(predict(found), predict(model))
     keras_fvae.remove_adapter(found)
-    assert_same(predict(found), predict(make_model_with_head_of(model)))
+    plain = make_model_with_head_of(model)
+    assert_same(predict(found), predict(plain))
+    trainable = [weight.path for weight in found.trainable_weights]
+    assert trainable == [weight.path for weight in plain.trainable_weights]
 
 
 def make_model_with_head_of(model):
@@ -366,6 +369,17 @@ def test_a_unit_without_weights_has_no_direction():
     before = snapshot(model)
     with pytest.raises(ValueError, match="'up'.*unit 4 of 7 are all 0"):
         keras_fvae.enable_adapter(model, CONFIGS["DoRA"], "up")
+    assert snapshot(model) == before
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", ["PiSSA", "OLoRA", "DoRA"])
+def test_methods_start_from_no_kernel_that_is_not_finite(name):
+    model = make_model()
+    model.get_layer("up").kernel.assign(np.full((6, 7), np.inf))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'up'.*not finite"):
+        keras_fvae.enable_adapter(model, CONFIGS[name], TARGETS)
     assert snapshot(model) == before
 
 
