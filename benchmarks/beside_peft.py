@@ -16,16 +16,7 @@ import sys
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-SIZE = "ViT-B/16, 4 blocks"
-# By what `benchmarks.models` calls them, what `benchmarks.peft_steps` does.
-METHODS = {
-    "LoRA on x": "LoRA",
-    "rsLoRA": "rsLoRA",
-    "PiSSA": "PiSSA",
-    "OLoRA": "OLoRA",
-    "DoRA": "DoRA",
-    "HiRA": "HiRA",
-}
+METHODS = ("LoRA", "rsLoRA", "PiSSA", "OLoRA", "DoRA", "HiRA")
 
 
 def main():
@@ -43,28 +34,22 @@ def main():
     python = make_environment(arguments.environment)
     rounds, turns = str(arguments.rounds), []
     for _ in range(arguments.turns):
-        theirs = run(
-            python, "benchmarks/peft_steps.py", rounds, *METHODS.values()
-        )
+        theirs = run(python, "benchmarks/peft_steps.py", rounds, *METHODS)
         ours = run(
-            sys.executable, "-m", "benchmarks.measure", "steps", SIZE,
-            "--rounds", rounds, "--methods", *METHODS,
-        )  # fmt: skip
+            sys.executable, "-m", "benchmarks.keras_steps", rounds, *METHODS
+        )
         turns.append(
             {
-                name: (
-                    statistics.median(ours[method]["train"]),
-                    statistics.median(theirs[name]),
-                )
-                for method, name in METHODS.items()
+                name: [statistics.median(s[name]) for s in (ours, theirs)]
+                for name in METHODS
             }
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "peft.json"
     path.write_text(json.dumps(turns, indent=2) + "\n")
-    print(f"Training steps by PEFT's, {SIZE}, rank 16, PyTorch:")
+    print("Training steps on four blocks of ViT-B/16's size, PyTorch:")
     print(f"{'':<8}{'ours, s':>10}{'PEFT, s':>10}{'ratio':>8}")
-    for name in METHODS.values():
+    for name in METHODS:
         ours, theirs = (
             statistics.median(turn[name][i] for turn in turns) for i in (0, 1)
         )

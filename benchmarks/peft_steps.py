@@ -1,4 +1,4 @@
-"""Training steps of PEFT's methods on a ViT-B/16-like model, in seconds.
+"""Training steps of PEFT's methods on blocks of ViT-B/16's size, in seconds.
 
 For `benchmarks.beside_peft`, which runs it in an environment with PEFT,
 transformers and PyTorch alone:
@@ -6,22 +6,19 @@ transformers and PyTorch alone:
     python benchmarks/peft_steps.py ROUNDS METHOD [METHOD ...]
 """
 
-import json
 import sys
-import time
 
 import peft
 import torch
-from transformers import ViTConfig
-from transformers import ViTForImageClassification
+from block_steps import BATCH_SIZE
+from block_steps import NUM_BLOCKS
+from block_steps import NUM_HEADS
+from block_steps import NUM_TOKENS
+from block_steps import RANK
+from block_steps import WIDTH
+from block_steps import take_steps
 
-# The sizes of "ViT-B/16, 4 blocks" in `benchmarks.models`.
-NUM_BLOCKS, BATCH_SIZE, RANK = 4, 8, 16
-COMMON = {
-    "r": RANK,
-    "target_modules": ["q_proj", "v_proj"],
-    "modules_to_save": ["classifier"],
-}
+COMMON = {"r": RANK, "target_modules": ["query", "value"]}
 CONFIGS = {
     "LoRA": lambda: lora(),
     "rsLoRA": lambda: lora(use_rslora=True),
@@ -36,40 +33,44 @@ def lora(**options):
     return peft.LoraConfig(lora_alpha=RANK, **COMMON, **options)
 
 
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1 = torch.nn.LayerNorm(WIDTH, eps=1e-6)
+        self.query = torch.nn.Linear(WIDTH, WIDTH)
+        self.key = torch.nn.Linear(WIDTH, WIDTH)
+        self.value = torch.nn.Linear(WIDTH, WIDTH)
+        self.output = torch.nn.Linear(WIDTH, WIDTH)
+        self.norm2 = torch.nn.LayerNorm(WIDTH, eps=1e-6)
+        self.up = torch.nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = torch.nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        shape = (BATCH_SIZE, NUM_TOKENS, NUM_HEADS, WIDTH // NUM_HEADS)
+        query, key, value = (
+            layer(y).reshape(shape).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        x = x + self.output(y.transpose(1, 2).reshape(x.shape))
+        y = torch.nn.functional.gelu(self.up(self.norm2(x)))
+        return x + self.down(y)
+
+
 def make(method):
     torch.manual_seed(0)
-    config = ViTConfig(num_hidden_layers=NUM_BLOCKS, num_labels=10)
-    model = peft.get_peft_model(
-        ViTForImageClassification(config), CONFIGS[method]()
-    )
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, torch.optim.AdamW(trained, 1e-3)
-
-
-def step(model, optimizer, images, labels):
-    begin = time.perf_counter()
-    optimizer.zero_grad()
-    logits = model(pixel_values=images).logits
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    loss.backward()
-    optimizer.step()
-    loss.item()
-    return time.perf_counter() - begin
+    blocks = torch.nn.Sequential(*[Block() for _ in range(NUM_BLOCKS)])
+    return peft.get_peft_model(blocks, CONFIGS[method]())
 
 
 def main(rounds, methods):
-    images = torch.randn(BATCH_SIZE, 3, 224, 224)
-    labels = torch.arange(BATCH_SIZE) % 10
-    models = {method: make(method) for method in methods}
-    seconds = {method: [] for method in methods}
-    for model in models.values():
-        step(*model, images, labels)
-    for number in range(rounds):
-        # Each is first as often as it is last.
-        for method in methods[:: 1 if number % 2 else -1]:
-            seconds[method].append(step(*models[method], images, labels))
-    print(json.dumps(seconds))
+    models = {}
+    for method in methods:
+        model = make(method)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        models[method] = model, trained
+    take_steps(models, rounds)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,22 @@ def test_what_training_takes_is_counted(method):
     assert counter.get_total_flops() / 2 / NUM_TOKENS == pytest.approx(counted)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="PEFT has PyTorch alone")
+def test_the_blocks_are_those_that_peft_adapts():
+    """Of the same weights and the same products, without PEFT itself."""
+    from benchmarks import keras_steps
+
+    model = keras_steps.make("LoRA")
+    layers = adapted_layers(model)
+    assert len(layers) == 2 * keras_steps.NUM_BLOCKS
+    width = keras_steps.WIDTH
+    # Four projections and an MLP of four times the width; two norms.
+    weights = 12 * width**2 + 9 * width + 4 * width
+    thin = 2 * 2 * width * keras_steps.RANK
+    counted = keras_steps.NUM_BLOCKS * (weights + thin)
+    assert model.count_params() == counted
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="it starts all backends itself")
 def test_the_benchmark_runs(tmp_path):
