@@ -116,8 +116,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
             config["config"]
         )
         layer = super().from_config(config)
-        if finalized:
-            layer.adapter = new_adapter(layer, layer.config, True)
+        layer.adapter.finalized = finalized
         return layer
 
     def _adapt(self, base_call, inputs, training):

@@ -277,9 +277,16 @@ def test_configs_come_back(name):
     copied = keras_fvae.AdaptedDense.from_config(layer.get_config())
     assert copied.config == config
     copied.build(X.shape)
-    for ours, theirs in zip(copied.weights, layer.weights):
-        ours.assign(theirs)
-    assert_same(to_numpy(copied(X)), outputs)
+    for finalize in (False, True):
+        if finalize:
+            model = keras.Sequential([keras.Input(X.shape[1:]), layer])
+            keras_fvae.finalize_adapter(model)
+            copied = keras_fvae.AdaptedDense.from_config(layer.get_config())
+            copied.build(X.shape)
+        assert len(copied.weights) == len(layer.weights)
+        for ours, theirs in zip(copied.weights, layer.weights):
+            ours.assign(theirs)
+        assert_same(to_numpy(copied(X)), outputs)
 
 
 @pytest.mark.one_backend

@@ -52,16 +52,13 @@ class FVAELoRAAdapter(LowRankAdapter):
         "latent_weights": (None,),
     }
 
-    def __init__(self, config, equation, **kwargs):
-        super().__init__(config, equation, **kwargs)
+    def build_projection(self):
         self.fvae = FVAE(
-            dataclasses.replace(config, seed=self.initial_seed),
+            dataclasses.replace(self.config, seed=self.initial_seed),
             self.finalized,
             dtype=self.dtype_policy,
             name="fvae",
         )
-
-    def build_projection(self):
         self.fvae.build((None, self.width))
 
     def initial_kernel_b(self):
