@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zoo
 from helpers import BACKEND
+from helpers import ONE_BACKEND
 
 import keras_fvae
 
@@ -23,8 +24,6 @@ if BACKEND == "tensorflow":
         [tf.config.LogicalDeviceConfiguration()] * 2,
     )
 
-# Where those run that are marked `one_backend`.
-ONE_BACKEND = "torch"
 # What only one backend has.
 collect_ignore = [
     name

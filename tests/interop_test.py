@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import zoo
+from helpers import LONG_ON_ONE_BACKEND
 from helpers import move_adapters
 from helpers import snapshot
 from helpers import to_numpy
@@ -335,7 +336,7 @@ def test_refusals_change_nothing(damage, message, adapter, vit):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
-    "number", [60, pytest.param(500, marks=pytest.mark.slow)]
+    "number", [60, pytest.param(500, marks=LONG_ON_ONE_BACKEND)]
 )
 def test_no_settings_end_in_another_error(number, adapter, vit, rng):
     """Whatever they say, and however much it would take."""

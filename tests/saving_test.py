@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zoo
 from helpers import BACKENDS
+from helpers import LONG_ON_ONE_BACKEND
 from helpers import NEXT_BACKEND
 from helpers import move_adapters
 from helpers import run_python
@@ -322,7 +323,7 @@ def spoil(value, rng):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
-    "number", [150, pytest.param(600, marks=pytest.mark.slow)]
+    "number", [150, pytest.param(600, marks=LONG_ON_ONE_BACKEND)]
 )
 def test_hostile_records_change_nothing(number, rng, tmp_path):
     adapted, plain = make_pair("sequential", rng)

@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 import zoo
+from helpers import LONG_ON_ONE_BACKEND
 from helpers import move_adapters
 from helpers import run_python
 from helpers import snapshot
@@ -300,7 +301,7 @@ def test_the_config_of_a_subclass_needs_its_own_class(rng):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize(
-    "copy", ["pickle", pytest.param("deepcopy", marks=pytest.mark.slow)]
+    "copy", ["pickle", pytest.param("deepcopy", marks=LONG_ON_ONE_BACKEND)]
 )
 def test_models_can_be_pickled(name, copy, rng):
     model = zoo.MODELS[name]()

@@ -130,6 +130,7 @@ def make_model_with_head_of(model):
     return plain
 
 
+@pytest.mark.one_backend
 @on_all
 def test_merging(name):
     model = trained(name)
@@ -145,6 +146,7 @@ def test_merging(name):
     assert_same(predict(model), before, 1e-5)
 
 
+@pytest.mark.one_backend
 @on_all
 def test_switched_off_it_is_the_base_model(name):
     base = predict(make_model())
@@ -231,6 +233,7 @@ def test_quantized_bases(name, mode, tmp_path):
     assert_same(predict(model), predictions, 1e-5)
 
 
+@pytest.mark.one_backend
 @on_all
 def test_a_layer_that_is_called_twice(name):
     inputs = keras.Input((6,))
