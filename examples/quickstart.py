@@ -22,6 +22,19 @@ import time
 
 import texts
 
+METHODS = [
+    "head only",
+    "KerasHub's LoRA",
+    "LoRA",
+    "rsLoRA",
+    "FFA-LoRA",
+    "PiSSA",
+    "OLoRA",
+    "DoRA",
+    "HiRA",
+    "DropLoRA",
+    "FVAE-LoRA",
+]
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
@@ -47,6 +60,7 @@ parser.add_argument(
 parser.add_argument(
     "--methods",
     nargs="+",
+    choices=[*METHODS, "all"],
     metavar="METHOD",
     default=["head only", "LoRA", "FVAE-LoRA"],
     help='names, or "all" (default: "head only" LoRA FVAE-LoRA)',
@@ -99,11 +113,11 @@ CONFIGS = {
     "DropLoRA": keras_fvae.DropLoRAConfig,
     "FVAE-LoRA": keras_fvae.FVAELoRAConfig,
 }
-METHODS = ["head only", "KerasHub's LoRA", *CONFIGS]
 
 
 def main(train, test):
-    methods = choose_methods()
+    is_all = "all" in arguments.methods
+    methods = METHODS if is_all else arguments.methods
     classes = sorted({label for _, label in train})
     print(
         f"{len(train)} texts to train on and {len(test)} to test on, in "
@@ -149,15 +163,6 @@ def main(train, test):
     if adapter.exists():
         print(f"The adapter of FVAE-LoRA and its head are in {adapter}")
     print(f"The curves are in {picture}")
-
-
-def choose_methods():
-    if arguments.methods == ["all"]:
-        return METHODS
-    for method in arguments.methods:
-        if method not in METHODS:
-            sys.exit(f"There is no method '{method}'. There are: {METHODS}")
-    return arguments.methods
 
 
 def spoil(train):

@@ -407,6 +407,7 @@ def test_arguments_of_other_types(arguments, message):
     assert snapshot(model) == before
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_a_model_that_runs_is_not_changed(name, in_thread, rng, tmp_path):

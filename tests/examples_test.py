@@ -155,7 +155,7 @@ def test_spurious_digits(tmp_path):
     "arguments, message",
     [
         (["--preset", "no_such_preset"], "Cannot load the preset 'no_such"),
-        (["--methods", "BORA"], "no method 'BORA'. There are: ['head only'"),
+        (["--methods", "BORA"], "invalid choice: 'BORA' (choose from 'head"),
         (["--csv", "missing.csv"], "Cannot read missing.csv"),
         (["--csv", "README.md"], "README.md has no column 'text'"),
         (["--csv", "CSV", "--text-column", "words"], "no column 'label'"),

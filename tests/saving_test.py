@@ -49,6 +49,7 @@ def make_pair(name, rng, **options):
     return adapted, plain
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", zoo.MODELS)
 @pytest.mark.parametrize("include", ["all", "inference"])
 def test_round_trip_onto_a_plain_model(name, include, rng, tmp_path):
@@ -555,6 +556,7 @@ def without_numbers(path):
     return re.sub(r"_\d+", "", path)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("is_chosen", [True, False])
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_state_without_a_gradient_comes_back(kind, is_chosen, rng, tmp_path):

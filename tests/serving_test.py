@@ -32,6 +32,7 @@ def make_adapted(name, rng, **options):
     return model, base_predictions, predictions
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", NAMES)
 def test_finalizing_changes_no_prediction(name, rng):
     model, _, predictions = make_adapted(name, rng)
@@ -105,6 +106,7 @@ def test_finalizing_twice_is_finalizing_once(rng):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", NAMES)
 def test_merging_leaves_plain_layers(name, rng):
     model, _, predictions = make_adapted(name, rng, encoder_units=(), alpha=3.0)
@@ -152,6 +154,7 @@ EQUATIONS = [
 ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("equation, output_shape, bias_axes, shape", EQUATIONS)
 def test_merging_einsum_layers(equation, output_shape, bias_axes, shape, rng):
     inputs = keras.Input(shape[1:])
@@ -223,6 +226,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("call, prepare, message", REFUSALS)
 def test_refusals_change_nothing(call, prepare, message):
     model = zoo.make_sequential()

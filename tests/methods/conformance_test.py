@@ -17,7 +17,6 @@ from family import frozen_bytes
 from family import make_model
 from family import predict
 from family import train
-from helpers import JIT_COMPILE
 from helpers import move_adapters
 from helpers import snapshot
 from helpers import text_inputs
@@ -52,8 +51,7 @@ def test_it_starts_as_the_base_model(name):
 
 
 @on_all
-@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
-def test_only_the_adapter_and_what_is_chosen_train(name, jit_compile):
+def test_only_the_adapter_and_what_is_chosen_train(name):
     model = make_model()
     frozen = frozen_bytes(model)
     adapt(model, name)
@@ -66,7 +64,6 @@ def test_only_the_adapter_and_what_is_chosen_train(name, jit_compile):
     model.compile(
         keras.optimizers.Adam(0.05),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=jit_compile,
     )
     losses = model.fit(X, Y, batch_size=4, epochs=8, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
@@ -75,6 +72,7 @@ def test_only_the_adapter_and_what_is_chosen_train(name, jit_compile):
         assert np.abs(to_numpy(weight) - value).max() > 1e-3, weight.path
 
 
+@pytest.mark.one_backend
 @on_all
 def test_a_file_brings_it_back(name, tmp_path):
     model = trained(name)
