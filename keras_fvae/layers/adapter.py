@@ -207,6 +207,8 @@ class LowRankAdapter(Adapter):
     """
 
     weight_axes = {"kernel_a": ("input", None), "kernel_b": (None, "output")}
+    # Whether A trains, or stays as it was drawn.
+    trains_a = True
 
     def build(self, input_shape, kernel_shape, read_kernel=None):
         super().build(input_shape, kernel_shape, read_kernel)
@@ -225,6 +227,8 @@ class LowRankAdapter(Adapter):
             (self.width, self.config.rank),
             self.initial_kernel_a,
             regularizer=self.regularizer,
+            # Made so, because Keras flips the flags of all that once trained.
+            trainable=self.trains_a,
         )
 
     def initial_kernel_a(self):

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 
-from keras import ops
-
+from keras_fvae.backend import fast_ops
 from keras_fvae.backend.noise import dropout
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
@@ -18,15 +17,15 @@ class LoRAAdapter(LowRankAdapter):
         if config.dropout > 0:
             self.add_seed_generator()
 
-    def build_projection(self):
-        super().build_projection()
-        self.kernel_a.trainable = self.config.trains_a
+    @property
+    def trains_a(self):
+        return self.config.trains_a
 
     def project(self, frozen, training):
         if not self.changes_state(training):
             return frozen.project(self.kernel_a)
         x = dropout(frozen.tokens, self.config.dropout, self.seed_generator)
-        return ops.matmul(x, ops.cast(self.kernel_a, x.dtype))
+        return fast_ops.matmul(x, self.kernel_a)
 
     def changes_state(self, training):
         return training and self.config.dropout > 0

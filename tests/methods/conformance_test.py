@@ -115,6 +115,9 @@ def test_copies_of_the_model(name, copy_model, tmp_path):
     else:
         found = copy_model(model)
     assert_same(predict(found), predict(model))
+    assert [weight.path for weight in found.trainable_weights] == [
+        weight.path for weight in model.trainable_weights
+    ]
     keras_fvae.remove_adapter(found)
     plain = make_model_with_head_of(model)
     assert_same(predict(found), predict(plain))
@@ -248,6 +251,23 @@ def test_a_layer_that_is_called_twice(name):
     )
     losses = model.fit(x, Y, epochs=20, verbose=0).history["loss"]
     assert np.mean(losses[-3:]) < losses[0]
+
+
+@pytest.mark.one_backend
+@on_all
+def test_what_never_trained_does_not_come_to(name):
+    model = adapt(make_model(), name)
+    layers = lookup.adapted_layers(model)
+
+    def trainable():
+        return [w.path for layer in layers for w in layer.trainable_weights]
+
+    before = trainable()
+    for holder in (model, *layers):
+        holder.trainable = False
+        assert not holder.trainable_weights
+        holder.trainable = True
+        assert trainable() == before
 
 
 @pytest.mark.one_backend
