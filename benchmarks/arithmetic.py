@@ -83,6 +83,9 @@ def training(method, width, units, rank, decoder_units=(128, 128, 128)):
     if method == "HiRA":
         # The gradient of A B, in the place of that of the kernel.
         return width * units
+    if method == "FFA-LoRA":
+        # No gradient of A.
+        return rank * (2 * width + 3 * units)
     if method in THIN_PRODUCTS:
         return 3 * THIN_PRODUCTS[method] * rank * (width + units)
     # Both encoders in one product, their heads in a block-diagonal one.

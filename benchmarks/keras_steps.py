@@ -9,6 +9,7 @@ import sys
 import keras
 
 import keras_fvae
+from benchmarks import models
 from benchmarks.block_steps import NUM_BLOCKS
 from benchmarks.block_steps import NUM_HEADS
 from benchmarks.block_steps import NUM_TOKENS
@@ -16,14 +17,8 @@ from benchmarks.block_steps import RANK
 from benchmarks.block_steps import WIDTH
 from benchmarks.block_steps import take_steps
 
-CONFIGS = {
-    "LoRA": keras_fvae.LoRAConfig,
-    "rsLoRA": keras_fvae.RSLoRAConfig,
-    "PiSSA": keras_fvae.PiSSAConfig,
-    "OLoRA": keras_fvae.OLoRAConfig,
-    "DoRA": keras_fvae.DoRAConfig,
-    "HiRA": keras_fvae.HiRAConfig,
-}
+# By what PEFT's are called in `benchmarks/peft_steps.py`.
+CONFIGS = {"LoRA": models.CONFIGS["LoRA on x"], **models.CONFIGS}
 
 
 def add_block(x):

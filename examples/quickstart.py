@@ -22,19 +22,19 @@ import time
 
 import texts
 
-METHODS = [
-    "head only",
-    "KerasHub's LoRA",
-    "LoRA",
-    "rsLoRA",
-    "FFA-LoRA",
-    "PiSSA",
-    "OLoRA",
-    "DoRA",
-    "HiRA",
-    "DropLoRA",
-    "FVAE-LoRA",
-]
+# By name, the config of a method.
+CONFIGS = {
+    "LoRA": "LoRAConfig",
+    "rsLoRA": "RSLoRAConfig",
+    "FFA-LoRA": "FFALoRAConfig",
+    "PiSSA": "PiSSAConfig",
+    "OLoRA": "OLoRAConfig",
+    "DoRA": "DoRAConfig",
+    "HiRA": "HiRAConfig",
+    "DropLoRA": "DropLoRAConfig",
+    "FVAE-LoRA": "FVAELoRAConfig",
+}
+METHODS = ["head only", "KerasHub's LoRA", *CONFIGS]
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
@@ -102,17 +102,6 @@ BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
 NUM_NOISY_TEXTS = 400
 SHARE_OF_WRONG_LABELS = 0.4
-CONFIGS = {
-    "LoRA": keras_fvae.LoRAConfig,
-    "rsLoRA": keras_fvae.RSLoRAConfig,
-    "FFA-LoRA": keras_fvae.FFALoRAConfig,
-    "PiSSA": keras_fvae.PiSSAConfig,
-    "OLoRA": keras_fvae.OLoRAConfig,
-    "DoRA": keras_fvae.DoRAConfig,
-    "HiRA": keras_fvae.HiRAConfig,
-    "DropLoRA": keras_fvae.DropLoRAConfig,
-    "FVAE-LoRA": keras_fvae.FVAELoRAConfig,
-}
 
 
 def main(train, test):
@@ -219,7 +208,8 @@ def adapt(backbone, method):
         # It keeps an A for each attention head.
         backbone.enable_lora(arguments.rank)
         return count(w for w in backbone.weights if "lora_kernel" in w.name)
-    summary = backbone.enable_adapter(CONFIGS[method](arguments.rank))
+    config = getattr(keras_fvae, CONFIGS[method])(arguments.rank)
+    summary = backbone.enable_adapter(config)
     print(summary)
     return summary.inference_parameters
 

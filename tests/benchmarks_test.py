@@ -34,7 +34,17 @@ def test_what_inference_takes_is_what_it_keeps():
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch counts what it does")
 @pytest.mark.parametrize(
     "method",
-    ["FVAE-LoRA", "LoRA on x", "LoRA", "PiSSA", "OLoRA", "DropLoRA", "rsLoRA"],
+    [
+        "FVAE-LoRA",
+        "LoRA on x",
+        "LoRA",
+        "rsLoRA",
+        "FFA-LoRA",
+        "PiSSA",
+        "OLoRA",
+        "HiRA",
+        "DropLoRA",
+    ],
 )
 def test_what_training_takes_is_counted(method):
     import torch
@@ -49,7 +59,7 @@ def test_what_training_takes_is_counted(method):
         (ops.sum(ops.square(outputs)) + sum(layer.losses)).backward()
     counted = 2 * width * units
     counted += arithmetic.training(method, width, units, RANK)
-    if method == "LoRA":
+    if method in ("LoRA", "HiRA"):
         # B A and its gradients, once a step.
         counted += 3 * width * units * RANK / NUM_TOKENS
     assert counter.get_total_flops() / 2 / NUM_TOKENS == pytest.approx(counted)

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 import keras_fvae
 from keras_fvae.integrations import peft
 from keras_fvae.model.lookup import adapted_layers
+from keras_fvae.model.tree import LayerTree
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 ADAPTER = REFERENCE / "vit_adapter"
@@ -159,7 +160,8 @@ def test_names_are_those_of_the_converters(name, options, converter):
     recorder = Recorder()
     config = {"tie_word_embeddings": True, "model_type": converter}
     module.convert_weights(backbone, recorder, config)
-    modules = peft._modules(backbone, peft._find_architecture(backbone))
+    tree = LayerTree(backbone)
+    modules = peft._modules(tree, peft._find_architecture(backbone))
     assert len(modules) == 3 * (7 if "num_query_heads" in options else 6)
     for module_name, layer in modules.items():
         their_name = recorder.names[id(layer.kernel)].removesuffix(".weight")

@@ -60,14 +60,15 @@ def add_matmul(y, x, kernel):
         return None
     import torch
 
-    # Where `torch.vmap` maps, a tensor stands for many.
-    is_mapped = torch._C._functorch.maybe_current_level() is not None
-    if is_mapped or not y.is_contiguous():
+    if (
+        # A gradient would have to be copied for what is changed in place.
+        torch.is_grad_enabled()
+        or not y.is_contiguous()
+        # Where `torch.vmap` maps, a tensor stands for many.
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
         return None
     rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
-    if torch.is_grad_enabled():
-        # A gradient would have to be copied for what is changed in place.
-        return None
     y.view(-1, kernel.shape[-1]).addmm_(rows, kernel.to(y.dtype))
     return y
 

@@ -206,12 +206,13 @@ def load_peft_adapter(model, directory):
     lookup.check_model(model)
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
-    refuse_if_adapted(LayerTree(backbone))
+    tree = LayerTree(backbone)
+    refuse_if_adapted(tree)
     settings, tensors = _read(check_local(directory, "directory"))
     modules, head_tensors = _group_by_module(tensors)
     _check_sizes(settings, tensors)
     config = config_from_peft(settings)
-    layers = _find_layers(modules, _modules(backbone, architecture))
+    layers = _find_layers(modules, _modules(tree, architecture))
     for module, layer in layers.items():
         check_adaptable(layer)
         _check_shapes(config, layer, modules[module], module)
@@ -226,7 +227,7 @@ def load_peft_adapter(model, directory):
     # From here on nothing is refused.
     for module, adapter in zip(layers, adapters):
         _set_arrays(adapter, modules[module])
-    install(LayerTree(backbone), layers.values(), adapters)
+    install(tree, layers.values(), adapters)
     for weight, value in head:
         weight.assign(value)
     return summarize(backbone, config, [*layers.values()])
@@ -260,7 +261,7 @@ def save_peft_adapter(model, directory):
     backbone = getattr(model, "backbone", model)
     architecture = _find_architecture(backbone)
     adapted = lookup.require_adapted_layers(backbone, FVAELoRAConfig)
-    modules = _modules(backbone, architecture)
+    modules = _modules(LayerTree(backbone), architecture)
     names = {id(layer): name for name, layer in modules.items()}
     root = "" if backbone is model else architecture.root
     tensors = {}
@@ -438,10 +439,10 @@ def _find_architecture(backbone):
     )
 
 
-def _modules(backbone, architecture):
-    """The layers of a backbone by their names in Hugging Face."""
+def _modules(tree, architecture):
+    """The layers of a backbone's tree by their names in Hugging Face."""
     modules = {}
-    for path, layer in LayerTree(backbone).layers.items():
+    for path, layer in tree.layers.items():
         name = architecture.module_name(path)
         if name is not None:
             modules[name] = layer

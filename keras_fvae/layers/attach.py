@@ -35,7 +35,9 @@ def check_adaptable(layer):
     """
     what = f"layer '{layer.path or layer.name}'"
     if isinstance(layer, AdaptedLayer):
-        raise ValueError(f"The {what} is adapted by FVAE-LoRA already.")
+        raise ValueError(
+            f"The {what} is adapted by {layer.config.method_name} already."
+        )
     if type(layer) not in ADAPTED_CLASSES:
         kind = f"of class `{type(layer).__name__}`"
         for base in ADAPTED_CLASSES:
@@ -45,18 +47,18 @@ def check_adaptable(layer):
                     "something else"
                 )
         raise ValueError(
-            "FVAE-LoRA adapts layers of the classes `Dense` and `EinsumDense` "
+            "Adapters fit layers of the classes `Dense` and `EinsumDense` "
             f"themselves. The {what} is {kind}."
         )
     if not layer.built:
         raise ValueError(
             f"The {what} is not built. Call the model on data, or build it, "
-            "before you enable FVAE-LoRA."
+            "before you adapt it."
         )
     if layer.lora_enabled:
         raise ValueError(
-            f"LoRA is enabled on the {what} already. A layer takes either LoRA "
-            "or FVAE-LoRA: start from a model without LoRA."
+            f"LoRA is enabled on the {what} already, by Keras. A layer takes "
+            "no other method beside it: start from a model without LoRA."
         )
     if layer.kernel_constraint is not None:
         raise ValueError(
@@ -67,7 +69,7 @@ def check_adaptable(layer):
     if layer.quantization_mode not in QUANTIZATION_MODES:
         raise ValueError(
             f"The {what} is quantized in the mode '{layer.quantization_mode}'. "
-            "FVAE-LoRA adapts quantized layers of the modes 'int8' and 'int4'."
+            "Adapters fit quantized layers of the modes 'int8' and 'int4'."
         )
     contraction_of(layer)
 
@@ -90,7 +92,7 @@ def build_adapter(layer, config, finalized=False, starts_anew=True):
         # The variables get the paths that they will have in the layer.
         with (
             keras.name_scope(layer.name, caller=layer),
-            _refusals_named(layer, config),
+            _named_refusals(layer, config),
         ):
             adapter.build(
                 (None,) * input_rank_of(layer),
@@ -116,21 +118,30 @@ def adapter_shapes(layer, config, finalized=False):
     config = dataclasses.replace(config, seed=0)
     with keras_internals.without_values(), sharding.distributed_by(None):
         adapter = new_adapter(layer, config, finalized)
-        with _refusals_named(layer, config):
+        with _named_refusals(layer, config):
             adapter.build((None,) * input_rank_of(layer), layer.kernel.shape)
     return adapter.array_shapes
 
 
+def _named_refusals(layer, config):
+    """Says of which layer and method a refusal is, inside the block."""
+    return refusals_after(
+        f"The layer '{layer.path or layer.name}' cannot be adapted by "
+        f"{config.method_name}"
+    )
+
+
 @contextlib.contextmanager
-def _refusals_named(layer, config):
-    """Says of which layer and method an error is, raised inside the block."""
+def refusals_after(sentence):
+    """Says a sentence before that of a `ValueError` raised inside the block.
+
+    Args:
+        sentence: String, which names what is refused.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(
-            f"The layer '{layer.path or layer.name}' cannot be adapted by "
-            f"{config.method_name}: {error}."
-        ) from error
+        raise ValueError(f"{sentence}: {error}.") from error
 
 
 def inference_arrays(layer):

@@ -39,7 +39,7 @@ class Contraction(NamedTuple):
     @property
     def num_kernel_axes(self):
         """How many axes the kernel has."""
-        return len(self.kernel_contracted_axes + self.kernel_carried_axes)
+        return len(self.matrix_order)
 
     @property
     def matrix_order(self):

@@ -87,21 +87,24 @@ class DoRAAdapter(LowRankAdapter):
         return outputs * ratio + bias * (1 - ratio)
 
     def merge(self, kernel, bias):
-        arrays = self.get_arrays()
-        direction, _ = super().merge(kernel, bias)
-        if self.finalized:
-            return direction * arrays["ratio"], bias
-        norms = np.linalg.norm(direction, axis=0)
-        return direction * (arrays["magnitude"] / norms), bias
+        direction, bias = super().merge(kernel, bias)
+        return direction * self._final_ratio(direction), bias
 
     def get_arrays(self, finalized=False, read_kernel=None):
         arrays = super().get_arrays()
-        if not finalized or self.finalized:
-            return arrays
-        direction, _ = super().merge(read_kernel().astype("float64"), None)
-        norms = np.linalg.norm(direction, axis=0)
-        arrays["ratio"] = (arrays.pop("magnitude") / norms).astype("float32")
+        if finalized and not self.finalized:
+            del arrays["magnitude"]
+            kernel = read_kernel().astype("float64")
+            direction, _ = super().merge(kernel, bias=None)
+            arrays["ratio"] = self._final_ratio(direction).astype("float32")
         return arrays
+
+    def _final_ratio(self, direction):
+        """NumPy array of shape `(k,)`: m / c, for V as a NumPy array."""
+        arrays = super().get_arrays()
+        if self.finalized:
+            return arrays["ratio"]
+        return arrays["magnitude"] / np.linalg.norm(direction, axis=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,11 @@ class HiRAAdapter(LowRankAdapter):
     """
 
     def adapt(self, frozen, training):
+        kernel = frozen.kernel()
         factor = ops.matmul(self.kernel_a.value, self.kernel_b.value)
         if frozen.is_quantized:
-            kernel = frozen.kernel()
             factor = ops.cast(factor, kernel.dtype)
             return frozen.outputs() + frozen.multiply(kernel * factor)
-        kernel = frozen.kernel()
         outputs = frozen.multiply(kernel * ops.cast(1 + factor, kernel.dtype))
         bias = frozen.bias()
         return outputs if bias is None else outputs + bias

@@ -326,19 +326,6 @@ def join_distribution(model):
         )
 
 
-def attach_adapters(model, layers, adapters):
-    """Adapts layers of a model, in place.
-
-    Args:
-        model: `keras.Model` or layer.
-        layers: List of layers inside it.
-        adapters: List of what `build_adapter` returned for them.
-    """
-    for layer, adapter in zip(layers, adapters):
-        attach_adapter(layer, adapter)
-    make_containers(model, layers)
-
-
 def replace_adapters(layers, adapters):
     """Puts other adapters in the place of those that the layers have."""
     for layer, adapter in zip(layers, adapters):
@@ -419,9 +406,8 @@ def restore_adapters(model, record):
         for path, layer in adapted.items()
         if not isinstance(layer, AdaptedLayer)
     }
-    attach_adapters(
-        model, [adapted[path] for path in adapters], adapters.values()
-    )
+    for path, adapter in adapters.items():
+        attach_adapter(adapted[path], adapter)
     # Also where all was restored by what is inside.
     make_containers(model, [*adapted.values(), *widened])
     restore_flags(LayerTree(model), record)

@@ -1,7 +1,5 @@
 """From training to use: finalize, merge, or do without the adapters."""
 
-import contextlib
-
 from keras_fvae.layers import attach
 from keras_fvae.layers import switching
 from keras_fvae.model import containers
@@ -40,7 +38,7 @@ def finalize_adapter(model):
     """
     layers = lookup.require_adapted_layers(model)
     for layer in layers:
-        with _named("finalized", layer):
+        with _named_refusals("finalized", layer):
             layer.adapter.check_can_finalize()
     training.refuse_while_running(layers)
     adapters = []
@@ -88,7 +86,7 @@ def merge_adapter(model):
     training.refuse_while_running(layers)
     merged = []
     for layer in layers:
-        with _named("merged", layer):
+        with _named_refusals("merged", layer):
             merged.append(attach.merged_weights(layer))
     containers.detach_adapters(model, layers, merged)
     training.reset_training_state(layers, keep_optimizer=False)
@@ -158,12 +156,8 @@ def adapter_disabled(model):
     return switching.switched_off(lookup.require_adapted_layers(model))
 
 
-@contextlib.contextmanager
-def _named(what, layer):
-    """Says of which layer an error is that is raised inside the block."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"The adapter of layer '{layer.path}' cannot be {what}: {error}."
-        ) from error
+def _named_refusals(what, layer):
+    """Says of which layer a refusal is, inside the block."""
+    return attach.refusals_after(
+        f"The adapter of layer '{layer.path}' cannot be {what}"
+    )

@@ -1,8 +1,9 @@
 """Putting adapters into a model: what every way to adapt one ends with."""
 
 from keras_fvae.layers import sharding
+from keras_fvae.layers.attach import attach_adapter
 from keras_fvae.model import training
-from keras_fvae.model.containers import attach_adapters
+from keras_fvae.model.containers import make_containers
 
 
 def install(tree, layers, adapters, trainable_layers=(), trainable_weights=()):
@@ -19,7 +20,9 @@ def install(tree, layers, adapters, trainable_layers=(), trainable_weights=()):
     sharding.join_distribution(model.variables)
     training.note_state(tree)
     training.note_flags(tree)
-    attach_adapters(model, layers, adapters)
+    for layer, adapter in zip(layers, adapters):
+        attach_adapter(layer, adapter)
+    make_containers(model, layers)
     trained = [
         weight
         for adapter in adapters

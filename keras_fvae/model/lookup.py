@@ -27,7 +27,7 @@ def check_built(model):
 
 
 def adapted_layers(model):
-    """The layers of a model that are that have an adapter, in their order."""
+    """The layers of a model that have an adapter, in their order."""
     return [
         layer
         for layer in keras_internals.flatten_layers(model)

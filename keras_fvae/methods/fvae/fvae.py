@@ -256,7 +256,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
                 rank)`.
 
         Returns:
-            A `ELBO`.
+            An `ELBO`.
         """
         self.refuse_if_finalized()
         token_weights = replicas.token_weights(mask, ops.shape(x)[0])
