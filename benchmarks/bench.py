@@ -15,6 +15,8 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
+from benchmarks import beside_peft
+from benchmarks.models import CONFIGS
 from benchmarks.models import DEPTHS
 from benchmarks.models import METHODS
 from benchmarks.models import WIDTHS
@@ -38,7 +40,10 @@ GOALS = (
     ("training step", COMPILED, "train", "FVAE-LoRA", "LoRA", (0, 0, 1.05)),
     ("training step", LLAMA, "train", "FVAE-LoRA", "LoRA", (1.0, 1.0, 1.0)),
     ("training step", VIT, "train", "FVAE-LoRA", "LoRA on x", (1.12, 1.12, 0)),
-    ("training step", VIT, "train", "LoRA on x", "LoRA", (1.0, 1.0, 1.0)),
+    *(
+        ("training step", VIT, "train", method, "LoRA", (1.0, 1.0, 1.0))
+        for method in CONFIGS
+    ),
     ("prediction", VIT, "predict", "FVAE-LoRA", "base", (1.05,) * 3),
     ("prediction", VIT, "predict", "finalized", "base", (1.03,) * 3),
     ("prediction", VIT, "predict", "merged", "base", (1.0,) * 3),
@@ -77,6 +82,8 @@ def main():
     path.write_text(json.dumps(results, indent=1))
     print_steps(results)
     short = print_goals(results) + print_growth(results)
+    if "torch" in arguments.backends and not arguments.quick:
+        short += print_beside_peft(arguments)
     print(f"\n{short} of these fall short of what they are to reach.")
     plot(results).savefig(path.with_suffix(".png"), dpi=150)
     print(f"All figures are in {path}, a picture beside it.")
@@ -228,6 +235,21 @@ def print_growth(results):
             counted_ratio(*most) / counted_ratio(*least),
         )
     return short
+
+
+def print_beside_peft(arguments):
+    """Prints each method beside PEFT's own; returns as `print_goals`."""
+    print("\nTraining step beside PEFT's, of the same method:")
+    run = "torch, float32 on CPU"
+    seconds = beside_peft.measure(arguments.rounds)
+    beside_peft.save(seconds, arguments.output)
+    return sum(
+        print_goal(
+            method, run, beside_peft.ratio_quartiles(sides)[1], beside_peft.GOAL
+        )
+        for method, sides in seconds.items()
+        if method != beside_peft.NO_METHOD
+    )
 
 
 def print_goal(what, run, value, goal):

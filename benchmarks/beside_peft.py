@@ -2,21 +2,23 @@
 
 python -m benchmarks.beside_peft
 
-PEFT runs in an environment of its own, which is made at the first time.
+It runs in an environment of its own, which is made at the first time.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 
-import torch
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
-METHODS = ("LoRA", "rsLoRA", "PiSSA", "OLoRA", "DoRA", "HiRA")
+# The frozen blocks alone: what is of Keras's layers, and not of an adapter.
+NO_METHOD = "none"
+GOAL = 1.0
 
 
 def main():
@@ -24,61 +26,72 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=pathlib.Path, default="output")
     parser.add_argument(
         "--environment", type=pathlib.Path, default=ROOT / ".venv-peft"
     )
     arguments = parser.parse_args()
-    python = make_environment(arguments.environment)
-    rounds, turns = str(arguments.rounds), []
-    for _ in range(arguments.turns):
-        theirs = run(python, "benchmarks/peft_steps.py", rounds, *METHODS)
-        ours = run(
-            sys.executable, "-m", "benchmarks.keras_steps", rounds, *METHODS
+    seconds = measure(arguments.rounds, arguments.environment)
+    save(seconds, arguments.output)
+    print(f"Training steps on PyTorch, and what to reach: {GOAL:.2f}")
+    print(f"{'':<8}{'ours, s':>9}{'PEFT, s':>9}{'ratio':>7}   quartiles")
+    for method, sides in seconds.items():
+        low, median, high = ratio_quartiles(sides)
+        ours, theirs = (np.median(sides[side]) for side in ("ours", "PEFT"))
+        print(
+            f"{method:<8}{ours:>9.3f}{theirs:>9.3f}{median:>7.3f}"
+            f"   [{low:.3f}, {high:.3f}]"
         )
-        turns.append(
-            {
-                name: [statistics.median(s[name]) for s in (ours, theirs)]
-                for name in METHODS
-            }
-        )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "peft.json"
-    path.write_text(json.dumps(turns, indent=2) + "\n")
-    print("Training steps on four blocks of ViT-B/16's size, PyTorch:")
-    print(f"{'':<8}{'ours, s':>10}{'PEFT, s':>10}{'ratio':>8}")
-    for name in METHODS:
-        ours, theirs = (
-            statistics.median(turn[name][i] for turn in turns) for i in (0, 1)
-        )
-        print(f"{name:<8}{ours:>10.3f}{theirs:>10.3f}{ours / theirs:>8.2f}")
 
 
-def make_environment(folder):
-    """The Python of an environment with PEFT and this one's PyTorch."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        version = torch.__version__.split("+")[0]
-        install = [python, "-m", "pip", "install", "--quiet"]
-        packages = [f"torch=={version}", "peft", "transformers"]
-        subprocess.run([*install, *packages], check=True)
-    return python
+def ratio_quartiles(sides):
+    """Quartiles of the ratios of the rounds, in which both took turns."""
+    ratios = np.divide(sides["ours"], sides["PEFT"])
+    return np.percentile(ratios, [25, 50, 75])
 
 
-def run(*command):
-    """What a process prints as JSON on its last line."""
+def measure(rounds, environment=ROOT / ".venv-peft"):
+    """The seconds of each step, by method and whose it is."""
     result = subprocess.run(
-        [*map(str, command)],
+        [
+            make_environment(environment),
+            "-m",
+            "benchmarks.peft_steps",
+            str(rounds),
+        ],
         cwd=ROOT,
-        env={**os.environ, "KERAS_BACKEND": "torch"},
+        env={
+            **os.environ,
+            "KERAS_BACKEND": "torch",
+            # Both on the CPU.
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def save(seconds, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "peft.json").write_text(json.dumps(seconds, indent=1))
+
+
+def make_environment(folder):
+    """The Python of an environment with PEFT, and this one's libraries."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        pinned = [
+            f"{name}=={importlib.metadata.version(name).split('+')[0]}"
+            for name in ("torch", "keras")
+        ]
+        packages = [*pinned, "peft", "transformers", "-e", ROOT]
+        subprocess.run([*install, *packages], check=True)
+    return python
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ def quick_plan(methods):
     """As few rows as run every line, of tiny models."""
     eager, compiled, jax = ENGINES
     rows = in_order(
-        combine((eager,), MODELS, methods),
+        combine((eager,), (VIT,), methods),
+        combine((eager,), MODELS, PAIR),
         combine((eager,), (VIT,), (FVAE_LORA,), DTYPES),
         growth((eager,)),
         combine((jax,), MODELS, (FVAE_LORA,)),

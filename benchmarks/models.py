@@ -180,14 +180,7 @@ METHODS = {
     ),
 }
 # What `benchmarks.device` measures: the head alone, and what else trains.
-DEVICE_METHODS = (
-    "base",
-    "full fine-tuning",
-    "LoRA",
-    "LoRA on x",
-    "FVAE-LoRA",
-    "rematerialized",
-)
+DEVICE_METHODS = ("base", *TRAINING_METHODS)
 
 
 def make_adapted(size, method, rank, jit_compile="auto"):

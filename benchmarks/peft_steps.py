@@ -1,22 +1,27 @@
-"""Training steps of PEFT's methods on blocks of ViT-B/16's size, in seconds.
+"""Training steps on PyTorch by PEFT and by this package, in seconds.
 
-For `benchmarks.beside_peft`, which runs it in an environment with PEFT,
-transformers and PyTorch alone:
+For `benchmarks.beside_peft`, which runs it in an environment with PEFT. Both
+adapt the same blocks by the same method, in one process, and take turns:
 
-    python benchmarks/peft_steps.py ROUNDS METHOD [METHOD ...]
+    python -m benchmarks.peft_steps ROUNDS
 """
 
+import functools
+import json
 import sys
+import time
 
 import peft
 import torch
-from block_steps import BATCH_SIZE
-from block_steps import NUM_BLOCKS
-from block_steps import NUM_HEADS
-from block_steps import NUM_TOKENS
-from block_steps import RANK
-from block_steps import WIDTH
-from block_steps import take_steps
+
+from benchmarks import keras_blocks
+from benchmarks.beside_peft import NO_METHOD
+from benchmarks.keras_blocks import BATCH_SIZE
+from benchmarks.keras_blocks import NUM_BLOCKS
+from benchmarks.keras_blocks import NUM_HEADS
+from benchmarks.keras_blocks import NUM_TOKENS
+from benchmarks.keras_blocks import RANK
+from benchmarks.keras_blocks import WIDTH
 
 COMMON = {"r": RANK, "target_modules": ["query", "value"]}
 CONFIGS = {
@@ -27,6 +32,7 @@ CONFIGS = {
     "DoRA": lambda: lora(use_dora=True),
     "HiRA": lambda: peft.HiraConfig(**COMMON),
 }
+SHAPE = BATCH_SIZE, NUM_TOKENS, WIDTH
 
 
 def lora(**options):
@@ -58,20 +64,76 @@ class Block(torch.nn.Module):
         return x + self.down(y)
 
 
-def make(method):
+def make_blocks():
     torch.manual_seed(0)
     blocks = torch.nn.Sequential(*[Block() for _ in range(NUM_BLOCKS)])
-    return peft.get_peft_model(blocks, CONFIGS[method]())
+    return blocks.requires_grad_(False)
 
 
-def main(rounds, methods):
-    models = {}
-    for method in methods:
-        model = make(method)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        models[method] = model, trained
-    take_steps(models, rounds)
+def models():
+    """What is timed, by method and then by whose it is.
+
+    Each is a function of the input, and the parameters that train. The blocks
+    without a method show what is of Keras's layers, and not of adapters.
+    """
+    ours = functools.partial(keras_blocks.make_blocks(), training=True)
+    pairs = {
+        NO_METHOD: {"ours": shifted(ours), "PEFT": shifted(make_blocks())},
+    }
+    for method in CONFIGS:
+        ours = keras_blocks.make(method)
+        theirs = peft.get_peft_model(make_blocks(), CONFIGS[method]())
+        pairs[method] = {
+            "ours": (
+                functools.partial(ours, training=True),
+                [weight.value for weight in ours.trainable_weights],
+            ),
+            "PEFT": (
+                theirs,
+                [p for p in theirs.parameters() if p.requires_grad],
+            ),
+        }
+    return pairs
+
+
+def shifted(blocks):
+    """Frozen blocks, and a shift of their input that trains."""
+    shift = torch.nn.Parameter(torch.zeros(WIDTH))
+    return lambda x: blocks(x + shift), [shift]
+
+
+def take_steps(pairs, rounds):
+    """The seconds of each step, one a round, by method and whose it is."""
+    x, target = torch.randn(SHAPE), torch.randn(SHAPE)
+    steps = {
+        (method, side): make_step(model, trained, x, target)
+        for method, sides in pairs.items()
+        for side, (model, trained) in sides.items()
+    }
+    for step in steps.values():
+        step()
+    seconds = {method: {"ours": [], "PEFT": []} for method in pairs}
+    for number in range(rounds):
+        # Each is first as often as it is last.
+        for method, side in [*steps][:: 1 if number % 2 else -1]:
+            begin = time.perf_counter()
+            steps[method, side]()
+            seconds[method][side].append(time.perf_counter() - begin)
+    return seconds
+
+
+def make_step(model, trained, x, target):
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+
+    def step():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    print(json.dumps(take_steps(models(), int(sys.argv[1]))))

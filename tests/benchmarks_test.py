@@ -68,16 +68,16 @@ def test_what_training_takes_is_counted(method):
 @pytest.mark.skipif(BACKEND != "torch", reason="PEFT has PyTorch alone")
 def test_the_blocks_are_those_that_peft_adapts():
     """Of the same weights and the same products, without PEFT itself."""
-    from benchmarks import keras_steps
+    from benchmarks import keras_blocks
 
-    model = keras_steps.make("LoRA")
+    model = keras_blocks.make("LoRA")
     layers = adapted_layers(model)
-    assert len(layers) == 2 * keras_steps.NUM_BLOCKS
-    width = keras_steps.WIDTH
+    assert len(layers) == 2 * keras_blocks.NUM_BLOCKS
+    width = keras_blocks.WIDTH
     # Four projections and an MLP of four times the width; two norms.
     weights = 12 * width**2 + 9 * width + 4 * width
-    thin = 2 * 2 * width * keras_steps.RANK
-    counted = keras_steps.NUM_BLOCKS * (weights + thin)
+    thin = 2 * 2 * width * keras_blocks.RANK
+    counted = keras_blocks.NUM_BLOCKS * (weights + thin)
     assert model.count_params() == counted
 
 

@@ -60,16 +60,16 @@ def add_matmul(y, x, kernel):
         return None
     import torch
 
-    if (
-        # A gradient would have to be copied for what is changed in place.
-        torch.is_grad_enabled()
-        or not y.is_contiguous()
-        # Where `torch.vmap` maps, a tensor stands for many.
-        or torch._C._functorch.maybe_current_level() is not None
-    ):
+    # Where `torch.vmap` maps, a tensor stands for many.
+    if torch._C._functorch.maybe_current_level() is not None:
         return None
     rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
-    y.view(-1, kernel.shape[-1]).addmm_(rows, kernel.to(y.dtype))
+    kernel = kernel.to(y.dtype)
+    # A gradient would have to be copied for what is changed in place.
+    if torch.is_grad_enabled() or not y.is_contiguous():
+        sums = y.reshape(-1, kernel.shape[-1])
+        return torch.addmm(sums, rows, kernel).view(y.shape)
+    y.view(-1, kernel.shape[-1]).addmm_(rows, kernel)
     return y
 
 

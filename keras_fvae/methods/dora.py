@@ -63,7 +63,7 @@ class DoRAAdapter(LowRankAdapter):
             kernel_a = ops.stop_gradient(kernel_a)
             kernel_b = ops.stop_gradient(kernel_b)
         kernel_b = self.config.scale * kernel_b
-        of_kernel = ops.einsum("dk,dk->k", kernel, kernel)
+        of_kernel = ops.square(ops.norm(kernel, axis=0))
         of_both = ops.matmul(ops.transpose(kernel_a), kernel)
         of_update = ops.matmul(
             ops.matmul(ops.transpose(kernel_a), kernel_a), kernel_b
