@@ -141,6 +141,22 @@ def test_a_layer_in_a_loop_is_refused():
     assert snapshot(model) == before
 
 
+def test_a_method_without_loss_or_noise_trains_in_a_loop():
+    losses = []
+    for unroll in (False, True):
+        keras.utils.set_random_seed(0)
+        rnn = keras.layers.RNN(Cell(), return_sequences=True, unroll=unroll)
+        model = make_functional(rnn)
+        config = keras_fvae.LoRAConfig(rank=2, seed=0)
+        keras_fvae.enable_adapter(model, config, "query")
+        model.compile(keras.optimizers.Adam(0.1), "mse")
+        history = model.fit(FEATURES, FEATURES[:, -1, :3], epochs=3, verbose=0)
+        losses.append(history.history["loss"])
+    looped, unrolled = losses
+    assert looped[-1] < 0.99 * looped[0]
+    assert looped == pytest.approx(unrolled, rel=1e-4)
+
+
 @pytest.mark.parametrize("caller_class", [Caller, TrainingCaller])
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_model_that_says_nothing_of_training(caller_class, run_eagerly):

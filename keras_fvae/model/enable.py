@@ -110,7 +110,6 @@ def enable_adapter(
     targets = find_targets(model, target_layer_names)
     for layer in targets:
         check_adaptable(layer)
-    _refuse_loops(tree, targets)
     refuse_while_running(targets)
     trainable_layers = match_layers(
         model,
@@ -122,6 +121,7 @@ def enable_adapter(
         build_adapter(layer, config.for_layer(index, len(targets)))
         for index, layer in enumerate(targets)
     ]
+    _refuse_loops(tree, targets, adapters)
     install(tree, targets, adapters, trainable_layers)
     return summarize(model, config, targets)
 
@@ -139,19 +139,28 @@ def refuse_if_adapted(tree):
         )
 
 
-def _refuse_loops(tree, targets):
-    """Refuses layers in a loop, out of which TensorFlow and JAX let no loss."""
-    for holder in tree.ancestors(targets):
+def _refuse_loops(tree, targets, adapters):
+    """Refuses layers in a loop, out of which TensorFlow and JAX let no loss.
+
+    Nor do random numbers get out; what has neither trains there.
+    """
+    layers = [
+        layer
+        for layer, adapter in zip(targets, adapters)
+        if adapter.changes_state(training=True)
+    ]
+    for holder in tree.ancestors(layers):
         if isinstance(holder, keras.layers.RNN) and not holder.unroll:
             inner_ids = {
                 id(inner) for inner in keras_internals.flatten_layers(holder)
             }
-            layer = next(t for t in targets if id(t) in inner_ids)
+            layer = next(t for t in layers if id(t) in inner_ids)
             raise ValueError(
                 f"The layer '{layer.path}' is in the loop of the recurrent "
-                f"layer '{holder.name}', out of which the loss of an adapter "
-                "cannot come. Make that layer with `unroll=True`, or choose "
-                "other `target_layer_names`."
+                f"layer '{holder.name}', out of which neither a loss nor "
+                "random numbers of an adapter come. Make that layer with "
+                "`unroll=True`, take a method that has neither, such as "
+                "`LoRAConfig()`, or choose other `target_layer_names`."
             )
 
 
