@@ -5,20 +5,20 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from fits import LABELS
-from fits import SMALL
-from fits import TOKENS
-from fits import adapt_quietly
-from fits import assert_same_moves
-from fits import cross_entropy
-from fits import make_attention_model
-from fits import make_nested
-from fits import train
 from helpers import BACKEND
 from helpers import move_adapters
 from helpers import snapshot
 from helpers import to_numpy
 from keras import ops
+from short_training import LABELS
+from short_training import SMALL
+from short_training import TOKENS
+from short_training import adapt_without_dropout
+from short_training import assert_same_moves
+from short_training import cross_entropy
+from short_training import make_attention_model
+from short_training import make_nested
+from short_training import train
 
 import keras_fvae
 from keras_fvae.model.lookup import adapted_layers
@@ -115,7 +115,7 @@ CALLED_AGAIN = {
 def test_a_layer_counts_once_however_often_it_is_called(name):
     keras.utils.set_random_seed(0)
     model = CALLED_AGAIN[name]()
-    adapt_quietly(model, trainable_layer_names=["head"])
+    adapt_without_dropout(model, trainable_layer_names=["head"])
     (layer,) = adapted_layers(model)
     # What the layer is called on: all time steps again and again, or one
     # after the other.
@@ -161,7 +161,7 @@ def test_a_method_without_loss_or_noise_trains_in_a_loop():
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_model_that_says_nothing_of_training(caller_class, run_eagerly):
     model = make_caller(caller_class, make_query())
-    adapt_quietly(model)
+    adapt_without_dropout(model)
     (loss,), _ = train(model, data=(FEATURES, LABELS), run_eagerly=run_eagerly)
     evaluated = model.evaluate(FEATURES, LABELS, verbose=0)
     assert loss > evaluated + 1.0
@@ -181,7 +181,7 @@ def test_clones_train_as_the_model_does(name, make_bert):
         inputs["segment_ids"] = np.zeros_like(TOKENS)
         inputs["padding_mask"] = np.ones_like(TOKENS)
         model, data = make_bert(), (inputs, LABELS)
-    adapt_quietly(model)
+    adapt_without_dropout(model)
     clones = [keras.models.clone_model(model)]
     if name == "bert":
         clones.append(type(model).from_config(model.get_config()))
@@ -258,7 +258,7 @@ def test_inputs_of_other_dtypes(dtype, rng):
     x = rng.integers(0, 2 if dtype == "bool" else 4, (6, 8))
     models = make_dense("float32"), make_dense(dtype)
     for model in models:
-        adapt_quietly(model, seed=0)
+        adapt_without_dropout(model, seed=0)
     expected, other = (
         (to_numpy(model(array, training=False)), model(array, training=True))
         for model, array in zip(models, (x.astype("float32"), x.astype(dtype)))
@@ -276,7 +276,7 @@ def test_inputs_of_other_dtypes(dtype, rng):
 def test_sparse_inputs(rng):
     x = rng.integers(0, 2, (6, 8)).astype("float32")
     model = make_dense("float32", sparse=True)
-    adapt_quietly(model)
+    adapt_without_dropout(model)
     if BACKEND == "jax":
         from jax.experimental import sparse
 
@@ -298,7 +298,7 @@ def test_sparse_inputs(rng):
 def test_nothing_to_call_on(shape):
     inputs = keras.Input((*[None] * (len(shape) - 2), 8))
     model = keras.Model(inputs, make_query()(inputs))
-    adapt_quietly(model)
+    adapt_without_dropout(model)
     x = np.zeros(shape, "float32")
     for training in (False, True):
         outputs = model(x, training=training)
@@ -361,7 +361,7 @@ class UntoldInItsLoss(Untold):
 def test_a_model_without_an_argument_for_training(is_built):
     inputs = keras.Input((4, 5))
     inner = keras.Model(inputs, make_query()(inputs)[:, -1])
-    adapt_quietly(inner)
+    adapt_without_dropout(inner)
     (layer,) = adapted_layers(inner)
     model = Untold(inner)
     if is_built:
@@ -388,7 +388,7 @@ def test_a_model_without_an_argument_for_training(is_built):
 def test_in_a_loss_a_model_evaluates_if_it_is_told_so():
     inputs = keras.Input((4, 5))
     inner = keras.Model(inputs, make_query()(inputs)[:, -1])
-    adapt_quietly(inner)
+    adapt_without_dropout(inner)
     (layer,) = adapted_layers(inner)
     model = UntoldInItsLoss(inner)
     elbo = 0.5 * to_numpy(layer.adapter.fvae(FEATURES).loss)
@@ -449,7 +449,7 @@ def test_a_layer_in_a_transformed_function_trains_or_is_refused(name):
     inputs = keras.Input((4, 5))
     x = Transforms(name)(inputs)
     model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x[:, -1]))
-    adapt_quietly(model, trainable_layer_names=["head"])
+    adapt_without_dropout(model, trainable_layer_names=["head"])
     predictions = model.predict(FEATURES, verbose=0)
     assert predictions.shape == (16, 3)
     model.compile(keras.optimizers.SGD(1e-12), cross_entropy)

@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = (
 import keras
 import numpy as np
 import pytest
-import zoo
+import small_models
 from helpers import BACKEND
 from helpers import ONE_BACKEND
 
@@ -84,7 +84,7 @@ def config():
 @pytest.fixture
 def make_bert():
     """Makes a BERT classifier of a few units, with a head of three classes."""
-    return zoo.make_text_classifier
+    return small_models.make_text_classifier
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from distributed.common import CONFIG
 from distributed.common import fit
 from distributed.common import make_backbone
 from distributed.common import make_batch
-from fits import LABELS
-from fits import TOKENS
-from fits import make_adapted
-from fits import make_attention_model
 from helpers import BACKEND
 from helpers import ROOT
 from helpers import environment
+from short_training import LABELS
+from short_training import TOKENS
+from short_training import make_adapted
+from short_training import make_attention_model
 
 import keras_fvae
 from keras_fvae.model.lookup import adapted_layers

@@ -10,7 +10,7 @@ import sys
 import keras
 import keras_hub
 import numpy as np
-import zoo
+import small_models
 
 import keras_fvae  # noqa: F401
 
@@ -26,7 +26,7 @@ def main(directory):
     results = {}
 
     def check(kind, name, model):
-        results[f"{kind}/predictions"] = zoo.predict(model, name)
+        results[f"{kind}/predictions"] = small_models.predict(model, name)
         results[f"{kind}/trainable"] = np.array(
             [str(weight.shape) for weight in model.trainable_weights]
         )
@@ -39,7 +39,7 @@ def main(directory):
         check(kind, name, model)
         # KerasHub does not keep how a task was compiled.
         if kind == "trained" and name not in TASKS:
-            zoo.fit(model, name)
+            small_models.fit(model, name)
             check("after", name, model)
             model.save(directory / "again.keras")
             again = keras.saving.load_model(directory / "again.keras")

@@ -12,8 +12,8 @@ import keras_hub
 import numpy as np
 import pytest
 import safetensors.torch
+import small_models
 import torch
-import zoo
 from helpers import LONG_ON_ONE_BACKEND
 from helpers import move_adapters
 from helpers import snapshot
@@ -189,7 +189,7 @@ def test_round_trip_of_a_backbone(name, options, converter, tmp_path, rng):
 
 
 def test_heads_of_text_classifiers(tmp_path):
-    model = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
     model.backbone.enable_fvae_lora(rank=2, decoder_units=(4,))
     keras_fvae.save_peft_adapter(model, tmp_path)
     settings, tensors = read(tmp_path)
@@ -209,7 +209,7 @@ def test_heads_of_text_classifiers(tmp_path):
 
 
 def test_some_layers_are_named_one_by_one(tmp_path):
-    model = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
     model.backbone.enable_fvae_lora(
         2,
         lambda layer: (
@@ -220,7 +220,7 @@ def test_some_layers_are_named_one_by_one(tmp_path):
     settings, _ = read(tmp_path)
     name = "encoder.layer.1.attention.self.query"
     assert settings["target_modules"] == [name]
-    other = zoo.make_text_classifier()
+    other = small_models.make_text_classifier()
     assert len(keras_fvae.load_peft_adapter(other, tmp_path).layer_paths) == 1
 
 
@@ -397,7 +397,7 @@ def test_settings_of_training_alone_are_told(vit, adapter):
     ],
 )
 def test_what_cannot_be_written(options, message, tmp_path):
-    model = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
     model.backbone.enable_fvae_lora(rank=2, **options)
     with pytest.raises(ValueError, match=message):
         keras_fvae.save_peft_adapter(model, tmp_path / "new")

@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-import zoo
+import small_models
 from helpers import dtype_of
 from helpers import move_adapters
 from helpers import snapshot
@@ -40,30 +40,32 @@ def quantized_weights(model):
     ],
 )
 def test_a_quantized_model_is_adapted_trained_and_saved(name, mode, tmp_path):
-    model = zoo.MODELS[name]()
+    model = small_models.MODELS[name]()
     # A quantized head could not be trained.
     inner = getattr(model, "backbone", model)
     inner.quantize(mode, filters=lambda layer: layer.name != "head")
-    base_predictions = zoo.predict(model, name)
+    base_predictions = small_models.predict(model, name)
     head = ["head"] if name == "functional" else []
     keras_fvae.enable_fvae_lora(inner, trainable_layer_names=head, **SMALL)
-    np.testing.assert_array_equal(zoo.predict(model, name), base_predictions)
+    np.testing.assert_array_equal(
+        small_models.predict(model, name), base_predictions
+    )
     before = quantized_weights(model)
     assert before
-    zoo.compile_model(model, name)
-    losses = zoo.fit(model, name, epochs=10).history["loss"]
+    small_models.compile_model(model, name)
+    losses = small_models.fit(model, name, epochs=10).history["loss"]
     assert min(losses) < losses[0]
     for path, value in quantized_weights(model).items():
         np.testing.assert_array_equal(value, before[path])
     for layer in lookup.adapted_layers(model):
         assert layer.quantization_mode == mode
         assert {w.dtype for w in layer.adapter.weights} == {"float32"}
-    predictions = zoo.predict(model, name)
+    predictions = small_models.predict(model, name)
     assert np.abs(predictions - base_predictions).max() > 0.01
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(
-        zoo.predict(loaded, name), predictions, atol=1e-6
+        small_models.predict(loaded, name), predictions, atol=1e-6
     )
     layers = lookup.adapted_layers(loaded)
     assert {layer.quantization_mode for layer in layers} == {mode}
@@ -71,18 +73,18 @@ def test_a_quantized_model_is_adapted_trained_and_saved(name, mode, tmp_path):
 
 @pytest.mark.one_backend
 def test_adapters_of_a_float_model_load_onto_a_quantized_one(rng, tmp_path):
-    model = zoo.make_text_classifier()
-    other = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
+    other = small_models.make_text_classifier()
     other.set_weights(model.get_weights())
     model.backbone.enable_fvae_lora(**SMALL)
     move_adapters(model, rng, scale=0.5)
     path = tmp_path / "task.safetensors"
     model.backbone.save_adapter(path)
     other.quantize("int8")
-    base_predictions = zoo.predict(other, "text_classifier")
+    base_predictions = small_models.predict(other, "text_classifier")
     other.backbone.load_adapter(path)
-    predictions = zoo.predict(other, "text_classifier")
-    expected = zoo.predict(model, "text_classifier")
+    predictions = small_models.predict(other, "text_classifier")
+    expected = small_models.predict(model, "text_classifier")
     error = np.abs(predictions - expected).max()
     assert error < np.abs(base_predictions - expected).max() / 2
 
@@ -113,7 +115,7 @@ def test_the_update_comes_before_the_activation(mode, einsum, rng):
 
 @pytest.mark.parametrize("name", ["functional", "text_classifier", "backbone"])
 def test_quantizing_an_adapted_model_says_the_order(name):
-    model = zoo.MODELS[name]()
+    model = small_models.MODELS[name]()
     keras_fvae.enable_fvae_lora(getattr(model, "backbone", model), **SMALL)
     before = snapshot(model)
     with pytest.raises(ValueError, match="quantized before it is"):
@@ -122,7 +124,7 @@ def test_quantizing_an_adapted_model_says_the_order(name):
 
 
 def test_a_model_around_an_adapted_one_is_not_half_quantized_in_silence():
-    inner = zoo.make_sequential()
+    inner = small_models.make_sequential()
     keras_fvae.enable_fvae_lora(inner, **SMALL)
     inputs = keras.Input((8,))
     outer = keras.Model(inputs, keras.layers.Dense(2)(inner(inputs)))
@@ -132,7 +134,7 @@ def test_a_model_around_an_adapted_one_is_not_half_quantized_in_silence():
 
 @pytest.mark.parametrize("other_mode", ["float8", "gptq"])
 def test_other_modes_are_refused(other_mode):
-    model = zoo.make_sequential()
+    model = small_models.make_sequential()
     if other_mode == "float8":
         model.quantize("float8")
     else:

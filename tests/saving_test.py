@@ -6,7 +6,7 @@ import time
 import keras
 import numpy as np
 import pytest
-import zoo
+import small_models
 from helpers import BACKENDS
 from helpers import LONG_ON_ONE_BACKEND
 from helpers import NEXT_BACKEND
@@ -40,17 +40,17 @@ def set_base_weights(model, weights):
 
 def make_pair(name, rng, **options):
     """A model with adapters that matter, and the same one without."""
-    adapted, plain = zoo.MODELS[name](), zoo.MODELS[name]()
+    adapted, plain = small_models.MODELS[name](), small_models.MODELS[name]()
     enable(adapted, name, **options)
-    before = zoo.predict(adapted, name)
+    before = small_models.predict(adapted, name)
     move_adapters(adapted, rng, scale=1.0)
-    assert np.abs(zoo.predict(adapted, name) - before).max() > 0.1
+    assert np.abs(small_models.predict(adapted, name) - before).max() > 0.1
     set_base_weights(plain, adapted.weights)
     return adapted, plain
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", small_models.MODELS)
 @pytest.mark.parametrize("include", ["all", "inference"])
 def test_round_trip_onto_a_plain_model(name, include, rng, tmp_path):
     adapted, plain = make_pair(name, rng)
@@ -58,7 +58,9 @@ def test_round_trip_onto_a_plain_model(name, include, rng, tmp_path):
     keras_fvae.save_adapter(adapted, tmp_path / FILE, include)
     keras_fvae.load_adapter(plain, tmp_path / FILE)
     np.testing.assert_allclose(
-        zoo.predict(plain, name), zoo.predict(adapted, name), atol=1e-6
+        small_models.predict(plain, name),
+        small_models.predict(adapted, name),
+        atol=1e-6,
     )
     finalized = [
         layer.adapter.finalized for layer in lookup.adapted_layers(plain)
@@ -93,8 +95,8 @@ def test_onto_an_adapted_model(rng, tmp_path):
     keras_fvae.save_adapter(adapted, tmp_path / FILE)
     keras_fvae.load_adapter(plain, tmp_path / FILE)
     np.testing.assert_allclose(
-        zoo.predict(plain, "functional"),
-        zoo.predict(adapted, "functional"),
+        small_models.predict(plain, "functional"),
+        small_models.predict(adapted, "functional"),
         atol=1e-6,
     )
 
@@ -145,17 +147,17 @@ LOAD = """
 import sys
 import keras, numpy as np
 sys.path.insert(0, "tests")
-import zoo
+import small_models
 import keras_fvae
 directory = sys.argv[1]
-model = zoo.make_text_classifier()
+model = small_models.make_text_classifier()
 model.load_weights(directory + "/base.weights.h5")
 model.backbone.load_adapter(directory + "/task.safetensors")
-np.save(directory + "/loaded.npy", zoo.predict(model, "text_classifier"))
-other = zoo.make_text_classifier()
+np.save(directory + "/loaded.npy", small_models.predict(model, "text_classifier"))
+other = small_models.make_text_classifier()
 other.load_weights(directory + "/base.weights.h5")
 keras_fvae.load_peft_adapter(other, directory + "/peft")
-np.save(directory + "/peft.npy", zoo.predict(other, "text_classifier"))
+np.save(directory + "/peft.npy", small_models.predict(other, "text_classifier"))
 """
 
 
@@ -164,15 +166,15 @@ def trained_here(tmp_path_factory):
     """A directory with a trained adapter, and what it predicts."""
     directory = tmp_path_factory.mktemp("trained")
     keras.utils.set_random_seed(0)
-    model = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
     model.get_layer("logits").trainable = False
-    base_predictions = zoo.predict(model, "text_classifier")
+    base_predictions = small_models.predict(model, "text_classifier")
     model.save_weights(directory / "base.weights.h5")
     model.backbone.enable_fvae_lora(**SMALL)
     move_adapters(model, np.random.default_rng(0), scale=1.0)
-    zoo.compile_model(model, "text_classifier")
-    zoo.fit(model, "text_classifier")
-    predictions = zoo.predict(model, "text_classifier")
+    small_models.compile_model(model, "text_classifier")
+    small_models.fit(model, "text_classifier")
+    predictions = small_models.predict(model, "text_classifier")
     assert np.abs(predictions - base_predictions).max() > 0.1
     model.backbone.save_adapter(directory / FILE)
     keras_fvae.save_peft_adapter(model, directory / "peft")
@@ -375,7 +377,7 @@ def with_units(units=8, name="query", head="head"):
 
 
 def adapted_with(**options):
-    model = zoo.make_sequential()
+    model = small_models.make_sequential()
     enable(model, "sequential", **options)
     return model
 
@@ -452,10 +454,10 @@ def test_a_model_that_is_not_built(tmp_path):
         keras_fvae.save_adapter,
         keras_fvae.load_adapter,
         lambda model, path: keras_fvae.save_peft_adapter(
-            zoo.make_text_classifier(), path
+            small_models.make_text_classifier(), path
         ),
         lambda model, path: keras_fvae.load_peft_adapter(
-            zoo.make_text_classifier(), path
+            small_models.make_text_classifier(), path
         ),
     ],
 )
@@ -469,7 +471,7 @@ def test_paths_of_other_file_systems(call, tmp_path, monkeypatch):
 
 
 def test_arguments(tmp_path):
-    model = zoo.make_sequential()
+    model = small_models.make_sequential()
     with pytest.raises(ValueError, match="no adapted layer"):
         keras_fvae.save_adapter(model, tmp_path / FILE)
     with pytest.raises(FileNotFoundError, match="no adapter file"):
@@ -491,14 +493,14 @@ def test_onto_another_precision(rng, tmp_path):
     keras_fvae.save_adapter(adapted, tmp_path / FILE)
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        other = zoo.make_sequential()
+        other = small_models.make_sequential()
     finally:
         keras.config.set_dtype_policy("float32")
     set_base_weights(other, adapted.weights)
     keras_fvae.load_adapter(other, tmp_path / FILE)
     np.testing.assert_allclose(
-        zoo.predict(other, "sequential").astype("float32"),
-        zoo.predict(adapted, "sequential"),
+        small_models.predict(other, "sequential").astype("float32"),
+        small_models.predict(adapted, "sequential"),
         atol=0.1,
     )
 
@@ -599,19 +601,22 @@ def test_state_without_a_gradient_comes_back(kind, is_chosen, rng, tmp_path):
 def test_what_was_trained_and_then_frozen_comes_back(
     freeze, compile_again, rng, tmp_path
 ):
-    model, loaded = zoo.make_sequential(), zoo.make_sequential()
+    model, loaded = (
+        small_models.make_sequential(),
+        small_models.make_sequential(),
+    )
     loaded.set_weights(model.get_weights())
     enable(model, "sequential")
-    zoo.compile_model(model, "sequential")
-    zoo.fit(model, "sequential")
+    small_models.compile_model(model, "sequential")
+    small_models.fit(model, "sequential")
     freeze(model)
     if compile_again:
-        zoo.compile_model(model, "sequential")
-    predictions = zoo.predict(model, "sequential")
+        small_models.compile_model(model, "sequential")
+    predictions = small_models.predict(model, "sequential")
     keras_fvae.save_adapter(model, tmp_path / FILE)
     keras_fvae.load_adapter(loaded, tmp_path / FILE)
     np.testing.assert_allclose(
-        zoo.predict(loaded, "sequential"), predictions, atol=1e-6
+        small_models.predict(loaded, "sequential"), predictions, atol=1e-6
     )
     assert len(loaded.trainable_weights) == 5
     # Also when it goes by a whole model in between.
@@ -623,18 +628,21 @@ def test_what_was_trained_and_then_frozen_comes_back(
 
 
 def test_the_head_of_a_task_that_was_trained_and_then_frozen(rng, tmp_path):
-    model, loaded = zoo.make_text_classifier(), zoo.make_text_classifier()
+    model, loaded = (
+        small_models.make_text_classifier(),
+        small_models.make_text_classifier(),
+    )
     loaded.set_weights(model.get_weights())
     model.backbone.enable_fvae_lora(**SMALL)
-    zoo.compile_model(model, "text_classifier")
-    zoo.fit(model, "text_classifier")
+    small_models.compile_model(model, "text_classifier")
+    small_models.fit(model, "text_classifier")
     model.trainable = False
-    zoo.compile_model(model, "text_classifier")
-    predictions = zoo.predict(model, "text_classifier")
+    small_models.compile_model(model, "text_classifier")
+    predictions = small_models.predict(model, "text_classifier")
     keras_fvae.save_adapter(model, tmp_path / FILE)
     keras_fvae.load_adapter(loaded, tmp_path / FILE)
     np.testing.assert_allclose(
-        zoo.predict(loaded, "text_classifier"), predictions, atol=1e-6
+        small_models.predict(loaded, "text_classifier"), predictions, atol=1e-6
     )
 
 

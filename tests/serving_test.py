@@ -4,7 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import zoo
+import small_models
 from helpers import BACKEND
 from helpers import move_adapters
 from helpers import run_python
@@ -16,18 +16,18 @@ import keras_fvae
 from keras_fvae.model import lookup
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
-NAMES = [*zoo.MODELS]
+NAMES = [*small_models.MODELS]
 
 
 def make_adapted(name, rng, **options):
     """A model with adapters that matter, and what it predicts."""
-    model = zoo.MODELS[name]()
-    base_predictions = zoo.predict(model, name)
+    model = small_models.MODELS[name]()
+    base_predictions = small_models.predict(model, name)
     keras_fvae.enable_fvae_lora(
         getattr(model, "backbone", model), **{**SMALL, **options}
     )
     move_adapters(model, rng, scale=1.0)
-    predictions = zoo.predict(model, name)
+    predictions = small_models.predict(model, name)
     assert np.abs(predictions - base_predictions).max() > 0.1
     return model, base_predictions, predictions
 
@@ -37,7 +37,9 @@ def make_adapted(name, rng, **options):
 def test_finalizing_changes_no_prediction(name, rng):
     model, _, predictions = make_adapted(name, rng)
     keras_fvae.finalize_adapter(model)
-    np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-6)
+    np.testing.assert_allclose(
+        small_models.predict(model, name), predictions, atol=1e-6
+    )
     for layer in lookup.adapted_layers(model):
         parameters = sum(to_numpy(w).size for w in layer.adapter.weights)
         assert parameters == layer.adapter.num_inference_parameters
@@ -56,7 +58,7 @@ def test_every_kind_of_encoder_can_be_finalized(shared, encoder_units, rng):
     )
     keras_fvae.finalize_adapter(model)
     np.testing.assert_allclose(
-        zoo.predict(model, "sequential"), predictions, atol=1e-6
+        small_models.predict(model, "sequential"), predictions, atol=1e-6
     )
 
 
@@ -79,20 +81,22 @@ def test_what_remains_of_vit_b_16():
 @pytest.mark.parametrize("name", ["functional", "text_classifier"])
 def test_a_finalized_model_refuses_to_train(name, rng):
     model, _, predictions = make_adapted(name, rng)
-    zoo.compile_model(model, name)
-    zoo.fit(model, name)
-    predictions = zoo.predict(model, name)
+    small_models.compile_model(model, name)
+    small_models.fit(model, name)
+    predictions = small_models.predict(model, name)
     keras_fvae.finalize_adapter(model)
-    x, y = zoo.data(name)
+    x, y = small_models.data(name)
     for call in (
-        lambda: zoo.fit(model, name),
+        lambda: small_models.fit(model, name),
         lambda: model.train_on_batch(x, y),
         lambda: model(x, training=True),
     ):
         with pytest.raises(ValueError, match="This model is finalized"):
             call()
     # And all is as it was.
-    np.testing.assert_allclose(zoo.predict(model, name), predictions, atol=1e-6)
+    np.testing.assert_allclose(
+        small_models.predict(model, name), predictions, atol=1e-6
+    )
     logs = model.evaluate(x, y, verbose=0, return_dict=True)
     assert np.isfinite(logs["loss"])
 
@@ -102,7 +106,7 @@ def test_finalizing_twice_is_finalizing_once(rng):
     keras_fvae.finalize_adapter(model)
     keras_fvae.finalize_adapter(model)
     np.testing.assert_allclose(
-        zoo.predict(model, "sequential"), predictions, atol=1e-6
+        small_models.predict(model, "sequential"), predictions, atol=1e-6
     )
 
 
@@ -114,7 +118,9 @@ def test_merging_leaves_plain_layers(name, rng):
     keras_fvae.merge_adapter(model)
     scale = max(np.abs(predictions).max(), 1)
     np.testing.assert_allclose(
-        zoo.predict(model, name) / scale, predictions / scale, atol=1e-5
+        small_models.predict(model, name) / scale,
+        predictions / scale,
+        atol=1e-5,
     )
     assert {type(layer) for layer in layers} <= {
         keras.layers.Dense,
@@ -132,12 +138,12 @@ def test_a_merged_model_can_be_saved(name, rng, tmp_path):
     """Also where the update needs a bias, which a Llama has not."""
     model, _, _ = make_adapted(name, rng, encoder_units=())
     keras_fvae.merge_adapter(model)
-    predictions = zoo.predict(model, name)
+    predictions = small_models.predict(model, name)
     model.save(tmp_path / "model.keras")
     for _ in range(2):
         model = keras.saving.load_model(tmp_path / "model.keras")
         np.testing.assert_allclose(
-            zoo.predict(model, name), predictions, atol=1e-6
+            small_models.predict(model, name), predictions, atol=1e-6
         )
         model.save(tmp_path / "model.keras")
 
@@ -180,13 +186,13 @@ def test_merging_einsum_layers(equation, output_shape, bias_axes, shape, rng):
 def test_a_merged_model_can_be_adapted_again(rng):
     model, _, _ = make_adapted("causal_lm", rng, encoder_units=())
     keras_fvae.merge_adapter(model)
-    predictions = zoo.predict(model, "causal_lm")
+    predictions = small_models.predict(model, "causal_lm")
     model.backbone.enable_fvae_lora(**SMALL)
     np.testing.assert_allclose(
-        zoo.predict(model, "causal_lm"), predictions, atol=1e-6
+        small_models.predict(model, "causal_lm"), predictions, atol=1e-6
     )
-    zoo.compile_model(model, "causal_lm")
-    assert np.isfinite(zoo.fit(model, "causal_lm").history["loss"][0])
+    small_models.compile_model(model, "causal_lm")
+    assert np.isfinite(small_models.fit(model, "causal_lm").history["loss"][0])
 
 
 def quantized(model):
@@ -229,7 +235,7 @@ REFUSALS = [
 @pytest.mark.one_backend
 @pytest.mark.parametrize("call, prepare, message", REFUSALS)
 def test_refusals_change_nothing(call, prepare, message):
-    model = zoo.make_sequential()
+    model = small_models.make_sequential()
     prepare(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
@@ -240,22 +246,22 @@ def test_refusals_change_nothing(call, prepare, message):
 @pytest.mark.parametrize("name", ["functional", "text_classifier"])
 def test_disabled_adapters_give_the_base_predictions(name, rng):
     model, base_predictions, predictions = make_adapted(name, rng)
-    x, _ = zoo.data(name)
+    x, _ = small_models.data(name)
 
     def predict():
-        return model.predict(x, batch_size=zoo.NUM_SAMPLES, verbose=0)
+        return model.predict(x, batch_size=small_models.NUM_SAMPLES, verbose=0)
 
     np.testing.assert_allclose(predict(), predictions, atol=1e-5)
     with keras_fvae.adapter_disabled(getattr(model, "backbone", model)):
         # The model has a compiled `predict` already.
         np.testing.assert_allclose(predict(), base_predictions, atol=1e-5)
         np.testing.assert_array_equal(
-            zoo.predict(model, name), base_predictions
+            small_models.predict(model, name), base_predictions
         )
         with keras_fvae.adapter_disabled(model):
             pass
         np.testing.assert_array_equal(
-            zoo.predict(model, name), base_predictions
+            small_models.predict(model, name), base_predictions
         )
     np.testing.assert_allclose(predict(), predictions, atol=1e-5)
 
@@ -264,14 +270,16 @@ def test_disabled_adapters_come_back_when_the_body_raises(rng):
     model, _, predictions = make_adapted("sequential", rng)
     with pytest.raises(KeyError), keras_fvae.adapter_disabled(model):
         raise KeyError
-    np.testing.assert_array_equal(zoo.predict(model, "sequential"), predictions)
+    np.testing.assert_array_equal(
+        small_models.predict(model, "sequential"), predictions
+    )
 
 
 def test_base_predictions_during_fit(rng):
     """As a callback that compares with the base model would."""
     model, base_predictions, _ = make_adapted("sequential", rng)
-    zoo.compile_model(model, "sequential")
-    x, y = zoo.data("sequential")
+    small_models.compile_model(model, "sequential")
+    x, y = small_models.data("sequential")
 
     class Compare(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -286,7 +294,7 @@ def test_base_predictions_during_fit(rng):
 def test_disabling_needs_adapters():
     with (
         pytest.raises(ValueError, match="no adapted layer"),
-        keras_fvae.adapter_disabled(zoo.make_sequential()),
+        keras_fvae.adapter_disabled(small_models.make_sequential()),
     ):
         pass
 
@@ -296,7 +304,7 @@ def finalized(rng):
     """An image classifier with finalized adapters, and what it predicts."""
     model, _, _ = make_adapted("image_classifier", rng)
     keras_fvae.finalize_adapter(model)
-    return model, zoo.predict(model, "image_classifier")
+    return model, small_models.predict(model, "image_classifier")
 
 
 @pytest.mark.skipif(
@@ -308,7 +316,7 @@ def test_export_to_saved_model(finalized, tmp_path):
     model, predictions = finalized
     model.export(tmp_path / "model", verbose=False)
     served = tf.saved_model.load(str(tmp_path / "model"))
-    x, _ = zoo.data("image_classifier")
+    x, _ = small_models.data("image_classifier")
     scale = np.abs(predictions).max()
     np.testing.assert_allclose(
         served.serve(x).numpy() / scale, predictions / scale, atol=1e-5
@@ -320,7 +328,7 @@ def test_export_to_pytorch(finalized, tmp_path):
     import torch
 
     model, predictions = finalized
-    x, _ = zoo.data("image_classifier")
+    x, _ = small_models.data("image_classifier")
     path = tmp_path / "model.pt2"
     dynamic_shapes = {0: torch.export.Dim("batch", min=1, max=64)}
     model.export(
@@ -527,14 +535,16 @@ def test_a_task_is_plain_again_after_its_backbone_was_merged(rng):
     assert type(model) is keras_hub.models.BertTextClassifier
     assert type(model.backbone) is keras_hub.models.BertBackbone
     np.testing.assert_allclose(
-        zoo.predict(model, "text_classifier"), predictions, atol=1e-4
+        small_models.predict(model, "text_classifier"), predictions, atol=1e-4
     )
-    zoo.compile_model(model, "text_classifier")
-    assert np.isfinite(zoo.fit(model, "text_classifier").history["loss"]).all()
+    small_models.compile_model(model, "text_classifier")
+    assert np.isfinite(
+        small_models.fit(model, "text_classifier").history["loss"]
+    ).all()
 
 
 def test_lora_on_an_adapted_backbone_is_refused_at_once():
-    model = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
     model.backbone.enable_fvae_lora(**SMALL)
     before = snapshot(model)
     with pytest.raises(ValueError, match="remove_adapter"):

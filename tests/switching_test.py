@@ -7,7 +7,7 @@ import time
 import keras
 import numpy as np
 import pytest
-import zoo
+import small_models
 from helpers import BACKEND
 from helpers import move_adapters
 from helpers import to_numpy
@@ -15,16 +15,16 @@ from helpers import to_numpy
 import keras_fvae
 
 SMALL = {"rank": 2, "decoder_units": (4,)}
-X, Y = zoo.data("sequential")
+X, Y = small_models.data("sequential")
 
 
 @pytest.fixture
 def model(rng):
     """An adapted model, compiled, whose adapters matter."""
-    model = zoo.make_sequential()
+    model = small_models.make_sequential()
     keras_fvae.enable_fvae_lora(model, trainable_layer_names=["head"], **SMALL)
     move_adapters(model, rng, scale=1.0)
-    zoo.compile_model(model, "sequential")
+    small_models.compile_model(model, "sequential")
     return model
 
 
@@ -36,7 +36,7 @@ def moves(model, fit=None):
     """How far the adapter and the head go in a fit."""
     layers = model.get_layer("query").adapter, model.get_layer("head")
     before = [[to_numpy(w) for w in layer.weights] for layer in layers]
-    (fit or zoo.fit)(model, "sequential")
+    (fit or small_models.fit)(model, "sequential")
     return [
         max(np.abs(to_numpy(w) - b).max() for w, b in zip(la.weights, values))
         for la, values in zip(layers, before)
@@ -48,7 +48,7 @@ def train_on_batches(model, name):
         model.train_on_batch(X, Y)
 
 
-@pytest.mark.parametrize("fit", [zoo.fit, train_on_batches])
+@pytest.mark.parametrize("fit", [small_models.fit, train_on_batches])
 def test_what_trains_inside_leaves_the_adapters_as_they_are(fit, model):
     model.compile(
         # Whose momentum and decay move what has no gradient.
@@ -81,12 +81,12 @@ def test_nothing_is_compiled_anew(model):
             return x
 
     counted = keras.Sequential([keras.Input((8,)), Count(), *model.layers])
-    zoo.compile_model(counted, "sequential")
+    small_models.compile_model(counted, "sequential")
 
     def use():
         predict(counted)
         counted.evaluate(X, Y, verbose=0)
-        zoo.fit(counted, "sequential")
+        small_models.fit(counted, "sequential")
 
     def use_both():
         use()
@@ -120,7 +120,7 @@ def test_blocks_nest_and_overlap(model):
 
 
 def test_one_of_two_models(model, rng):
-    other = zoo.make_sequential()
+    other = small_models.make_sequential()
     keras_fvae.enable_fvae_lora(other, **SMALL)
     move_adapters(other, rng, scale=1.0)
     on, other_on = predict(model), predict(other)

@@ -3,25 +3,25 @@
 import keras
 import numpy as np
 import pytest
-from fits import LABELS
-from fits import SMALL
-from fits import TOKENS
-from fits import Recorder
-from fits import adapt_quietly
-from fits import assert_same_moves
-from fits import cross_entropy
-from fits import elbo_of
-from fits import make_adapted
-from fits import make_attention_model
-from fits import make_nested
-from fits import plain_run
-from fits import plain_step
-from fits import train
 from helpers import BACKEND
 from helpers import JIT_COMPILE
 from helpers import move_adapters
 from helpers import text_inputs
 from helpers import to_numpy
+from short_training import LABELS
+from short_training import SMALL
+from short_training import TOKENS
+from short_training import Recorder
+from short_training import adapt_without_dropout
+from short_training import assert_same_moves
+from short_training import cross_entropy
+from short_training import elbo_of
+from short_training import make_adapted
+from short_training import make_attention_model
+from short_training import make_nested
+from short_training import plain_run
+from short_training import plain_step
+from short_training import train
 
 import keras_fvae
 from keras_fvae.model.lookup import adapted_layers
@@ -114,7 +114,7 @@ def test_loss_scaling(initial_scale):
             inputs = keras.Input((8,))
             outputs = keras.layers.Dense(3, name="query")(inputs)
             model = keras.Model(inputs, outputs)
-            adapt_quietly(model)
+            adapt_without_dropout(model)
         finally:
             keras.config.set_dtype_policy("float32")
         assert {w.dtype for w in model.trainable_weights} == {"float32"}
@@ -317,7 +317,7 @@ def test_the_last_batch_is_a_smaller_one():
 def test_nested_models(rng):
     x = rng.normal(size=(16, 5)).astype("float32")
     model = make_nested()
-    adapt_quietly(model, trainable_layer_names=["head"])
+    adapt_without_dropout(model, trainable_layer_names=["head"])
     assert len(adapted_layers(model)) == 3
     elbo, features = 0.0, x
     for layer in adapted_layers(model):
@@ -399,7 +399,7 @@ def test_custom_losses_and_steps(model_class, rng):
     inputs = keras.Input((5,))
     outputs = keras.layers.Dense(3, name="query")(inputs)
     model = model_class(inputs, outputs)
-    adapt_quietly(model)
+    adapt_without_dropout(model)
     task = np.square(model.predict(x, verbose=0) - y).mean()
     elbo = elbo_of(model, x)
     (loss,), _ = train(model, data=(x, y), fit={"batch_size": 16}, loss="mse")

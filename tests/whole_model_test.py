@@ -8,7 +8,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import zoo
+import small_models
 from helpers import LONG_ON_ONE_BACKEND
 from helpers import move_adapters
 from helpers import run_python
@@ -50,7 +50,7 @@ def enable(model, name):
 def describe(model, name):
     """What a model predicts, and what of it trains."""
     trainable = [str(weight.shape) for weight in model.trainable_weights]
-    return zoo.predict(model, name), trainable
+    return small_models.predict(model, name), trainable
 
 
 def save(directory, kind, name, model):
@@ -71,23 +71,23 @@ def save(directory, kind, name, model):
     "name",
     [
         pytest.param(n, marks=MARKS.get(n, [pytest.mark.slow]))
-        for n in zoo.MODELS
+        for n in small_models.MODELS
     ],
 )
 def test_what_is_saved_comes_back_in_a_fresh_process(name, tmp_path):
-    model = zoo.MODELS[name]()
+    model = small_models.MODELS[name]()
     enable(model, name)
     # Far enough that a dropped adapter is seen.
     move_adapters(model, np.random.default_rng(0), scale=1.0)
-    zoo.compile_model(model, name)
-    zoo.fit(model, name, epochs=2)
+    small_models.compile_model(model, name)
+    small_models.fit(model, name, epochs=2)
     with keras_fvae.adapter_disabled(model):
-        base_predictions = zoo.predict(model, name)
+        base_predictions = small_models.predict(model, name)
     expected = save(tmp_path, "trained", name, model)
     assert np.abs(expected["trained"][0] - base_predictions).max() > 0.1
     if name in KERAS_MODELS:
         # There, `fit` goes on where it stopped, and saves once more.
-        zoo.fit(model, name)
+        small_models.fit(model, name)
         expected["after"] = expected["again"] = describe(model, name)
         moved = expected["after"][0] - expected["trained"][0]
         assert np.abs(moved).max() > 1e-3
@@ -110,7 +110,7 @@ WITHOUT_THE_PACKAGE = """
 import pathlib, sys
 import keras, keras_hub
 sys.path.insert(0, "tests")
-import zoo
+import small_models
 directory = pathlib.Path(sys.argv[1])
 loaders = {path: keras.saving.load_model for path in directory.glob("*.keras")}
 for path in directory.glob("*-backbone-preset"):
@@ -131,7 +131,7 @@ for path, load in loaders.items():
 @pytest.mark.one_backend
 def test_without_the_package_no_adapter_is_dropped_in_silence(tmp_path):
     for name in SHORT:
-        model = zoo.MODELS[name]()
+        model = small_models.MODELS[name]()
         enable(model, name)
         save(tmp_path, "trained", name, model)
         keras_fvae.finalize_adapter(model)
@@ -141,7 +141,7 @@ def test_without_the_package_no_adapter_is_dropped_in_silence(tmp_path):
 
 
 def test_a_loaded_backbone_is_of_its_class(tmp_path):
-    model = zoo.make_text_classifier()
+    model = small_models.make_text_classifier()
     enable(model, "text_classifier")
     model.save(tmp_path / "model.keras")
     model = keras.saving.load_model(tmp_path / "model.keras")
@@ -151,27 +151,27 @@ def test_a_loaded_backbone_is_of_its_class(tmp_path):
 
 def test_weights_files(tmp_path):
     def make():
-        model = zoo.make_functional()
+        model = small_models.make_functional()
         enable(model, "functional")
-        zoo.compile_model(model, "functional")
+        small_models.compile_model(model, "functional")
         return model
 
     model = make()
-    zoo.fit(model, "functional", epochs=5)
+    small_models.fit(model, "functional", epochs=5)
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
     other = make()
     other.load_weights(path)
     np.testing.assert_allclose(
-        zoo.predict(other, "functional"),
-        zoo.predict(model, "functional"),
+        small_models.predict(other, "functional"),
+        small_models.predict(model, "functional"),
         atol=1e-6,
     )
     # Neither way is an adapter passed over.
-    plain = zoo.make_functional()
+    plain = small_models.make_functional()
     with pytest.raises(ValueError):
         plain.load_weights(path)
-    zoo.make_functional().save_weights(path)
+    small_models.make_functional().save_weights(path)
     before = snapshot(model)
     with pytest.raises(ValueError, match="with 0 adapted layers.* has 3"):
         model.load_weights(path)
@@ -272,7 +272,9 @@ def assert_a_copy(copy, model, name):
     assert len(adapted_layers(copy)) == len(adapted_layers(model)) > 0
     copy.set_weights(model.get_weights())
     np.testing.assert_allclose(
-        zoo.predict(copy, name), zoo.predict(model, name), atol=1e-6
+        small_models.predict(copy, name),
+        small_models.predict(model, name),
+        atol=1e-6,
     )
 
 
@@ -281,7 +283,7 @@ def assert_a_copy(copy, model, name):
     [("functional", keras.Model), ("sequential", keras.Sequential)],
 )
 def test_keras_makes_a_copy_of_the_config(name, cls, rng):
-    model = zoo.MODELS[name]()
+    model = small_models.MODELS[name]()
     enable(model, name)
     move_adapters(model, rng)
     for copy_class in (cls, type(model)):
@@ -290,21 +292,21 @@ def test_keras_makes_a_copy_of_the_config(name, cls, rng):
 
 
 def test_the_config_of_a_subclass_needs_its_own_class(rng):
-    model = zoo.make_subclassed()
+    model = small_models.make_subclassed()
     enable(model, "subclassed")
     copy = type(model).from_config(model.get_config())
     assert_a_copy(copy, model, "subclassed")
     with pytest.raises((TypeError, ValueError), match="keras_fvae"):
-        zoo.Subclassed.from_config(model.get_config())
+        small_models.Subclassed.from_config(model.get_config())
 
 
 @pytest.mark.one_backend
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", small_models.MODELS)
 @pytest.mark.parametrize(
     "copy", ["pickle", pytest.param("deepcopy", marks=LONG_ON_ONE_BACKEND)]
 )
 def test_models_can_be_pickled(name, copy, rng):
-    model = zoo.MODELS[name]()
+    model = small_models.MODELS[name]()
     enable(model, name)
     move_adapters(model, rng, scale=1.0)
     expected = describe(model, name)
@@ -318,7 +320,9 @@ def test_models_can_be_pickled(name, copy, rng):
     assert trainable == expected[1]
     keras_fvae.finalize_adapter(model)
     found = pickle.loads(pickle.dumps(model))
-    np.testing.assert_allclose(zoo.predict(found, name), expected[0], atol=1e-6)
+    np.testing.assert_allclose(
+        small_models.predict(found, name), expected[0], atol=1e-6
+    )
 
 
 def test_layers_can_be_pickled(rng):
@@ -349,7 +353,7 @@ print(sum(hasattr(layer, "adapter") for layer in model._flatten_layers()))
 
 @pytest.mark.one_backend
 def test_another_process_unpickles_without_a_word_of_the_package():
-    model = zoo.make_functional()
+    model = small_models.make_functional()
     enable(model, "functional")
     output = run_python("-c", UNPICKLE, stdin=pickle.dumps(model)).stdout
     assert output.split() == ["3"]
@@ -358,7 +362,7 @@ def test_another_process_unpickles_without_a_word_of_the_package():
 @pytest.mark.parametrize("name", ["functional", "text_classifier"])
 @pytest.mark.parametrize("suffix", [".h5", ".hdf5"])
 def test_keras_old_format_is_refused_when_saving(name, suffix, tmp_path):
-    model = zoo.MODELS[name]()
+    model = small_models.MODELS[name]()
     enable(model, name)
     path = tmp_path / f"model{suffix}"
     with pytest.raises(ValueError, match="Save the model to a `.keras` file"):
@@ -408,7 +412,7 @@ def test_a_users_backbone_is_whole_before_it_is_restored(tmp_path):
 
 
 def test_a_task_around_an_adapted_backbone_is_saved_with_it(rng, tmp_path):
-    backbone = zoo.make_text_classifier().backbone
+    backbone = small_models.make_text_classifier().backbone
     backbone.enable_fvae_lora(**OPTIONS)
     move_adapters(backbone, rng)
     # After the backbone was adapted.
@@ -434,16 +438,16 @@ def test_weights_of_adapted_inner_layers_are_refused_by_plain_ones(
 
 def test_model_checkpoint(tmp_path):
     path = tmp_path / "best.keras"
-    model = zoo.make_functional()
+    model = small_models.make_functional()
     enable(model, "functional")
-    zoo.compile_model(model, "functional")
-    x, y = zoo.data("functional")
+    small_models.compile_model(model, "functional")
+    x, y = small_models.data("functional")
     checkpoint = keras.callbacks.ModelCheckpoint(path)
     model.fit(x, y, epochs=3, verbose=0, callbacks=[checkpoint])
     loaded = keras.saving.load_model(path)
     np.testing.assert_allclose(
-        zoo.predict(loaded, "functional"),
-        zoo.predict(model, "functional"),
+        small_models.predict(loaded, "functional"),
+        small_models.predict(model, "functional"),
         atol=1e-6,
     )
 
@@ -451,16 +455,16 @@ def test_model_checkpoint(tmp_path):
 def train_with_backup(directory, callbacks=()):
     """What a model predicts after four epochs, whenever they were trained."""
     keras.utils.set_random_seed(0)
-    model = zoo.make_sequential()
+    model = small_models.make_sequential()
     enable(model, "sequential")
-    zoo.compile_model(model, "sequential")
-    x, y = zoo.data("sequential")
+    small_models.compile_model(model, "sequential")
+    x, y = small_models.data("sequential")
     backup = keras.callbacks.BackupAndRestore(directory)
     model.fit(
         x, y, batch_size=4, epochs=4, shuffle=False, verbose=0,
         callbacks=[backup, *callbacks],
     )  # fmt: skip
-    return zoo.predict(model, "sequential")
+    return small_models.predict(model, "sequential")
 
 
 DIE = """
@@ -491,14 +495,14 @@ def test_a_killed_run_is_resumed(tmp_path):
 
 
 def test_clone_model_clones_the_adapters(rng):
-    model = zoo.make_functional()
+    model = small_models.make_functional()
     enable(model, "functional")
-    zoo.compile_model(model, "functional")
-    zoo.fit(model, "functional", epochs=5)
+    small_models.compile_model(model, "functional")
+    small_models.fit(model, "functional", epochs=5)
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
     np.testing.assert_allclose(
-        zoo.predict(clone, "functional"),
-        zoo.predict(model, "functional"),
+        small_models.predict(clone, "functional"),
+        small_models.predict(model, "functional"),
         atol=1e-6,
     )

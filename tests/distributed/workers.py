@@ -10,9 +10,9 @@ import sys
 import keras
 import numpy as np
 import torch
-from fits import LABELS
-from fits import TOKENS
-from fits import make_adapted
+from short_training import LABELS
+from short_training import TOKENS
+from short_training import make_adapted
 from torch.nn.parallel import DistributedDataParallel
 
 import keras_fvae

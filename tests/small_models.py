@@ -9,7 +9,7 @@ NUM_SAMPLES = 8
 LABELS = np.arange(NUM_SAMPLES) % 3
 
 
-@keras.saving.register_keras_serializable(package="zoo")
+@keras.saving.register_keras_serializable(package="small_models")
 class Encoder(keras.layers.Layer):
     """Layers inside layers: attributes, a list, attention."""
 
@@ -38,7 +38,7 @@ class Encoder(keras.layers.Layer):
         return self.feedforward(x)
 
 
-@keras.saving.register_keras_serializable(package="zoo")
+@keras.saving.register_keras_serializable(package="small_models")
 class Subclassed(keras.Model):
     """A model that makes its layers itself, some without a name."""
 

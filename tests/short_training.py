@@ -30,11 +30,11 @@ def make_attention_model():
 def make_adapted():
     """The same adapted model each time; its draws are the means."""
     model = make_attention_model()
-    adapt_quietly(model, trainable_layer_names=["head"])
+    adapt_without_dropout(model, trainable_layer_names=["head"])
     return model
 
 
-def adapt_quietly(model, **options):
+def adapt_without_dropout(model, **options):
     keras_fvae.enable_fvae_lora(
         model, dropout=0.0, elbo_weight=0.5, **SMALL, **options
     )
