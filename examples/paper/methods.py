@@ -1,0 +1,84 @@
+"""The methods that are compared, and how each adapts a backbone."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import keras_fvae
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One method of the tables.
+
+    Args:
+        label: String, what the tables call it.
+        make_config: Function of a rank and options that returns the config of
+            an adapter; `None` if there is none.
+        trains_backbone: Boolean. Whether the backbone's own weights train.
+        elbo_choices: Tuple of dicts of options, one of which is searched for
+            where an ELBO is part of the loss. Else there is none.
+    """
+
+    label: str
+    make_config: Callable | None = None
+    trains_backbone: bool = False
+    elbo_choices: tuple = ()
+
+
+def variant(label, objective, elbo_choices):
+    """FVAE-LoRA with one of its objectives."""
+    make_config = functools.partial(
+        keras_fvae.FVAELoRAConfig, objective=objective
+    )
+    return Method(label, make_config, elbo_choices=elbo_choices)
+
+
+# The three pairs of weights that the authors recommend.
+FVAE_CHOICES = tuple(
+    {"reconstruction_weight": reconstruction, "kl_weight": kl}
+    for reconstruction, kl in ((1.0, 1.0), (0.1, 1.0), (0.1, 10.0))
+)
+# Of the two others nothing is known. VAE2LAT has no weights but the whole's.
+VAE2LAT_CHOICES = tuple({"elbo_weight": w} for w in (1e-3, 1e-4, 1e-2))
+BETA_CHOICES = tuple({"kl_weight": b} for b in (10.0, 4.0, 2.0))
+
+
+METHODS = {
+    "head_only": Method("head only"),
+    "full_fine_tuning": Method("full fine-tuning", trains_backbone=True),
+    "lora": Method("LoRA", keras_fvae.LoRAConfig),
+    "rslora": Method("rsLoRA", keras_fvae.RSLoRAConfig),
+    "ffa_lora": Method("FFA-LoRA", keras_fvae.FFALoRAConfig),
+    "pissa": Method("PiSSA", keras_fvae.PiSSAConfig),
+    "olora": Method("OLoRA", keras_fvae.OLoRAConfig),
+    "dora": Method("DoRA", keras_fvae.DoRAConfig),
+    "hira": Method("HiRA", keras_fvae.HiRAConfig),
+    "drop_lora": Method("DropLoRA", keras_fvae.DropLoRAConfig),
+    "vae2lat": variant("VAE2LAT", "vae2lat", VAE2LAT_CHOICES),
+    "beta_vae2lat": variant("beta-VAE2LAT", "beta_vae2lat", BETA_CHOICES),
+    "fvae_lora": variant("FVAE-LoRA", "fvae", FVAE_CHOICES),
+}
+
+
+def adapt(method, backbone, rank, options, target_layer_names=None):
+    """Makes of a backbone what a method trains, beside a head of its own.
+
+    Args:
+        method: `Method`.
+        backbone: `keras.Model`, built.
+        rank: Integer, the rank of the adapters.
+        options: Dict, further fields of the method's config.
+        target_layer_names: As in `keras_fvae.enable_adapter`.
+
+    Returns:
+        Integer, the parameters that inference needs beside the base model and
+        the head.
+    """
+    if method.make_config is None:
+        backbone.trainable = method.trains_backbone
+        return 0
+    summary = keras_fvae.enable_adapter(
+        backbone, method.make_config(rank, **options), target_layer_names
+    )
+    return summary.inference_parameters

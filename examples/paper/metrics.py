@@ -1,0 +1,45 @@
+"""What is measured of a classifier's predictions."""
+
+import numpy as np
+
+NUM_BINS = 15
+
+
+def classification_metrics(probabilities, labels):
+    """Accuracy, and how good the probabilities are.
+
+    Args:
+        probabilities: Array of shape `(examples, classes)`.
+        labels: Array of shape `(examples,)`, the classes as integers.
+
+    Returns:
+        Dict of floats: `accuracy`; `negative_log_likelihood`, the mean in
+        nats; `calibration_error`, the expected one of 15 bins (Guo et al.,
+        2017); `brier_score`, the mean of the squared distances from the
+        one-hot labels.
+    """
+    probabilities = np.asarray(probabilities, "float64")
+    chosen = probabilities[np.arange(len(labels)), labels]
+    one_hot = np.eye(probabilities.shape[1])[labels]
+    return {
+        "accuracy": float(np.mean(probabilities.argmax(axis=1) == labels)),
+        "negative_log_likelihood": float(
+            -np.mean(np.log(np.maximum(chosen, np.finfo("float64").tiny)))
+        ),
+        "calibration_error": calibration_error(probabilities, labels),
+        "brier_score": float(
+            np.mean(np.sum((probabilities - one_hot) ** 2, axis=1))
+        ),
+    }
+
+
+def calibration_error(probabilities, labels):
+    """The mean distance of confidence from accuracy, over bins of confidence.
+
+    Each bin counts by the examples in it.
+    """
+    confidence = probabilities.max(axis=1)
+    is_right = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
+    distances = np.bincount(bins, confidence - is_right, NUM_BINS)
+    return float(np.abs(distances).sum() / len(labels))

@@ -1,0 +1,109 @@
+"""The results of runs: one JSON file each, which is never changed after."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a table.
+
+    Args:
+        table: String, the table that it is for.
+        size: String, how large the experiment is: "full", "small" or "tiny".
+        dataset: String.
+        method: String.
+        seed: Integer. Of a trial, its number.
+        is_trial: Boolean. Whether it is of the search for settings, and not of
+            the table itself.
+        settings: String, "searched" or "authors".
+    """
+
+    table: str
+    size: str
+    dataset: str
+    method: str
+    seed: int
+    is_trial: bool = False
+    settings: str = "searched"
+
+    def __str__(self):
+        kind = "trial" if self.is_trial else "seed"
+        return f"{self.dataset}, {self.method}, {kind} {self.seed}"
+
+    def path(self, folder):
+        """Path of its file, in the folder of all results."""
+        kind = "trial" if self.is_trial else self.settings
+        return pathlib.Path(
+            folder,
+            self.table,
+            self.size,
+            self.dataset,
+            f"{self.method}_{kind}_{self.seed}.json",
+        )
+
+
+def write(run, folder, result, provenance):
+    """Writes the file of a run, whole or not at all.
+
+    Args:
+        run: `Run`.
+        folder: Path of the folder of all results.
+        result: Dict, with a `status` and what was measured.
+        provenance: Dict, with the `versions` that the result depends on.
+
+    Raises:
+        FileExistsError: If the run has a file already.
+    """
+    path = run.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "run": dataclasses.asdict(run),
+        **result,
+        "provenance": provenance,
+    }
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".part", delete=False
+    ) as file:
+        json.dump(content, file, indent=1)
+    try:
+        # Unlike a rename it fails where there is a file.
+        os.link(file.name, path)
+    finally:
+        os.unlink(file.name)
+
+
+def read(run, folder, versions):
+    """The result of a run, or `None` if there is none yet.
+
+    Args:
+        run: `Run`.
+        folder: Path of the folder of all results.
+        versions: Dict of name to version: what it must have been made with.
+
+    Raises:
+        ValueError: If the file is damaged, or of other versions.
+    """
+    path = run.path(folder)
+    try:
+        result = json.loads(path.read_text())
+        made_with = result["provenance"]["versions"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The result '{path}' is damaged ({error}). Delete it, and the run "
+            "is made anew."
+        ) from error
+    for name, version in versions.items():
+        if made_with.get(name) != version:
+            raise ValueError(
+                f"The result '{path}' was made with {name} "
+                f"{made_with.get(name)}; here is {name} {version}. Results of "
+                "different versions are not mixed: choose another folder by "
+                "`--output`, or delete that one."
+            )
+    return result

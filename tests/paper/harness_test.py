@@ -1,0 +1,346 @@
+"""What runs, what has run, and which settings a table is made with."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from examples.paper import harness
+from examples.paper import results
+from examples.paper import search
+from examples.paper import training
+from examples.paper.methods import METHODS
+from examples.paper.metrics import classification_metrics
+
+pytestmark = pytest.mark.one_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    version: str = "1.0.0"
+
+
+class Experiment:
+    """A table whose runs take no time, and say what they were asked for."""
+
+    def __init__(self, folder, **changes):
+        self.folder = folder
+        self.calls = []
+        self.table = harness.Table(
+            name="toy",
+            version=1,
+            datasets={"first": Data(), "second": Data(), "third": Data()},
+            default_datasets=("first", "second"),
+            methods=("lora", "fvae_lora"),
+            authors_settings=lambda name: search.authors_settings(
+                METHODS[name], 5e-3, {}
+            ),
+            run=self.run,
+            sizes={"full": harness.Size(4, (1, 2, 42), {"epochs": 3})},
+        )
+        self.table = dataclasses.replace(self.table, **changes)
+
+    def run(self, dataset, method, settings, seed, size):
+        assert size == {"epochs": 3}
+        self.calls.append((method, settings, seed))
+        # The higher the learning rate, the better.
+        return {"validation_score": settings["learning_rate"], "seed": seed}
+
+    def main(self, *arguments):
+        before = len(self.calls)
+        harness.main(
+            self.table, "toy", ["--output", str(self.folder), *arguments]
+        )
+        return self.calls[before:]
+
+    def read(self, dataset, method, seed, settings="searched"):
+        name = f"{method}_{settings}_{seed}.json"
+        path = self.folder / "toy" / "full" / dataset / name
+        return json.loads(path.read_text())
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return Experiment(tmp_path)
+
+
+def test_each_method_has_as_many_trials_and_the_best_settings(experiment):
+    calls = experiment.main()
+    # Two data sets, two methods, four trials and three seeds.
+    assert len(calls) == 2 * 2 * (4 + 3)
+    for method in ("lora", "fvae_lora"):
+        of_method = [call for call in calls if call[0] == method]
+        assert len(of_method) == 2 * (4 + 3)
+        trials, runs = of_method[:4], of_method[4:7]
+        rates = [settings["learning_rate"] for _, settings, _ in trials]
+        assert len({*rates}) == 4
+        for (_, settings, _), seed in zip(runs, (1, 2, 42)):
+            assert settings["learning_rate"] == max(rates)
+            result = experiment.read("first", method, seed)
+            assert result["status"] == "done"
+            assert result["settings"] == settings
+            assert result["seed"] == seed
+
+
+def test_only_what_is_missing_runs(experiment, capsys):
+    calls = experiment.main("--dataset", "first", "--method", "lora")
+    assert len(calls) == 4 + 3
+    assert experiment.main("--dataset", "first", "--method", "lora") == []
+    path = experiment.folder / "toy" / "full" / "first" / "lora_searched_2.json"
+    content = path.read_text()
+    path.unlink()
+    ((_, _, seed),) = experiment.main(
+        "--dataset", "first", "--method", "lora", "--seed", "1", "2"
+    )
+    assert seed == 2
+    assert json.loads(path.read_text())["seed"] == json.loads(content)["seed"]
+    printed = capsys.readouterr().out
+    assert "6 runs, of which 5 have a result." in printed
+    assert "6 of 6: first, lora, seed 2" in printed
+    # A new seed of the same settings.
+    assert len(experiment.main("--dataset", "first", "--seed", "7")) == 6
+
+
+def test_the_authors_settings_take_no_trials(experiment):
+    calls = experiment.main("--authors", "--dataset", "first")
+    assert [seed for _, _, seed in calls] == [1, 2, 42] * 2
+    fvae = experiment.read("first", "fvae_lora", 42, "authors")["settings"]
+    lora = experiment.read("first", "lora", 42, "authors")["settings"]
+    assert fvae["learning_rate"] == lora["learning_rate"] == 5e-3
+    # A norm of 1 of a loss of 1000 times the task's.
+    assert fvae["global_clipnorm"] == pytest.approx(1e-3)
+    assert fvae["epsilon"] == pytest.approx(1e-11)
+    assert (lora["global_clipnorm"], lora["epsilon"]) == (1.0, 1e-8)
+    # They do not stand in for those of the search.
+    assert len(experiment.main("--dataset", "first")) == 2 * (4 + 3)
+
+
+def test_what_fails_says_so_and_the_rest_goes_on(tmp_path, capsys):
+    def run(dataset, method, settings, seed, size):
+        if seed in (0, 2):
+            raise RuntimeError("out of memory\nand more")
+        return {"validation_score": 0.5}
+
+    experiment = Experiment(tmp_path, run=run)
+    experiment.main("--dataset", "first", "--method", "lora")
+    failed = experiment.read("first", "lora", 2)
+    assert failed["status"] == "failed: RuntimeError: out of memory"
+    assert "and more" in failed["traceback"]
+    assert experiment.read("first", "lora", 42)["status"] == "done"
+    printed = capsys.readouterr().out
+    # Two trials, and one run of the table.
+    assert "3 runs failed" in printed
+    assert "delete it to try again" in printed
+
+
+def test_without_a_trial_that_worked_no_settings_are_made_up(tmp_path):
+    def run(dataset, method, settings, seed, size):
+        raise RuntimeError("never")
+
+    experiment = Experiment(tmp_path, run=run)
+    experiment.main("--dataset", "first", "--method", "lora")
+    status = experiment.read("first", "lora", 1)["status"]
+    assert status == "failed: ValueError: No trial of the search worked."
+
+
+def test_missing_data_end_it_without_a_result(tmp_path):
+    def run(dataset, method, settings, seed, size):
+        raise harness.MissingDataError("put the files into FOLDER")
+
+    experiment = Experiment(tmp_path, run=run)
+    with pytest.raises(SystemExit, match="put the files into FOLDER"):
+        experiment.main()
+    assert not [*tmp_path.glob("**/*.json")]
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def run(dataset, method, settings, seed, size):
+        if len(experiment.calls) == 5:
+            raise Killed
+        return experiment.run(dataset, method, settings, seed, size)
+
+    experiment = Experiment(tmp_path, run=run)
+    with pytest.raises(Killed):
+        experiment.main()
+    assert len([*tmp_path.glob("**/*")]) == 3 + 5
+    experiment.table = Experiment(tmp_path, run=experiment.run).table
+    assert len(experiment.main()) == 28 - 5
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"version": 2}, "the table toy 1; here is the table toy 2"),
+        (
+            {"datasets": {"first": Data("2.0.0")}},
+            "the data set first 1.0.0; here is the data set first 2.0.0",
+        ),
+    ],
+)
+def test_other_versions_are_not_mixed_in(experiment, change, what):
+    experiment.main("--dataset", "first")
+    other = Experiment(experiment.folder, **change)
+    with pytest.raises(SystemExit, match=what):
+        other.main("--dataset", "first")
+    assert not other.calls
+
+
+@pytest.mark.parametrize("content", ["", '{"run": {}', "[]", '{"status": 1}'])
+def test_a_damaged_result_is_named(experiment, content):
+    experiment.main("--dataset", "first", "--method", "lora")
+    path = experiment.folder / "toy" / "full" / "first" / "lora_searched_2.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"lora_searched_2.json' is damaged"):
+        experiment.main("--dataset", "first", "--method", "lora")
+
+
+def test_a_result_is_never_overwritten(tmp_path):
+    run = results.Run("toy", "full", "first", "lora", 1)
+    results.write(run, tmp_path, {"status": "done"}, {"versions": {}})
+    before = run.path(tmp_path).read_bytes()
+    with pytest.raises(FileExistsError):
+        results.write(run, tmp_path, {"status": "failed"}, {"versions": {}})
+    assert run.path(tmp_path).read_bytes() == before
+    assert len([*run.path(tmp_path).parent.iterdir()]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--dataset", "fourth"), ("--method", "bit_fit"), ("--size", "huge")],
+)
+def test_the_unknown_lists_what_there_is(experiment, arguments, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(*arguments)
+    error = capsys.readouterr().err
+    known = {
+        "--dataset": ("first", "second", "third"),
+        "--method": ("lora", "fvae_lora"),
+        "--size": ("full",),
+    }[arguments[0]]
+    assert all(name in error for name in known)
+    assert not experiment.calls
+
+
+def test_all_methods_are_searched_in_the_same_places():
+    def rate(name, trial):
+        authors = search.authors_settings(METHODS[name], 5e-3, {})
+        return search.trial_settings(METHODS[name], authors, trial)
+
+    for trial in range(1, 20):
+        settings = {name: rate(name, trial) for name in METHODS}
+        backbone = METHODS["full_fine_tuning"]
+        low, high = search.LEARNING_RATES[backbone.trains_backbone]
+        assert low <= settings["full_fine_tuning"]["learning_rate"] <= high
+        rates = {
+            s["learning_rate"]
+            for name, s in settings.items()
+            if name != "full_fine_tuning"
+        }
+        assert len(rates) == 1
+        low, high = search.LEARNING_RATES[False]
+        assert low <= rates.pop() <= high
+        for name, method in METHODS.items():
+            options = settings[name]["options"]
+            if method.make_config:
+                method.make_config(16, **options)
+            assert bool(options) == bool(method.elbo_choices)
+
+
+def test_metrics_are_those_of_scikit_learn(rng):
+    probabilities = rng.dirichlet(np.ones(4), 500)
+    labels = rng.integers(0, 4, 500)
+    found = classification_metrics(probabilities, labels)
+    assert found["accuracy"] == sklearn.metrics.accuracy_score(
+        labels, probabilities.argmax(axis=1)
+    )
+    assert found["negative_log_likelihood"] == pytest.approx(
+        sklearn.metrics.log_loss(labels, probabilities)
+    )
+    assert found["brier_score"] == pytest.approx(
+        sklearn.metrics.brier_score_loss(
+            labels, probabilities, labels=range(4), scale_by_half=False
+        )
+    )
+
+
+def test_the_calibration_error_by_its_definition(rng):
+    probabilities = rng.dirichlet(np.ones(3), 400)
+    labels = rng.integers(0, 3, 400)
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        chosen = [
+            (p.max(), p.argmax() == y)
+            for p, y in zip(probabilities, labels)
+            if low <= p.max() < low + 1 / 15
+        ]
+        if chosen:
+            confidence, is_right = np.mean(chosen, axis=0)
+            expected += len(chosen) / 400 * abs(confidence - is_right)
+    found = classification_metrics(probabilities, labels)
+    assert found["calibration_error"] == pytest.approx(expected)
+
+
+def test_certain_and_wrong_predictions_have_a_finite_loss():
+    found = classification_metrics(np.array([[1.0, 0.0]]), np.array([1]))
+    assert np.isfinite(found["negative_log_likelihood"])
+    assert found["calibration_error"] == 1.0
+    assert found["brier_score"] == 2.0
+
+
+def test_the_learning_rate_rises_and_falls():
+    schedule = training.LinearWarmupAndDecay(2.0, 10, 100)
+    rates = [float(schedule(step)) for step in (0, 5, 10, 55, 100, 200)]
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 1.0, 0.0, 0.0])
+    again = training.LinearWarmupAndDecay.from_config(schedule.get_config())
+    assert float(again(55)) == pytest.approx(1.0)
+
+
+def test_biases_and_norms_do_not_decay():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3),
+            keras.layers.LayerNormalization(),
+        ]
+    )
+    settings = search.authors_settings(METHODS["lora"], 1.0, {})
+    optimizer = training.make_optimizer(settings, 10, warmup_steps=0)
+    for weight in model.trainable_variables:
+        weight.assign(keras.ops.ones(weight.shape))
+    zeros = [keras.ops.zeros(w.shape) for w in model.trainable_variables]
+    optimizer.apply(zeros, model.trainable_variables)
+    decayed = [
+        weight.path.rpartition("/")[2]
+        for weight in model.trainable_variables
+        if float(keras.ops.max(weight)) < 1.0
+    ]
+    assert decayed == ["kernel"]
+
+
+def test_the_best_epoch_comes_back():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    best = training.BestWeights("score", patience=2)
+    best.set_model(model)
+    model.stop_training = False
+    scores = [0.1, 0.7, 0.3, 0.2]
+    for epoch, score in enumerate(scores):
+        model.layers[0].bias.assign([epoch])
+        best.on_epoch_end(epoch, {"score": score})
+        assert model.stop_training == (epoch == 3)
+    best.restore()
+    assert (best.best, best.best_epoch) == (0.7, 1)
+    assert model.layers[0].bias.numpy() == [1.0]
+
+
+def test_a_score_that_never_was_a_number_is_an_error():
+    best = training.BestWeights("score")
+    best.set_model(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
+    best.on_epoch_end(0, {"score": float("nan")})
+    with pytest.raises(ValueError, match="In no epoch was `score` a number"):
+        best.restore()
