@@ -9,8 +9,8 @@ import copy
 
 import numpy as np
 
-# Of the learning rate, by whether the backbone's own weights train.
-LEARNING_RATES = {False: (5e-4, 1e-2), True: (1e-5, 3e-4)}
+# Of the learning rate, by that of the authors.
+LOWEST, HIGHEST = 0.1, 2.0
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 # What the global norm of the gradients is clipped to.
 CLIPNORM = 1.0
@@ -61,8 +61,8 @@ def trial_settings(method, authors, trial):
         return settings
     # The same for all methods: what differs is what they make of it.
     place, choice = np.random.default_rng(trial).random(2)
-    low, high = LEARNING_RATES[method.trains_backbone]
-    settings["learning_rate"] = float(low * (high / low) ** place)
+    share = LOWEST * (HIGHEST / LOWEST) ** place
+    settings["learning_rate"] = float(authors["learning_rate"] * share)
     settings["global_clipnorm"], settings["epsilon"] = CLIPNORM, EPSILON
     choices = method.elbo_choices or WEIGHT_DECAYS
     chosen = choices[int(choice * len(choices))]

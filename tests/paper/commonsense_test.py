@@ -343,7 +343,8 @@ def test_the_command(tmp_path, capsys):
     for result in results.values():
         assert result["status"] == "done"
         assert result["run"]["dataset"] == "commonsense_170k"
-        assert set(result["test"]) == set(questions.TASKS)
+        if not result["run"]["is_trial"]:
+            assert set(result["test"]) == set(questions.TASKS)
         assert result["validation_score"] < 0
     # 16 * (inputs + outputs) of five layers, in two blocks.
     features = [(32, 32), (32, 16), (32, 16), (32, 64), (64, 32)]
