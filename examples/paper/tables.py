@@ -21,6 +21,7 @@ import numpy as np
 from examples.paper.harness import OUTPUT
 from examples.paper.methods import METHODS
 from examples.paper.paper_figures import FIGURES
+from keras_fvae import plots
 
 
 def of_images(result):
@@ -61,35 +62,29 @@ class Layout:
     """How the results of a table are shown.
 
     Args:
-        caption: String, what its figures are.
+        quality: String, what the picture shows.
         columns: Function of a result that returns a dict of column to figure.
-        has_mean: Boolean. Whether the mean of the columns says something.
+        has_mean: Boolean. Whether the mean of the columns says something: it
+            is then what the picture shows, and else the first column.
         by_dataset: Boolean. Whether each data set has a table of its own.
     """
 
-    caption: str
+    quality: str
     columns: Callable
     has_mean: bool = True
     by_dataset: bool = False
 
 
 TABLES = {
-    "image_classification": Layout("accuracy in %", of_images),
-    "commonsense_reasoning": Layout("accuracy in %", of_questions),
+    "image_classification": Layout("accuracy", of_images),
+    "commonsense_reasoning": Layout("accuracy", of_questions),
     "phoneme_recognition": Layout(
-        "phoneme error rate in %", of_phonemes, has_mean=False
+        "phoneme error rate", of_phonemes, has_mean=False
     ),
     "spurious_correlations": Layout(
-        "accuracy of the worst group, and how far it is below the mean, in %",
-        of_groups,
-        has_mean=False,
+        "accuracy of the worst group", of_groups, has_mean=False
     ),
-    "local": Layout(
-        "in %, but for the loss",
-        of_local_data,
-        has_mean=False,
-        by_dataset=True,
-    ),
+    "local": Layout("accuracy", of_local_data, has_mean=False, by_dataset=True),
 }
 
 
@@ -193,8 +188,8 @@ def page(title, results, layout):
     lines = [
         f"## {title.replace('_', ' ')}",
         "",
-        f"{layout.caption[0].upper()}{layout.caption[1:]}; "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}.",
+        f"In % ({layout.quality}), a loss in nats; {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}.",
         "",
         line(*header),
         line("---", *["---:"] * (len(header) - 1)),
@@ -275,26 +270,40 @@ def provenance_line(results):
 
 
 def plot(results, layout):
-    """The first column against what it costs: parameters, and time."""
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    """Quality against what it costs: parameters that train, and time."""
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    labels = ("parameters beside the base model", "seconds of a training step")
-    costs = ("inference_parameters", "step_seconds")
-    for axis, cost, label in zip(axes, costs, labels):
-        for method, found in by_method(done(results)).items():
-            figures = [next(iter(layout.columns(r).values())) for r in found]
-            x = np.median([result["cost"][cost] for result in found])
-            axis.plot(x, np.mean(figures), "o")
-            axis.annotate(
-                METHODS[method].label,
-                (x, np.mean(figures)),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize="x-small",
+    costs = {
+        "trainable_parameters": "parameters that train",
+        "step_seconds": "seconds of a training step",
+    }
+    for axis, (cost, label) in zip(axes, costs.items()):
+        for index, (method, found) in enumerate(
+            by_method(done(results)).items()
+        ):
+            axis.plot(
+                np.median([result["cost"][cost] for result in found]),
+                np.mean([quality(result, layout) for result in found]),
+                linestyle="none",
+                color=plots.COLORS[index % len(plots.COLORS)],
+                marker=plots.MARKERS[index % len(plots.MARKERS)],
+                label=METHODS[method].label,
             )
         axis.set_xlabel(label)
-    axes[0].set_ylabel(layout.caption)
+        axis.set_xscale("log")
+    axes[0].set_ylabel(f"{layout.quality} in %")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+    )
     return figure
+
+
+def quality(result, layout):
+    """Float, what the picture shows of a result."""
+    figures = [*layout.columns(result).values()]
+    return np.mean(figures) if layout.has_mean else figures[0]
 
 
 if __name__ == "__main__":

@@ -130,7 +130,6 @@ def fit(model, data, validation_data, epochs, callbacks=(), **options):
         epochs=epochs,
         validation_data=validation_data,
         callbacks=[*callbacks, timer],
-        verbose=0,
         **options,
     )
     return {
