@@ -342,7 +342,7 @@ def compile_causal_lm(causal_lm, options, settings, num_steps, warmup_steps):
     )
 
 
-def fine_tune(causal_lm, train, validation, epochs):
+def fine_tune(causal_lm, train, validation, size):
     """Trains a compiled language model, and leaves it as at its best epoch.
 
     Returns:
@@ -352,7 +352,9 @@ def fine_tune(causal_lm, train, validation, epochs):
     # The examples are tokenized already, which the model cannot know.
     preprocessor, causal_lm.preprocessor = causal_lm.preprocessor, None
     best = training.BestWeights("val_log_likelihood")
-    measured = training.fit(causal_lm, train, validation, epochs, [best])
+    measured = training.fit(
+        causal_lm, train, validation, size["epochs"], [best], size["backup"]
+    )
     best.restore()
     causal_lm.preprocessor = preprocessor
     return measured, float(best.best)
@@ -399,7 +401,7 @@ def run(options, mixture, method_name, settings, seed, size):
             causal_lm, options, settings, num_steps, size["warmup_steps"]
         )
         measured, validation_score = fine_tune(
-            causal_lm, train, validation, size["epochs"]
+            causal_lm, train, validation, size
         )
         measured["cost"]["inference_parameters"] = inference_parameters
         return {

@@ -1,9 +1,16 @@
 """Reading of TensorFlow Datasets' data sets, one of which may be missing."""
 
+import keras
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from examples.paper import builders  # noqa: F401  They register by import.
 from examples.paper.harness import MissingDataError
+
+if keras.config.backend() != "tensorflow":
+    # TensorFlow reads the data, and would take the whole memory of a GPU.
+    if tf.config.list_physical_devices("GPU"):
+        tf.config.set_visible_devices([], "GPU")
 
 
 def load(name, version, split, decoders=None):

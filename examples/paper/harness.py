@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import pathlib
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -57,9 +58,10 @@ class Table:
         authors_settings: Function of the name of a method that returns what
             `search.authors_settings` does.
         run: Function of a data set, the name of a method, settings, a seed,
-            and the settings of a `Size` with `is_trial`, a boolean. It returns
-            a dict that JSON takes: `validation_score`, of which more is
-            better, and what was measured.
+            and the settings of a `Size` with `is_trial`, a boolean, and
+            `backup`, the path of a folder for what a killed run left. It
+            returns a dict that JSON takes: `validation_score`, of which more
+            is better, and what was measured.
         sizes: Dict of name to `Size`: "full", "small" and "tiny".
     """
 
@@ -217,6 +219,7 @@ class Harness:
     def make(self, run):
         """Makes a run, and writes its result, whether it worked or not."""
         began = time.perf_counter()
+        backup = run.path(self.options.output).with_suffix(".backup")
         keras.utils.clear_session()
         try:
             settings = self.settings_of(run)
@@ -227,7 +230,8 @@ class Harness:
                 run.method,
                 settings,
                 seed,
-                self.size.settings | {"is_trial": run.is_trial},
+                self.size.settings
+                | {"is_trial": run.is_trial, "backup": backup},
             )
             result = {"status": "done", "settings": settings, **measured}
         except MissingDataError:
@@ -246,6 +250,8 @@ class Harness:
             result,
             {**self.provenance, "versions": self.versions(run)},
         )
+        # There still if the run failed.
+        shutil.rmtree(backup, ignore_errors=True)
 
     def settings_of(self, run):
         """The settings of a run; of one of the table, those of the best trial.

@@ -164,7 +164,7 @@ def run(dataset, method_name, settings, seed, size):
         )
         best = training.BestWeights("val_accuracy", size["patience"])
         measured = training.fit(
-            model, train, validation, size["epochs"], [best]
+            model, train, validation, size["epochs"], [best], size["backup"]
         )
         best.restore()
         measured["cost"]["inference_parameters"] = inference_parameters

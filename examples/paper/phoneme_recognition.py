@@ -230,7 +230,12 @@ def run(dataset, method_name, settings, seed, size):
     task.compile(training.make_optimizer(settings, size["epochs"] * len(train)))
     best = training.BestWeights("score")
     measured = training.fit(
-        task, train, None, size["epochs"], [ErrorRate(validation), best]
+        task,
+        train,
+        None,
+        size["epochs"],
+        [ErrorRate(validation), best],
+        size["backup"],
     )
     best.restore()
     measured["cost"]["inference_parameters"] = inference_parameters

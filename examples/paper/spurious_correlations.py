@@ -121,6 +121,7 @@ def run(dataset, method_name, settings, seed, size):
             None,
             size["epochs"],
             [worst_group, *chosen_by.values()],
+            size["backup"],
         )
         measured["cost"]["inference_parameters"] = inference_parameters
         tested = {}

@@ -1,5 +1,7 @@
 """Fine-tuning as the paper does it, whatever the task."""
 
+import pickle
+import shutil
 import time
 
 import keras
@@ -82,29 +84,112 @@ class BestWeights(keras.callbacks.Callback):
         super().__init__()
         self.monitor = monitor
         self.patience = patience
-        self.best = -np.inf
-        self.best_epoch = None
+        self.state = {"score": -np.inf, "epoch": -1, "weights": None}
+
+    @property
+    def best(self):
+        """Float, the highest value of what is monitored."""
+        return self.state["score"]
 
     def on_epoch_end(self, epoch, logs=None):
-        if logs[self.monitor] > self.best:
-            self.best, self.best_epoch = logs[self.monitor], epoch
-            self.weights = [
+        score = float(logs[self.monitor])
+        if score > self.best:
+            weights = [
                 ops.convert_to_numpy(w) for w in self.model.trainable_weights
             ]
-        elif self.patience and epoch - self.best_epoch >= self.patience:
+            self.state = {"score": score, "epoch": epoch, "weights": weights}
+        elif self.patience and epoch - self.state["epoch"] >= self.patience:
             self.model.stop_training = True
 
     def restore(self):
         """Sets the weights to those of the best epoch."""
-        if self.best_epoch is None:
+        if self.state["weights"] is None:
             raise ValueError(
                 f"In no epoch was `{self.monitor}` a number: training diverged."
             )
-        for weight, value in zip(self.model.trainable_weights, self.weights):
+        for weight, value in zip(
+            self.model.trainable_weights, self.state["weights"]
+        ):
             weight.assign(value)
 
 
-def fit(model, data, validation_data, epochs, callbacks=(), **options):
+class Epochs(keras.callbacks.Callback):
+    """The logs of all epochs, and the time that they took."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.began, self.num_steps = time.perf_counter(), 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.num_steps += 1
+        self.last_step_ended = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        # An epoch whose end a killed process did not see comes once more.
+        del self.state[epoch:]
+        step_seconds = (self.last_step_ended - self.began) / self.num_steps
+        self.state.append(
+            {
+                "logs": {name: float(value) for name, value in logs.items()},
+                "seconds": time.perf_counter() - self.began,
+                "step_seconds": step_seconds,
+            }
+        )
+
+    def results(self):
+        """Dict of what JSON takes: `history`, and the times of `cost`."""
+        # The first epoch compiles.
+        timed = self.state[1:] or self.state
+        return {
+            "history": {
+                name: [epoch["logs"][name] for epoch in self.state]
+                for name in self.state[0]["logs"]
+            },
+            "cost": {
+                "seconds": sum(epoch["seconds"] for epoch in self.state),
+                "step_seconds": float(
+                    np.median([epoch["step_seconds"] for epoch in timed])
+                ),
+            },
+        }
+
+
+class Resumable(keras.callbacks.Callback):
+    """Keeps the state of other callbacks, should the process be killed.
+
+    Args:
+        folder: Path, which is gone again when training ends.
+        callbacks: List of `BestWeights` and `Epochs`.
+    """
+
+    def __init__(self, folder, callbacks):
+        super().__init__()
+        self.folder = folder
+        self.path = folder / "callbacks.pickle"
+        self.callbacks = callbacks
+
+    def on_train_begin(self, logs=None):
+        if self.path.exists():
+            states = pickle.loads(self.path.read_bytes())
+            for callback, state in zip(self.callbacks, states):
+                callback.state = state
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_bytes(pickle.dumps([c.state for c in self.callbacks]))
+        part.replace(self.path)
+
+    def on_train_end(self, logs=None):
+        shutil.rmtree(self.folder)
+
+
+def fit(
+    model, data, validation_data, epochs, callbacks=(), backup=None, **options
+):
     """Trains a compiled model, and counts what it takes.
 
     Args:
@@ -113,61 +198,43 @@ def fit(model, data, validation_data, epochs, callbacks=(), **options):
         validation_data: The same.
         epochs: Integer.
         callbacks: Sequence of callbacks.
+        backup: Optional path of a folder. Where the process was killed, the
+            next one goes on after the last whole epoch.
         **options: Further arguments of `fit`.
 
     Returns:
         Dict of what JSON takes: `history` and `cost`.
     """
     x, y = data if isinstance(data, tuple) else (data, None)
+    record = Epochs()
+    callbacks = [*callbacks, record]
+    if backup is not None:
+        resumed = [c for c in callbacks if hasattr(c, "state")]
+        callbacks += [
+            Resumable(backup, resumed),
+            keras.callbacks.BackupAndRestore(
+                str(backup / "model"), double_checkpoint=True
+            ),
+        ]
     provenance.reset_peak_memory()
-    timer = EpochTimer()
-    began = time.perf_counter()
     # Of `keras.Model`, because KerasHub's own batches what is batched already.
-    history = keras.Model.fit(
+    keras.Model.fit(
         model,
         x,
         y,
         epochs=epochs,
         validation_data=validation_data,
-        callbacks=[*callbacks, timer],
+        callbacks=callbacks,
         **options,
     )
-    return {
-        "history": {
-            name: [float(value) for value in values]
-            for name, values in history.history.items()
-        },
-        "cost": {
-            "seconds": time.perf_counter() - began,
-            "step_seconds": timer.step_seconds(),
-            "peak_memory_mib": provenance.peak_memory(),
-            "trainable_parameters": sum(
-                int(np.prod(w.shape)) for w in model.trainable_weights
-            ),
-        },
+    results = record.results()
+    results["cost"] |= {
+        "peak_memory_mib": provenance.peak_memory(),
+        "trainable_parameters": sum(
+            int(np.prod(w.shape)) for w in model.trainable_weights
+        ),
     }
-
-
-class EpochTimer(keras.callbacks.Callback):
-    """The time of a training step, from the epochs after the first."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.began, self.num_steps = time.perf_counter(), 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.num_steps += 1
-        self.ended = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append((self.ended - self.began) / self.num_steps)
-
-    def step_seconds(self):
-        # The first epoch compiles.
-        return float(np.median(self.seconds[1:] or self.seconds))
+    return results
 
 
 def evaluate_classifier(model, x, labels, batch_size=None):

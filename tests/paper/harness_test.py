@@ -45,7 +45,9 @@ class Experiment:
 
     def run(self, dataset, method, settings, seed, size):
         is_trial = seed == harness.TRIAL_SEED
-        assert size == {"epochs": 3, "is_trial": is_trial}
+        backup = size["backup"]
+        assert not backup.exists()
+        assert size == {"epochs": 3, "is_trial": is_trial, "backup": backup}
         self.calls.append((method, settings, seed))
         # The higher the learning rate, the better.
         return {"validation_score": settings["learning_rate"], "seed": seed}
@@ -162,9 +164,6 @@ def test_missing_data_end_it_without_a_result(tmp_path):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    class Killed(BaseException):
-        pass
-
     def run(dataset, method, settings, seed, size):
         if len(experiment.calls) == 5:
             raise Killed
@@ -330,8 +329,74 @@ def test_the_best_epoch_comes_back():
         best.on_epoch_end(epoch, {"score": score})
         assert model.stop_training == (epoch == 3)
     best.restore()
-    assert (best.best, best.best_epoch) == (0.7, 1)
+    assert (best.best, best.state["epoch"]) == (0.7, 1)
     assert model.layers[0].bias.numpy() == [1.0]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Kill(keras.callbacks.Callback):
+    """Ends the process, as far as anything but a test can see."""
+
+    def __init__(self, epoch, place):
+        super().__init__()
+        self.epoch = epoch
+        self.place = place
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.kill(epoch, "begin")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.kill(epoch, "end")
+
+    def kill(self, epoch, place):
+        if (epoch, place) == (self.epoch, self.place):
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    "place, killed_epoch", [("begin", 3), ("end", 3), ("end", 0)]
+)
+def test_training_goes_on_after_a_kill(place, killed_epoch, rng, tmp_path):
+    x = rng.normal(size=(32, 4)).astype("float32")
+    y = (x.sum(axis=1) > 0).astype("int32")
+
+    def train(backup, kill_epoch=None):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        model.compile(
+            keras.optimizers.Adam(0.01),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        best = training.BestWeights("accuracy")
+        found = training.fit(
+            model,
+            (x, y),
+            None,
+            6,
+            [best, Kill(kill_epoch, place)],
+            backup,
+            shuffle=False,
+        )
+        best.restore()
+        return found["history"], model.get_weights()
+
+    backup = tmp_path / "run.backup"
+    expected_history, expected_weights = train(None)
+    with pytest.raises(Killed):
+        train(backup, killed_epoch)
+    history, weights = train(backup)
+    assert history.keys() == expected_history.keys()
+    for name in history:
+        assert len(history[name]) == 6
+        assert history[name] == pytest.approx(expected_history[name], rel=1e-5)
+    for found, expected in zip(weights, expected_weights):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not backup.exists()
 
 
 def test_a_score_that_never_was_a_number_is_an_error():

@@ -139,7 +139,13 @@ def test_pictures_are_learned(method):
         method,
         settings,
         seed=1,
-        size=size | {"num_examples": None, "epochs": 40, "patience": None},
+        size=size
+        | {
+            "num_examples": None,
+            "epochs": 40,
+            "patience": None,
+            "backup": None,
+        },
     )
     assert result["test"]["accuracy"] > 0.3
 
