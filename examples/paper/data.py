@@ -7,10 +7,10 @@ import tensorflow_datasets as tfds
 from examples.paper import builders  # noqa: F401  They register by import.
 from examples.paper.harness import MissingDataError
 
-if keras.config.backend() != "tensorflow":
-    # TensorFlow reads the data, and would take the whole memory of a GPU.
-    if tf.config.list_physical_devices("GPU"):
-        tf.config.set_visible_devices([], "GPU")
+is_reader = keras.config.backend() != "tensorflow"
+if is_reader and tf.config.list_physical_devices("GPU"):
+    # TensorFlow reads the data alone, and would take a GPU's whole memory.
+    tf.config.set_visible_devices([], "GPU")
 
 
 def load(name, version, split, decoders=None):
