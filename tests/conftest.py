@@ -43,6 +43,15 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_ignore_collect(collection_path, config):
+    # All of it is for one backend, or slow, and imports for seconds.
+    is_read = config.getoption("--all") or BACKEND == ONE_BACKEND
+    is_paper = collection_path.parent.name == "paper"
+    if is_paper and not is_read and collection_path.name != "wav2vec2_test.py":
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--all"):
         return

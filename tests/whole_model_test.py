@@ -32,7 +32,7 @@ KERAS_MODELS = ["functional", "sequential", "subclassed"]
 # Of each kind one.
 SHORT = ["functional", "subclassed", "text_classifier", "backbone"]
 MARKS = {
-    "functional": [],
+    "functional": [pytest.mark.one_backend],
     "text_classifier": [],
     "subclassed": [pytest.mark.one_backend],
     "backbone": [pytest.mark.one_backend],

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorflow_datasets.testing import mocking
 
-NUM_EXAMPLES = 64
+NUM_EXAMPLES = 48
 # Of a made-up utterance, and of one of its phones.
 NUM_SAMPLES, PHONE_SAMPLES = 2_000, 500
 

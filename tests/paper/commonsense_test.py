@@ -178,6 +178,7 @@ def test_the_loss_is_a_mean_over_the_tokens_that_count(kind):
     np.testing.assert_allclose(measured["loss"], -expected, rtol=1e-5)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "sampler", ["beam", pytest.param("greedy", marks=pytest.mark.slow)]
 )
@@ -209,11 +210,9 @@ def test_prompts_have_no_effect_on_each_other(sampler):
     assert len(set(answers)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
-@pytest.mark.parametrize(
-    "kind",
-    ["llama3_8b_en", pytest.param("qwen3_0.6b_en", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("kind", table.PRESETS)
 def test_a_model_says_what_it_was_taught(kind):
     size = table.SIZES["tiny"].settings
     causal_lm = make_causal_lm(kind, "--sampler", "greedy", num_steps=60)
@@ -333,13 +332,9 @@ def read_results(folder):
 @pytest.mark.one_backend
 def test_the_command(tmp_path, capsys):
     arguments = ["--size", "tiny", "--output", str(tmp_path)]
-    table.main(["--method", "lora", "fvae_lora", *arguments])
+    table.main(["--method", "lora", *arguments])
     results = read_results(tmp_path)
-    assert set(results) == {
-        f"{method}_{run}"
-        for method in ("lora", "fvae_lora")
-        for run in ("trial_0", "searched_1")
-    }
+    assert set(results) == {"lora_trial_0", "lora_searched_1"}
     for result in results.values():
         assert result["status"] == "done"
         assert result["run"]["dataset"] == "commonsense_170k"

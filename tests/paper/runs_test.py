@@ -56,19 +56,16 @@ def check_all_methods(module, folder, dataset):
 
 @pytest.mark.one_backend
 def test_images(tmp_path):
-    dataset = ("--dataset", "eurosat", "svhn_halves")
-    found = run(image_classification, tmp_path, *dataset, *ONE_METHOD)
-    assert len(found) == 2
-    for result in found:
-        assert 0 <= result["test"]["accuracy"] <= 1
-        assert result["validation_score"] == max(
-            result["history"]["val_accuracy"]
-        )
+    dataset = ("--dataset", "svhn_halves")
+    (result,) = run(image_classification, tmp_path, *dataset, *ONE_METHOD)
+    assert 0 <= result["test"]["accuracy"] <= 1
+    accuracies = result["history"]["val_accuracy"]
+    assert result["validation_score"] == max(accuracies)
 
 
 @pytest.mark.one_backend
 def test_groups(tmp_path):
-    dataset = ("--dataset", "celeb_a")
+    dataset = ("--dataset", "waterbirds")
     (result,) = run(spurious_correlations, tmp_path, *dataset, *ONE_METHOD)
     worst = result["history"]["worst_group_accuracy"]
     assert result["validation_score"] == max(worst)

@@ -115,6 +115,7 @@ def test_agrees_with_transformers(variant):
         )
 
 
+@pytest.mark.one_backend
 def test_group_variant_takes_padding_for_silence():
     """Its encoder does; its loss counts the real frames."""
     task = converter.load_ctc(REFERENCE / "group")
@@ -132,6 +133,7 @@ def test_group_variant_takes_padding_for_silence():
     )
 
 
+@pytest.mark.one_backend
 @VARIANT
 def test_frames_of_lengths(variant):
     backbone = converter.load_backbone(REFERENCE / variant)
@@ -140,6 +142,7 @@ def test_frames_of_lengths(variant):
     assert backbone.receptive_field == num_samples[0]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "num_samples, num_frames", [(399, 0), (400, 1), (719, 1), (720, 2)]
 )
@@ -155,6 +158,7 @@ def test_frames_of_the_published_convolutions(num_samples, num_frames):
     assert frames.sum() == num_frames
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kernel_size, right", [(4, 1), (3, 1)])
 def test_positional_convolution_looks_left_if_even(kernel_size, right):
     layer = layers.PositionalConvolution(kernel_size, groups=1)
@@ -167,6 +171,7 @@ def test_positional_convolution_looks_left_if_even(kernel_size, right):
     assert moved.tolist() == [*range(5 - right, 5 - right + kernel_size)]
 
 
+@pytest.mark.one_backend
 def test_padding_does_not_leak():
     """An utterance alone, and in a batch with noise in place of padding."""
     task = converter.load_ctc(REFERENCE / "layer")
@@ -183,6 +188,7 @@ def test_padding_does_not_leak():
     )
 
 
+@pytest.mark.one_backend
 @VARIANT
 def test_adapters_do_not_count_padding(variant):
     """Whether or not attention does."""
@@ -218,6 +224,7 @@ def loss_by_enumeration(labels, logits):
     return -np.log(total)
 
 
+@pytest.mark.one_backend
 def test_ctc_losses_by_enumeration(rng):
     """Labels that repeat, none at all, too many for the frames."""
     cases = [([1, 2], 5), ([1, 1], 3), ([], 4), ([2], 1), ([2, 2], 2)]
@@ -243,6 +250,7 @@ def test_ctc_losses_by_enumeration(rng):
     assert (np.abs(gradient).sum(axis=2) > 0).tolist() == is_real.tolist()
 
 
+@pytest.mark.one_backend
 def test_loss_of_a_task_is_the_mean_over_utterances():
     """Each with its weight."""
     task, reference = converter.load_ctc(REFERENCE / "layer"), expected("layer")
@@ -365,6 +373,7 @@ def draw_masks(lengths, max_length, times, mask_prob, mask_length):
     )
 
 
+@pytest.mark.one_backend
 def test_number_of_masked_spans():
     """With spans of one frame, what is masked counts them."""
     masks = draw_masks([25, 25, 20, 5, 1], 25, 60, 0.3, 1)
@@ -382,6 +391,7 @@ def test_number_of_masked_spans():
     assert not masks[:, 2, 20:].any()
 
 
+@pytest.mark.one_backend
 def test_masked_spans():
     masks = draw_masks([20, 12, 4, 3], 20, 40, 0.2, 4)
     for mask in masks.reshape(-1, 20):
@@ -395,6 +405,7 @@ def test_masked_spans():
     assert (masks[:, 2:].sum(axis=2) == [4, 0]).all()
 
 
+@pytest.mark.one_backend
 def test_masking_is_of_training():
     layer = layers.TimeMasking(mask_prob=0.5, mask_length=2, min_masks=2)
     inputs = np.zeros((2, 10, 3), "float32")
@@ -458,6 +469,7 @@ def test_parameters_of_the_large_variant():
     assert backbone.count_params() + 23 * block == 315_428_992 - 128
 
 
+@pytest.mark.one_backend
 def test_saved_task_comes_back(tmp_path):
     task = converter.load_ctc(REFERENCE / "group")
     task.compile(keras.optimizers.SGD(0.25), loss=CTCLoss("sum"))
@@ -471,6 +483,7 @@ def test_saved_task_comes_back(tmp_path):
     np.testing.assert_array_equal(back.predict(inputs, verbose=0), predictions)
 
 
+@pytest.mark.one_backend
 def test_logits_are_float32():
     task = converter.load_ctc(REFERENCE / "layer", dtype="mixed_bfloat16")
     assert task.backbone.output.dtype == "bfloat16"
