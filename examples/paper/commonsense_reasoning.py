@@ -216,7 +216,8 @@ def make_causal_lm(preset_name, dtype, is_tiny):
         return mock_questions.make_causal_lm(
             preset.causal_lm_class, dtype, **preset.toy
         )
-    return preset.causal_lm_class.from_preset(preset_name, dtype=dtype)
+    with harness.required(f"The preset '{preset_name}'"):
+        return preset.causal_lm_class.from_preset(preset_name, dtype=dtype)
 
 
 def log_likelihood(targets, logits):

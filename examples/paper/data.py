@@ -5,7 +5,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from examples.paper import builders  # noqa: F401  They register by import.
-from examples.paper.harness import MissingDataError
+from examples.paper.harness import required
 
 is_reader = keras.config.backend() != "tensorflow"
 if is_reader and tf.config.list_physical_devices("GPU"):
@@ -30,10 +30,6 @@ def load(name, version, split, decoders=None):
             why, and what there is to do.
     """
     builder = tfds.builder(f"{name}:{version}")
-    try:
+    with required(f"The data set '{name}'"):
         builder.download_and_prepare()
-    except Exception as error:  # Of the network, the disk, or missing files.
-        raise MissingDataError(
-            f"The data set '{name}' cannot be prepared: {error}"
-        ) from error
     return builder.as_dataset(split=split, decoders=decoders)

@@ -1,8 +1,10 @@
 """Runs what a table needs and has no result yet, one run after the other."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import json
 import pathlib
 import shutil
 import time
@@ -25,7 +27,20 @@ TRIAL_SEED = 0
 
 
 class MissingDataError(ValueError):
-    """Data are not there, so that no run on them can work."""
+    """Data or weights are not there, so that no run on them can work."""
+
+
+@contextlib.contextmanager
+def required(what):
+    """Says that something is missing, of any error inside the block.
+
+    Args:
+        what: String, what is read there.
+    """
+    try:
+        yield
+    except Exception as error:  # Of the network, the disk, a licence.
+        raise MissingDataError(f"{what} cannot be had: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,8 @@ class Table:
         datasets: Dict of name to whatever `run` takes as a data set. A data
             set has a `version`, a string.
         default_datasets: Tuple of those of them that are run by default.
+        authors_datasets: Tuple of those that only `--authors` can have,
+            because a search on them would see test data.
         methods: Tuple of keys of `METHODS`.
         authors_settings: Function of the name of a method that returns what
             `search.authors_settings` does.
@@ -73,6 +90,7 @@ class Table:
     authors_settings: Callable
     run: Callable
     sizes: dict
+    authors_datasets: tuple = ()
 
 
 def main(table, description, arguments=None):
@@ -156,7 +174,6 @@ class Harness:
         self.size = table.sizes[options.size]
         self.seeds = options.seed or self.size.seeds
         self.settings = "authors" if options.authors else "searched"
-        self.provenance = provenance.describe()
         self.seconds = []
 
     def run_all(self, datasets, methods):
@@ -168,20 +185,62 @@ class Harness:
             for run in self.plan(dataset, method)
         ]
         # Before the first run: whether what is there can be used.
+        self.check(datasets, plan)
         num_waiting = sum(self.read(run) is None for run in plan)
         print(
             f"{len(plan)} runs, of which {len(plan) - num_waiting} have a "
             "result."
         )
+        missing = {}
         for number, run in enumerate(plan, 1):
-            if self.read(run) is None:
+            if self.read(run) is None and run.dataset not in missing:
                 print(f"{number} of {len(plan)}: {run}", flush=True)
-                self.make(run)
+                try:
+                    self.make(run)
+                except MissingDataError as error:
+                    missing[run.dataset] = str(error)
+                    print(f"    {error}")
+                    continue
                 num_waiting -= 1
                 print(f"    {self.outcome(run)}{self.time_left(num_waiting)}")
-        num_failed = sum(self.read(run)["status"] != "done" for run in plan)
+        found = [result for run in plan if (result := self.read(run))]
+        num_failed = sum(result["status"] != "done" for result in found)
         if num_failed:
             print(f"{num_failed} runs failed: their results say why.")
+        if missing:
+            raise MissingDataError(
+                "\n".join(f"{name}: {why}" for name, why in missing.items())
+            )
+
+    def check(self, datasets, plan):
+        """Raises a `ValueError` if what is asked for makes no sense."""
+        for dataset in self.table.authors_datasets:
+            if dataset in datasets and not self.options.authors:
+                raise ValueError(
+                    f"The data set '{dataset}' chooses by a part of the test "
+                    "split, as the authors' code does. A search on it would "
+                    "see what it is tested on: add `--authors`."
+                )
+        finals = [run for run in plan if not run.is_trial]
+        # Those of seeds that are not asked for stand in the same table.
+        finals += [
+            dataclasses.replace(run, seed=seed)
+            for run in finals
+            for seed in self.size.seeds
+        ]
+        for run in {*finals}:
+            result = self.read(run)
+            if (
+                result is not None
+                and result["status"] == "done"
+                and all(self.read(trial) for trial in self.trials(run))
+                and result["settings"] != self.settings_of(run)
+            ):
+                raise ValueError(
+                    f"The result '{run.path(self.options.output)}' has other "
+                    "settings than the trials that are there now would "
+                    "choose. Delete it, and those of the other seeds."
+                )
 
     def plan(self, dataset, method):
         """The runs of a method on a data set: its trials, and then the rest."""
@@ -223,6 +282,7 @@ class Harness:
         keras.utils.clear_session()
         try:
             settings = self.settings_of(run)
+            self.check_backup(run, backup, settings)
             seed = TRIAL_SEED if run.is_trial else run.seed
             keras.utils.set_random_seed(seed)
             measured = self.table.run(
@@ -235,6 +295,7 @@ class Harness:
             )
             result = {"status": "done", "settings": settings, **measured}
         except MissingDataError:
+            shutil.rmtree(backup)
             raise
         except Exception as error:
             # Some errors have a traceback of their own behind the first line.
@@ -248,10 +309,24 @@ class Harness:
             run,
             self.options.output,
             result,
-            {**self.provenance, "versions": self.versions(run)},
+            {**provenance.describe(), "versions": self.versions(run)},
         )
         # There still if the run failed.
         shutil.rmtree(backup, ignore_errors=True)
+
+    def check_backup(self, run, backup, settings):
+        """Deletes what a killed run of something else has left."""
+        made_by = {"versions": self.versions(run), "settings": settings}
+        path = backup / "run.json"
+        if path.exists() and json.loads(path.read_text()) != made_by:
+            shutil.rmtree(backup)
+        backup.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made_by))
+
+    def trials(self, run):
+        """The trials that the settings of a run come from."""
+        plan = self.plan(run.dataset, run.method)
+        return [other for other in plan if other.is_trial]
 
     def settings_of(self, run):
         """The settings of a run; of one of the table, those of the best trial.
@@ -263,11 +338,7 @@ class Harness:
         authors = self.table.authors_settings(run.method)
         if run.is_trial:
             return search.trial_settings(method, authors, run.seed)
-        trials = [
-            self.read(other)
-            for other in self.plan(run.dataset, run.method)
-            if other.is_trial
-        ]
+        trials = [self.read(trial) for trial in self.trials(run)]
         if not trials:
             return authors
         worked = [trial for trial in trials if trial["status"] == "done"]

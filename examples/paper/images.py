@@ -55,7 +55,9 @@ class ImageDataset:
             return self.test
         if self.validation is not None or self.halves:
             return self.train if part == "train" else self.validation
-        begin, end = f"{10 * (seed % 10)}%", f"{10 * (seed % 10) + 10}%"
+        # Another tenth for each of the seeds 1, 2 and 42.
+        tenth = (seed + seed // 10) % 10
+        begin, end = f"{10 * tenth}%", f"{10 * tenth + 10}%"
         slices = {
             "validation": [f"[{begin}:{end}]"],
             "train": [f"[:{begin}]", f"[{end}:]"],
@@ -88,11 +90,13 @@ class ImageDataset:
         # The authors' shuffle of the test split, and the halves of it.
         num_examples = int(examples.cardinality())
         order = np.random.default_rng(seed).permutation(num_examples)
-        is_second = tf.constant(order >= num_examples // 2)
+        is_chosen = (order >= num_examples // 2) == (part == "test")
+        chosen = tf.constant(is_chosen)
         return (
             examples.enumerate()
-            .filter(lambda i, _: is_second[i] == (part == "test"))
+            .filter(lambda i, _: chosen[i])
             .map(lambda _, example: example)
+            .apply(tf.data.experimental.assert_cardinality(is_chosen.sum()))
         )
 
 

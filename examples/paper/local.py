@@ -57,8 +57,7 @@ def run(dataset, method_name, settings, seed, size):
             name: part.take(size["num_examples"])
             for name, part in parts.items()
         }
-    model = dataset.make_classifier(size["is_tiny"])
-    keras.utils.set_random_seed(seed)
+    model = dataset.make_classifier(seed, size["is_tiny"])
     inference_parameters = methods.adapt(
         methods.METHODS[method_name],
         model.backbone,

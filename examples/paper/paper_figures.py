@@ -48,18 +48,10 @@ FIGURES = {
     },
     "spurious_correlations": {
         "lora": row(
-            ("spuco_animals", "waterbirds", "celeb_a", "gap"),
-            54.79,
-            75.49,
-            40.00,
-            34.8,
+            ("spuco_animals", "waterbirds", "celeb_a"), 54.79, 75.49, 40.00
         ),
         "fvae_lora": row(
-            ("spuco_animals", "waterbirds", "celeb_a", "gap"),
-            62.0,
-            75.85,
-            43.33,
-            31.71,
+            ("spuco_animals", "waterbirds", "celeb_a"), 62.0, 75.85, 43.33
         ),
     },
 }

@@ -32,7 +32,7 @@ def describe():
         "command": " ".join(sys.orig_argv[1:]),
         "backend": backend,
         "device": device(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {p: v for p in packages if (v := version(p))},
     }

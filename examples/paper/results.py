@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import tempfile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +63,11 @@ def write(run, folder, result, provenance):
         **result,
         "provenance": provenance,
     }
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".part", delete=False
-    ) as file:
-        json.dump(content, file, indent=1)
-    try:
-        # Unlike a rename it fails where there is a file.
-        os.link(file.name, path)
-    finally:
-        os.unlink(file.name)
+    # Unlike a rename it fails where there is a file.
+    path.touch(exist_ok=False)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
 
 
 def read(run, folder, versions):

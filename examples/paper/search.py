@@ -60,12 +60,12 @@ def trial_settings(method, authors, trial):
     if trial == 0:
         return settings
     # The same for all methods: what differs is what they make of it.
-    place, choice = np.random.default_rng(trial).random(2)
+    place = np.random.default_rng(trial).random()
     share = LOWEST * (HIGHEST / LOWEST) ** place
     settings["learning_rate"] = float(authors["learning_rate"] * share)
     settings["global_clipnorm"], settings["epsilon"] = CLIPNORM, EPSILON
     choices = method.elbo_choices or WEIGHT_DECAYS
-    chosen = choices[int(choice * len(choices))]
+    chosen = choices[trial % len(choices)]
     if method.elbo_choices:
         settings["options"] |= chosen
     else:

@@ -21,6 +21,7 @@ import numpy as np
 from examples.paper.harness import OUTPUT
 from examples.paper.methods import METHODS
 from examples.paper.paper_figures import FIGURES
+from examples.paper.paper_figures import IMAGE_COLUMNS
 from keras_fvae import plots
 
 
@@ -39,9 +40,10 @@ def of_phonemes(result):
 
 def of_groups(result):
     chosen = result["test"]["chosen_by_worst_group_accuracy"]
+    gap = chosen["mean_by_training_shares"] - chosen["worst"]
     return {
         result["run"]["dataset"]: 100 * chosen["worst"],
-        f"{result['run']['dataset']}, gap": 100 * chosen["gap"],
+        f"{result['run']['dataset']}, gap": 100 * gap,
     }
 
 
@@ -77,7 +79,7 @@ class Layout:
 
 TABLES = {
     "image_classification": Layout("accuracy", of_images),
-    "commonsense_reasoning": Layout("accuracy", of_questions),
+    "commonsense_reasoning": Layout("accuracy", of_questions, by_dataset=True),
     "phoneme_recognition": Layout(
         "phoneme error rate", of_phonemes, has_mean=False
     ),
@@ -152,6 +154,8 @@ def in_parts(results, layout):
         title = f"{run['size']}, {run['settings']}"
         if layout.by_dataset:
             title = f"{run['dataset']}, {title}"
+        elif run["dataset"].endswith("_halves"):
+            title += ", halves"
         parts[title].append(result)
     return dict(sorted(parts.items()))
 
@@ -227,7 +231,9 @@ def paper_line(table, method, columns, layout):
     ]
     cells = ["" if np.isnan(f) else f"{f:.2f}" for f in figures]
     if layout.has_mean:
-        cells.append(mean([paper["mean"]] if "mean" in paper else figures))
+        is_whole = len(columns) == len(IMAGE_COLUMNS)
+        whole = [paper["mean"] if is_whole else np.nan]
+        cells.append(mean(whole if "mean" in paper else figures))
     return [line(f"{METHODS[method].label}, paper", *cells, *[""] * 3)]
 
 

@@ -1,7 +1,6 @@
 """Fine-tuning as the paper does it, whatever the task."""
 
 import pickle
-import shutil
 import time
 
 import keras
@@ -13,7 +12,7 @@ from examples.paper.metrics import classification_metrics
 
 # Biases and the weights of norms. FVAE-LoRA's biases lie in one array with its
 # kernels, and decay as these do.
-UNDECAYED = ["bias", "beta", "gamma"]
+UNDECAYED = ["bias", "beta", "gamma", "^scale$"]
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae_paper")
@@ -162,7 +161,7 @@ class Resumable(keras.callbacks.Callback):
     """Keeps the state of other callbacks, should the process be killed.
 
     Args:
-        folder: Path, which is gone again when training ends.
+        folder: Path. Whoever makes the run deletes it in the end.
         callbacks: List of `BestWeights` and `Epochs`.
     """
 
@@ -184,9 +183,6 @@ class Resumable(keras.callbacks.Callback):
         part.write_bytes(pickle.dumps([c.state for c in self.callbacks]))
         part.replace(self.path)
 
-    def on_train_end(self, logs=None):
-        shutil.rmtree(self.folder)
-
 
 def fit(
     model, data, validation_data, epochs, callbacks=(), backup=None, **options
@@ -200,7 +196,8 @@ def fit(
         epochs: Integer.
         callbacks: Sequence of callbacks.
         backup: Optional path of a folder. Where the process was killed, the
-            next one goes on after the last whole epoch.
+            next one goes on after the last whole epoch; the random numbers
+            of the data and of dropout begin anew.
         **options: Further arguments of `fit`.
 
     Returns:
@@ -214,7 +211,10 @@ def fit(
         callbacks += [
             Resumable(backup, resumed),
             keras.callbacks.BackupAndRestore(
-                str(backup / "model"), double_checkpoint=True
+                str(backup / "model"),
+                double_checkpoint=True,
+                # Testing may take long, too.
+                delete_checkpoint=False,
             ),
         ]
     provenance.reset_peak_memory()

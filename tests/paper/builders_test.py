@@ -418,7 +418,6 @@ def test_timit(lower_case, timit_files, prepare, tmp_path):
                 "sil",
                 "ih",
                 "sil",
-                "sil",
             ]
 
 
@@ -431,7 +430,10 @@ def test_phones_are_folded_as_usual():
         "ow uh uw ux er ax ix axr ax-h pau epi h#"
     )
     assert len(set(symbols.split())) == 61
-    folded = timit.fold(symbols.split())
+    # One by one, so that no silences stand side by side.
+    folded = [timit.fold([symbol]) for symbol in symbols.split()]
+    assert folded.count([]) == 1
+    folded = [phone for phones in folded for phone in phones]
     assert len(folded) == 60
     assert sorted(set(folded)) == timit.PHONES.split()
     assert len(set(folded)) == 39
@@ -440,6 +442,9 @@ def test_phones_are_folded_as_usual():
     assert " ".join(timit.fold(sentence.split())) == (
         "sil hh ah dx uw w iy sil d ih f ay n ih sil"
     )
+    # Silences side by side are one; other phones stay two.
+    sentence = "h# pau kcl k s s tcl q epi h#"
+    assert " ".join(timit.fold(sentence.split())) == "sil k s s sil"
 
 
 def test_speakers_are_the_sets_that_timit_describes():

@@ -46,7 +46,7 @@ class Experiment:
     def run(self, dataset, method, settings, seed, size):
         is_trial = seed == harness.TRIAL_SEED
         backup = size["backup"]
-        assert not backup.exists()
+        assert [path.name for path in backup.iterdir()] == ["run.json"]
         assert size == {"epochs": 3, "is_trial": is_trial, "backup": backup}
         self.calls.append((method, settings, seed))
         # The higher the learning rate, the better.
@@ -108,6 +108,50 @@ def test_only_what_is_missing_runs(experiment, capsys):
     assert len(experiment.main("--dataset", "first", "--seed", "7")) == 6
 
 
+def test_trials_that_have_changed_are_noticed(experiment):
+    experiment.main("--dataset", "first", "--method", "lora")
+    path = experiment.folder / "toy" / "full" / "first" / "lora_trial_2.json"
+    trial = json.loads(path.read_text())
+    trial["validation_score"] = 100.0
+    path.write_text(json.dumps(trial))
+    with pytest.raises(SystemExit, match="other settings than the trials"):
+        experiment.main("--dataset", "first", "--method", "lora", "--seed", "7")
+
+
+def test_what_another_version_left_is_not_gone_on_with(experiment):
+    path = experiment.folder / "toy" / "full" / "first" / "lora_trial_0.backup"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"versions": {}}))
+    (path / "callbacks.pickle").write_bytes(b"of another version")
+    # `Experiment.run` looks at what there is.
+    experiment.main("--dataset", "first", "--method", "lora")
+    assert not path.exists()
+
+
+def test_halves_of_the_test_split_are_for_the_authors_settings(tmp_path):
+    experiment = Experiment(tmp_path, authors_datasets=("first",))
+    with pytest.raises(SystemExit, match="'first' chooses.*add `--authors`"):
+        experiment.main("--dataset", "first")
+    assert len(experiment.main("--dataset", "first", "--authors")) == 6
+    assert len(experiment.main("--dataset", "second")) == 2 * (4 + 3)
+
+
+def test_each_choice_is_tried():
+    for name, method in METHODS.items():
+        authors = search.authors_settings(method, 5e-3, {})
+        tried = [
+            search.trial_settings(method, authors, trial) for trial in range(6)
+        ]
+        for choice in method.elbo_choices:
+            assert any(
+                choice.items() <= settings["options"].items()
+                for settings in tried
+            ), name
+        if not method.elbo_choices:
+            decays = {settings["weight_decay"] for settings in tried}
+            assert decays == {*search.WEIGHT_DECAYS}
+
+
 def test_the_authors_settings_take_no_trials(experiment):
     calls = experiment.main("--authors", "--dataset", "first")
     assert [seed for _, _, seed in calls] == [1, 2, 42] * 2
@@ -153,14 +197,20 @@ def test_without_a_trial_that_worked_no_settings_are_made_up(tmp_path):
     assert status == "failed: ValueError: No trial of the search worked."
 
 
-def test_missing_data_end_it_without_a_result(tmp_path):
+def test_missing_data_leave_no_result(tmp_path):
     def run(dataset, method, settings, seed, size):
-        raise harness.MissingDataError("put the files into FOLDER")
+        if dataset is experiment.table.datasets["second"]:
+            raise harness.MissingDataError("put the files into FOLDER")
+        return {"validation_score": 0.5}
 
     experiment = Experiment(tmp_path, run=run)
-    with pytest.raises(SystemExit, match="put the files into FOLDER"):
+    with pytest.raises(SystemExit, match="second: put the files into FOLDER"):
         experiment.main()
-    assert not [*tmp_path.glob("**/*.json")]
+    # The other data set goes on.
+    assert {path.parent.name for path in tmp_path.glob("**/*.json")} == {
+        "first"
+    }
+    assert len([*tmp_path.glob("**/*.json")]) == 2 * (4 + 3)
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -172,7 +222,7 @@ def test_a_killed_run_goes_on(tmp_path):
     experiment = Experiment(tmp_path, run=run)
     with pytest.raises(Killed):
         experiment.main()
-    assert len([*tmp_path.glob("**/*")]) == 3 + 5
+    assert len([*tmp_path.glob("**/*_*.json")]) == 5
     experiment.table = Experiment(tmp_path, run=experiment.run).table
     assert len(experiment.main()) == 28 - 5
 
@@ -386,6 +436,7 @@ def test_training_goes_on_after_a_kill(place, killed_epoch, rng, tmp_path):
         return found["history"], model.get_weights()
 
     backup = tmp_path / "run.backup"
+    backup.mkdir()
     expected_history, expected_weights = train(None)
     with pytest.raises(Killed):
         train(backup, killed_epoch)
@@ -396,7 +447,6 @@ def test_training_goes_on_after_a_kill(place, killed_epoch, rng, tmp_path):
         assert history[name] == pytest.approx(expected_history[name], rel=1e-5)
     for found, expected in zip(weights, expected_weights):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert not backup.exists()
 
 
 def test_a_score_that_never_was_a_number_is_an_error():

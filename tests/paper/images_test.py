@@ -48,6 +48,10 @@ def test_splits_share_nothing(name, seed):
 
 def test_each_seed_has_validation_data_of_its_own():
     dataset = DATASETS["dtd"]
+    for first, second in ((1, 2), (1, 42), (2, 42)):
+        assert not percents(dataset.split("validation", first)) & percents(
+            dataset.split("validation", second)
+        )
     parts = [percents(dataset.split("validation", seed)) for seed in range(10)]
     assert set.union(*parts) == percents(dataset.train)
     assert sum(map(len, parts)) == len(percents(dataset.train))

@@ -56,7 +56,7 @@ def check_all_methods(module, folder, dataset):
 
 @pytest.mark.one_backend
 def test_images(tmp_path):
-    dataset = ("--dataset", "svhn_halves")
+    dataset = ("--dataset", "eurosat")
     (result,) = run(image_classification, tmp_path, *dataset, *ONE_METHOD)
     assert 0 <= result["test"]["accuracy"] <= 1
     accuracies = result["history"]["val_accuracy"]
@@ -119,7 +119,9 @@ def test_local_data_by_all_methods(tmp_path):
 )
 def test_all_data_sets(module, tmp_path):
     names = [*module.TABLE.datasets]
-    found = run(module, tmp_path, "--dataset", *names, "--method", "lora")
+    found = run(
+        module, tmp_path, "--authors", "--method", "lora", "--dataset", *names
+    )
     assert sorted(result["run"]["dataset"] for result in found) == sorted(names)
 
 

@@ -88,7 +88,12 @@ def test_the_halves_stand_beside_the_same_figures(tmp_path, capsys):
 
 
 def test_groups_have_the_worst_and_the_gap(tmp_path, capsys):
-    chosen = {"chosen_by_worst_group_accuracy": {"worst": 0.6, "gap": 0.3}}
+    chosen = {
+        "chosen_by_worst_group_accuracy": {
+            "worst": 0.6,
+            "mean_by_training_shares": 0.9,
+        }
+    }
     table = "spurious_correlations"
     write(tmp_path, table, "waterbirds", "lora", 1, test=chosen)
     found, _ = rows(tmp_path, capsys)

@@ -58,7 +58,6 @@ class PaperTimit(tfds.core.GeneratorBasedBuilder):
     """Sentences of many speakers, 39 phones.
 
     The two sentences that every speaker reads, SA1 and SA2, are left out.
-    Silences that come to stand side by side stay as they are.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -157,8 +156,17 @@ def read_phones(path):
 
 
 def fold(phones):
-    """Takes TIMIT's 61 phones for the 39 that results are given in."""
-    return [FOLDED.get(phone, phone) for phone in phones if phone != "q"]
+    """Takes TIMIT's 61 phones for the 39 that results are given in.
+
+    Silences that come to stand side by side, such as a closure and a pause,
+    are one, as in SpeechBrain's recipe.
+    """
+    folded = [FOLDED.get(phone, phone) for phone in phones if phone != "q"]
+    return [
+        phone
+        for index, phone in enumerate(folded)
+        if not (index and phone == folded[index - 1] == "sil")
+    ]
 
 
 def read_sphere(path):
