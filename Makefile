@@ -33,7 +33,7 @@ test: install
 
 # Each night: all cases, the long tail of them too, on each backend.
 test-all: install
-	$(call timed,$(TESTS) PYTEST_OPTIONS=--all)
+	$(call timed,$(TESTS) PYTEST_OPTIONS="--all --durations=40")
 
 define timed
 @begin=$$(date +%s); $(MAKE) --no-print-directory lint $(1) && \
