@@ -9,11 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from benchmarks.measure import device
 from benchmarks.measure import seconds
 from benchmarks.models import DEVICE_METHODS
 from benchmarks.models import SIZES
 from benchmarks.models import make_adapted
+from examples.paper.provenance import device
 
 if keras.config.backend() == "jax":
     import jax

@@ -8,14 +8,6 @@ import keras_fvae
 
 NUM_BLOCKS, BATCH_SIZE, NUM_TOKENS, WIDTH, NUM_HEADS = 4, 8, 197, 768, 12
 RANK = 16
-CONFIGS = {
-    "LoRA": keras_fvae.LoRAConfig,
-    "rsLoRA": keras_fvae.RSLoRAConfig,
-    "PiSSA": keras_fvae.PiSSAConfig,
-    "OLoRA": keras_fvae.OLoRAConfig,
-    "DoRA": keras_fvae.DoRAConfig,
-    "HiRA": keras_fvae.HiRAConfig,
-}
 
 
 def make_blocks():
@@ -50,12 +42,16 @@ def unique(*names):
     return [f"{name}_{keras.backend.get_uid(name)}" for name in names]
 
 
-def make(method):
-    """The blocks, adapted by a method of `CONFIGS`."""
+def make(config):
+    """The blocks, with the queries and values adapted.
+
+    Args:
+        config: Config of a method.
+    """
     model = make_blocks()
     keras_fvae.enable_adapter(
         model,
-        CONFIGS[method](RANK),
+        config,
         lambda layer: layer.name.startswith(("query", "value")),
     )
     return model

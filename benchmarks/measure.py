@@ -21,6 +21,7 @@ from benchmarks.models import METHODS
 from benchmarks.models import SIZES
 from benchmarks.models import TRAINING_METHODS
 from benchmarks.models import make_adapted
+from examples.paper import provenance
 from keras_fvae.analysis.memory import bytes_per_device
 
 PREDICTING_METHODS = ("base", "FVAE-LoRA", "finalized", "merged")
@@ -67,9 +68,9 @@ def memory(size, rank, method):
     """
     task, x, y = make_adapted(size, method, rank)
     task.train_on_batch(x, y)
-    if device() != "CPU":
+    if provenance.device() != "CPU":
         task.train_on_batch(x, y)
-        return {"peak": peak_of_device() / 2**20}
+        return {"peak": provenance.peak_memory()}
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     at_rest = resident("VmRSS")
@@ -90,42 +91,6 @@ def resident(what):
     """MiB of this process's memory, as Linux counts it."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def device():
-    """String, the name of the GPU that Keras uses, else "CPU"."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        found = jax.devices()[0]
-        return "CPU" if found.platform == "cpu" else found.device_kind
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        found = tf.config.list_physical_devices("GPU")
-        details = tf.config.experimental.get_device_details
-        return details(found[0])["device_name"] if found else "CPU"
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    return torch.cuda.get_device_name() if has_gpu else "CPU"
-
-
-def peak_of_device():
-    """Integer, the bytes that a GPU had given out at the peak."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    import torch
-
-    return torch.cuda.max_memory_allocated()
 
 
 def seconds(function, *arguments):
@@ -149,7 +114,7 @@ def main():
     keras.config.set_dtype_policy(arguments.dtype)
     size = SIZES.get(arguments.size)
     if arguments.what == "device":
-        result = device()
+        result = provenance.device()
     elif arguments.what == "steps":
         result = steps(
             size,

@@ -14,6 +14,7 @@ import time
 import peft
 import torch
 
+import keras_fvae
 from benchmarks import keras_blocks
 from benchmarks.beside_peft import NO_METHOD
 from benchmarks.keras_blocks import BATCH_SIZE
@@ -24,13 +25,20 @@ from benchmarks.keras_blocks import RANK
 from benchmarks.keras_blocks import WIDTH
 
 COMMON = {"r": RANK, "target_modules": ["query", "value"]}
+# By method: ours, and PEFT's.
 CONFIGS = {
-    "LoRA": lambda: lora(),
-    "rsLoRA": lambda: lora(use_rslora=True),
-    "PiSSA": lambda: lora(init_lora_weights="pissa"),
-    "OLoRA": lambda: lora(init_lora_weights="olora"),
-    "DoRA": lambda: lora(use_dora=True),
-    "HiRA": lambda: peft.HiraConfig(**COMMON),
+    "LoRA": (keras_fvae.LoRAConfig, lambda: lora()),
+    "rsLoRA": (keras_fvae.RSLoRAConfig, lambda: lora(use_rslora=True)),
+    "PiSSA": (
+        keras_fvae.PiSSAConfig,
+        lambda: lora(init_lora_weights="pissa"),
+    ),
+    "OLoRA": (
+        keras_fvae.OLoRAConfig,
+        lambda: lora(init_lora_weights="olora"),
+    ),
+    "DoRA": (keras_fvae.DoRAConfig, lambda: lora(use_dora=True)),
+    "HiRA": (keras_fvae.HiRAConfig, lambda: peft.HiraConfig(**COMMON)),
 }
 SHAPE = BATCH_SIZE, NUM_TOKENS, WIDTH
 
@@ -80,9 +88,9 @@ def models():
     pairs = {
         NO_METHOD: {"ours": shifted(ours), "PEFT": shifted(make_blocks())},
     }
-    for method in CONFIGS:
-        ours = keras_blocks.make(method)
-        theirs = peft.get_peft_model(make_blocks(), CONFIGS[method]())
+    for method, (our_config, their_config) in CONFIGS.items():
+        ours = keras_blocks.make(our_config(RANK))
+        theirs = peft.get_peft_model(make_blocks(), their_config())
         pairs[method] = {
             "ours": (
                 functools.partial(ours, training=True),

@@ -94,6 +94,7 @@ import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
+from paper.metrics import calibration_error
 
 import keras_fvae
 
@@ -102,6 +103,8 @@ BATCH_SIZE = 32
 LEARNING_RATE = 5e-3
 NUM_NOISY_TEXTS = 400
 SHARE_OF_WRONG_LABELS = 0.4
+# Of confidence, for the calibration error.
+NUM_BINS = 10
 
 
 def main(train, test):
@@ -245,21 +248,10 @@ def train_and_test(classifier, train, test, epochs):
     return {
         "accuracy": history["val_accuracy"][-1],
         "loss": history["val_loss"][-1],
-        "calibration": calibration_error(probabilities, test[1]),
+        "calibration": calibration_error(probabilities, test[1], NUM_BINS),
         "seconds": float(np.median(timer.seconds)),
         "history": history,
     }
-
-
-def calibration_error(probabilities, labels, num_bins=10):
-    """Expected calibration error (Guo et al., 2017): confidence - accuracy."""
-    confidence = probabilities.max(axis=-1)
-    is_right = probabilities.argmax(axis=-1) == labels
-    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-    return sum(
-        np.abs(confidence[bins == b].sum() - is_right[bins == b].sum())
-        for b in range(num_bins)
-    ) / len(labels)
 
 
 class StepTimer(keras.callbacks.Callback):

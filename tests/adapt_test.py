@@ -7,6 +7,7 @@ import pytest
 from helpers import snapshot
 from helpers import text_inputs
 from helpers import to_numpy
+from small_models import Encoder
 
 import keras_fvae
 from keras_fvae.model.lookup import adapted_layers
@@ -16,34 +17,6 @@ SMALL = {"rank": 2, "decoder_units": (4,)}
 
 def names(layers):
     return [layer.name for layer in layers]
-
-
-class Encoder(keras.layers.Layer):
-    """Layers inside layers: attributes, a list, attention."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.blocks = [
-            keras.layers.MultiHeadAttention(2, 4, name=f"attention_{i}")
-            for i in range(2)
-        ]
-        self.feedforward = keras.Sequential(
-            [
-                keras.layers.Dense(16, activation="relu", name="up"),
-                keras.layers.Dense(8, name="down"),
-            ],
-            name="feedforward",
-        )
-
-    def build(self, input_shape):
-        for block in self.blocks:
-            block.build(input_shape, input_shape)
-        self.feedforward.build(input_shape)
-
-    def call(self, x):
-        for block in self.blocks:
-            x = x + block(x, x)
-        return self.feedforward(x)
 
 
 class Subclassed(keras.Model):

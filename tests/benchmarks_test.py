@@ -9,6 +9,7 @@ from helpers import BACKEND
 from helpers import ROOT
 from keras import ops
 
+import keras_fvae
 from benchmarks import arithmetic
 from benchmarks.models import Size
 from benchmarks.models import make_adapted
@@ -70,7 +71,8 @@ def test_the_blocks_are_those_that_peft_adapts():
     """Of the same weights and the same products, without PEFT itself."""
     from benchmarks import keras_blocks
 
-    model = keras_blocks.make("LoRA")
+    config = keras_fvae.LoRAConfig(keras_blocks.RANK)
+    model = keras_blocks.make(config)
     layers = adapted_layers(model)
     assert len(layers) == 2 * keras_blocks.NUM_BLOCKS
     width = keras_blocks.WIDTH

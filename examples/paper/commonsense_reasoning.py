@@ -376,10 +376,10 @@ def run(options, mixture, method_name, settings, seed, size):
         Dict of `validation_score`, minus the mean loss of an answer's token;
         what `evaluate` returns; and what the run took.
     """
-    method = methods.METHODS[method_name]
     # The pretrained weights are of bfloat16. Where they train they need more,
     # or steps are rounded away: of 8 billion, 130 GB with Adam's moments.
-    dtype = "mixed_bfloat16" if method.trains_backbone else "bfloat16"
+    trains_all = methods.METHODS[method_name].trains_backbone
+    dtype = "mixed_bfloat16" if trains_all else "bfloat16"
     with contextlib.ExitStack() as stack:
         if size["is_tiny"]:
             stack.enter_context(mock_questions.questions())
@@ -391,10 +391,11 @@ def run(options, mixture, method_name, settings, seed, size):
             causal_lm.preprocessor.tokenizer, mixture, seed, size
         )
         inference_parameters = methods.adapt(
-            method,
+            method_name,
             causal_lm.backbone,
             RANK,
-            settings["options"] | {"seed": seed},
+            settings,
+            seed,
             TARGETS[options.targets],
         )
         num_steps = size["epochs"] * int(train.cardinality())

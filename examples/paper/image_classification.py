@@ -121,10 +121,7 @@ def adapted_classifier(dataset, method_name, settings, seed, size, num_steps):
     """
     model = make_classifier(dataset.num_classes, size)
     inference_parameters = methods.adapt(
-        methods.METHODS[method_name],
-        model.backbone,
-        RANK,
-        settings["options"] | {"seed": seed},
+        method_name, model.backbone, RANK, settings, seed
     )
     model.compile(
         training.make_optimizer(settings, num_steps),
@@ -134,13 +131,11 @@ def adapted_classifier(dataset, method_name, settings, seed, size, num_steps):
     return model, inference_parameters
 
 
-@contextlib.contextmanager
 def data_at_hand(dataset, size):
-    """Stands made-up pictures in for those of a data set, at the size tiny."""
-    with (
-        mock.pictures(dataset) if size["is_tiny"] else contextlib.nullcontext()
-    ):
-        yield
+    """A context: at the size tiny, pictures that are made up stand in."""
+    if size["is_tiny"]:
+        return mock.pictures(dataset)
+    return contextlib.nullcontext()
 
 
 def run(dataset, method_name, settings, seed, size):

@@ -59,10 +59,7 @@ def run(dataset, method_name, settings, seed, size):
         }
     model = dataset.make_classifier(seed, size["is_tiny"])
     inference_parameters = methods.adapt(
-        methods.METHODS[method_name],
-        model.backbone,
-        RANK,
-        settings["options"] | {"seed": seed},
+        method_name, model.backbone, RANK, settings, seed
     )
     num_batches = math.ceil(len(parts["train"].labels) / BATCH_SIZE)
     model.compile(

@@ -61,24 +61,26 @@ METHODS = {
 }
 
 
-def adapt(method, backbone, rank, options, target_layer_names=None):
+def adapt(name, backbone, rank, settings, seed, target_layer_names=None):
     """Makes of a backbone what a method trains, beside a head of its own.
 
     Args:
-        method: `Method`.
+        name: String, a key of `METHODS`.
         backbone: `keras.Model`, built.
         rank: Integer, the rank of the adapters.
-        options: Dict, further fields of the method's config.
+        settings: Dict, what `search` gives: its `options` are further fields
+            of the method's config.
+        seed: Integer.
         target_layer_names: As in `keras_fvae.enable_adapter`.
 
     Returns:
         Integer, the parameters that inference needs beside the base model and
         the head.
     """
+    method = METHODS[name]
     if method.make_config is None:
         backbone.trainable = method.trains_backbone
         return 0
-    summary = keras_fvae.enable_adapter(
-        backbone, method.make_config(rank, **options), target_layer_names
-    )
+    config = method.make_config(rank, seed=seed, **settings["options"])
+    summary = keras_fvae.enable_adapter(backbone, config, target_layer_names)
     return summary.inference_parameters

@@ -33,13 +33,21 @@ def classification_metrics(probabilities, labels):
     }
 
 
-def calibration_error(probabilities, labels):
+def calibration_error(probabilities, labels, num_bins=NUM_BINS):
     """The mean distance of confidence from accuracy, over bins of confidence.
 
     Each bin counts by the examples in it.
+
+    Args:
+        probabilities: Array of shape `(examples, classes)`.
+        labels: Array of shape `(examples,)`, the classes as integers.
+        num_bins: Integer. Defaults to `15`.
+
+    Returns:
+        Float, the expected calibration error (Guo et al., 2017).
     """
     confidence = probabilities.max(axis=1)
     is_right = probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    distances = np.bincount(bins, confidence - is_right, NUM_BINS)
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    distances = np.bincount(bins, confidence - is_right, num_bins)
     return float(np.abs(distances).sum() / len(labels))

@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.testing import mocking
 
 NUM_EXAMPLES = 48
-# Of a made-up utterance, and of one of its phones.
-NUM_SAMPLES, PHONE_SAMPLES = 2_000, 500
+# Of a phone that is made up.
+PHONE_SAMPLES = 500
 
 
 @contextlib.contextmanager
@@ -20,29 +20,27 @@ def examples_from(make):
     """Has TensorFlow Datasets give made-up examples, inside the block.
 
     Args:
-        make: Function of a builder and a random generator that returns an
-            example, a dict of what its features say.
+        make: Function of a builder and the name of a split that returns the
+            examples, a list of dicts of what the builder's features say.
     """
 
     def as_dataset(builder, split, **kwargs):
-        # Other ones for each split, the same each time.
-        seed = sum(map(ord, str(split)))
-
-        def examples():
-            rng = np.random.default_rng(seed)
-            for _ in range(NUM_EXAMPLES):
-                yield make(builder, rng)
-
+        examples = make(builder, split)
         signature = tf.nest.map_structure(
             lambda info: tf.TensorSpec(info.shape, info.dtype),
             builder.info.features.get_tensor_info(),
         )
         return tf.data.Dataset.from_generator(
-            examples, output_signature=signature
-        ).apply(tf.data.experimental.assert_cardinality(NUM_EXAMPLES))
+            lambda: iter(examples), output_signature=signature
+        ).apply(tf.data.experimental.assert_cardinality(len(examples)))
 
     with tfds.testing.mock_data(as_dataset_fn=as_dataset):
         yield
+
+
+def generator_of(name):
+    """A random generator that draws the same for the same name each time."""
+    return np.random.default_rng(sum(map(ord, name)))
 
 
 def pictures(dataset):
@@ -55,8 +53,7 @@ def pictures(dataset):
         dataset: `ImageDataset`.
     """
 
-    def make(builder, rng):
-        features = builder.info.features
+    def make_one(features, rng):
         (example,) = mocking.RandomFakeGenerator(
             features, 1, seed=int(rng.integers(2**31))
         )
@@ -69,13 +66,18 @@ def pictures(dataset):
         picture[..., 0] += np.uint8(170 * share)
         return {**example, "image": picture}
 
+    def make(builder, split):
+        rng = generator_of(split)
+        features = builder.info.features
+        return [make_one(features, rng) for _ in range(NUM_EXAMPLES)]
+
     return examples_from(make)
 
 
 def speech():
     """Has utterances made up, inside a block: each phone is a tone."""
 
-    def make(builder, rng):
+    def make_one(rng):
         phones = rng.integers(0, 4, rng.integers(2, 5))
         time = np.arange(PHONE_SAMPLES)
         tones = [np.sin(0.1 * 2.0**phone * time) for phone in phones]
@@ -87,5 +89,9 @@ def speech():
             "speaker": "made up",
             "utterance": str(rng.integers(10**6)),
         }
+
+    def make(builder, split):
+        rng = generator_of(split)
+        return [make_one(rng) for _ in range(NUM_EXAMPLES)]
 
     return examples_from(make)

@@ -1,12 +1,8 @@
 """What stands in for questions and language models, at the size "tiny"."""
 
-import contextlib
-
-import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 import tokenizers
 
+from examples.paper import mock
 from examples.paper.questions import TASKS
 
 # Of each task, to learn from and to be asked.
@@ -34,28 +30,24 @@ TOY = {
 }
 
 
-@contextlib.contextmanager
 def questions():
-    """Has `tfds.load` give made-up questions, inside the block.
+    """Has questions made up, inside a block.
 
     The instruction says which option is right, so that there is something to
-    learn. All but the reading of files is as it ever is.
+    learn.
     """
 
-    def as_dataset(builder, split, **kwargs):
+    def make(builder, split):
         name = builder.builder_config.name
         # Those of the mixture are of all tasks.
         tasks = [name] if name in TASKS else list(TASKS)
         number = (
             NUM_TEST_QUESTIONS if split == "test" else NUM_TRAINING_QUESTIONS
         )
-        rng = np.random.default_rng(sum(map(ord, name)))
-        rows = [make_row(task, rng) for task in tasks for _ in range(number)]
-        columns = {field: [row[field] for row in rows] for field in rows[0]}
-        return tf.data.Dataset.from_tensor_slices(columns)
+        rng = mock.generator_of(name)
+        return [make_row(task, rng) for task in tasks for _ in range(number)]
 
-    with tfds.testing.mock_data(as_dataset_fn=as_dataset):
-        yield
+    return mock.examples_from(make)
 
 
 def make_row(task, rng):

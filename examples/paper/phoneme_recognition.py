@@ -239,11 +239,7 @@ def run(dataset, method_name, settings, seed, size):
         )
     )
     inference_parameters = methods.adapt(
-        methods.METHODS[method_name],
-        task.backbone,
-        RANK,
-        settings["options"] | {"seed": seed},
-        TARGETS,
+        method_name, task.backbone, RANK, settings, seed, TARGETS
     )
     task.backbone.feature_encoder.trainable = False
     task.compile(training.make_optimizer(settings, size["epochs"] * len(train)))

@@ -47,22 +47,23 @@ def version(package):
 
 
 def device():
-    """String, the name of what computes."""
+    """String, the name of the GPU that Keras uses, else "CPU"."""
     backend = keras.config.backend()
     if backend == "jax":
         import jax
 
-        return jax.devices()[0].device_kind
+        found = jax.devices()[0]
+        return "CPU" if found.platform == "cpu" else found.device_kind
     if backend == "torch":
         import torch
 
         has_gpu = torch.cuda.is_available()
-        return torch.cuda.get_device_name() if has_gpu else "cpu"
+        return torch.cuda.get_device_name() if has_gpu else "CPU"
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
     details = tf.config.experimental.get_device_details
-    return details(gpus[0])["device_name"] if gpus else "cpu"
+    return details(gpus[0])["device_name"] if gpus else "CPU"
 
 
 def reset_peak_memory():

@@ -161,13 +161,12 @@ class Resumable(keras.callbacks.Callback):
     """Keeps the state of other callbacks, should the process be killed.
 
     Args:
-        folder: Path. Whoever makes the run deletes it in the end.
+        folder: Path, which is there. Who made it deletes it in the end.
         callbacks: List of `BestWeights` and `Epochs`.
     """
 
     def __init__(self, folder, callbacks):
         super().__init__()
-        self.folder = folder
         self.path = folder / "callbacks.pickle"
         self.callbacks = callbacks
 
@@ -178,7 +177,6 @@ class Resumable(keras.callbacks.Callback):
                 callback.state = state
 
     def on_epoch_end(self, epoch, logs=None):
-        self.folder.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_bytes(pickle.dumps([c.state for c in self.callbacks]))
         part.replace(self.path)
@@ -195,9 +193,9 @@ def fit(
         validation_data: The same.
         epochs: Integer.
         callbacks: Sequence of callbacks.
-        backup: Optional path of a folder. Where the process was killed, the
-            next one goes on after the last whole epoch; the random numbers
-            of the data and of dropout begin anew.
+        backup: Optional path of a folder, which is there. Where the process
+            was killed, the next one goes on after the last whole epoch; the
+            random numbers of the data and of dropout begin anew.
         **options: Further arguments of `fit`.
 
     Returns:

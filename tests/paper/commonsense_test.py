@@ -302,11 +302,12 @@ def test_a_preset_is_loaded_in_bfloat16(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(table.PRESETS, name, table.PRESETS[kind])
     causal_lm = table.make_causal_lm(name, "bfloat16", is_tiny=False)
     methods.adapt(
-        methods.METHODS["fvae_lora"],
+        "fvae_lora",
         causal_lm.backbone,
         table.RANK,
-        {},
-        table.TARGETS["qkvud"],
+        {"options": {}},
+        seed=0,
+        target_layer_names=table.TARGETS["qkvud"],
     )
     trainable = causal_lm.trainable_weights
     assert {dtype_of(weight) for weight in trainable} == {"float32"}
