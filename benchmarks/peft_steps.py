@@ -4,6 +4,8 @@ For `benchmarks.beside_peft`, which runs it in an environment with PEFT. Both
 adapt the same blocks by the same method, in one process, and take turns:
 
     python -m benchmarks.peft_steps ROUNDS
+
+Where there is a GPU, both are on it.
 """
 
 import functools
@@ -41,6 +43,8 @@ CONFIGS = {
     "HiRA": (keras_fvae.HiRAConfig, lambda: peft.HiraConfig(**COMMON)),
 }
 SHAPE = BATCH_SIZE, NUM_TOKENS, WIDTH
+# As Keras does.
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def lora(**options):

@@ -94,6 +94,10 @@ def serve(connection, backend):
         # Nobody asks any more.
         pass
     except Exception as error:
-        traceback.print_exc()
         words = f"{type(error).__name__}: {error}".splitlines()[0]
-        connection.send({"status": f"failed: {words[:200]}"})
+        connection.send(
+            {
+                "status": f"failed: {words[:200]}",
+                "traceback": traceback.format_exc(),
+            }
+        )

@@ -133,6 +133,8 @@ def test_what_fails_says_so_and_the_rest_goes_on():
     try:
         device.measure_all(rows, time.monotonic() + 600, 0.0, workers, save)
         assert rows[0]["status"] == "failed: KeyError: 'no such model'"
+        # The first line of an error is seldom the one that says why.
+        assert "figures.py" in rows[0]["traceback"]
         assert rows[2]["status"] == "failed: the process ended with code -9"
         for row in (rows[1], rows[3]):
             assert row["status"] == "done"

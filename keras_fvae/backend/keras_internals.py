@@ -335,8 +335,12 @@ def trace_state():
     """What differs where a backend traces a function within another one."""
     if keras.config.backend() == "jax":
         import jax
+        from jax.extend import core
 
-        return jax.core.get_opaque_trace_state()
+        # Before JAX 0.10 it was elsewhere.
+        if not hasattr(core, "get_opaque_trace_state"):
+            core = jax.core
+        return core.get_opaque_trace_state()
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 
