@@ -39,7 +39,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all",
         action="store_true",
-        help="the long tail, too, and all tests on each backend",
+        help="the long tail, too, and nearly all tests on each backend",
     )
 
 
@@ -53,9 +53,12 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--all"):
-        return
-    marks = {"slow"} if BACKEND == ONE_BACKEND else {"slow", "one_backend"}
+    marks, marks_elsewhere = set(), {"always_one_backend"}
+    if not config.getoption("--all"):
+        marks.add("slow")
+        marks_elsewhere.add("one_backend")
+    if BACKEND != ONE_BACKEND:
+        marks |= marks_elsewhere
     left_out = [
         item
         for item in items

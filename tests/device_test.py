@@ -17,7 +17,7 @@ from benchmarks.models import DEVICE_METHODS
 from benchmarks.models import METHODS
 from benchmarks.models import SIZES
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.always_one_backend
 starts_backends = pytest.mark.skipif(
     BACKEND != "torch", reason="it starts all backends itself"
 )

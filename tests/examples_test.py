@@ -1,7 +1,6 @@
 """The examples as a user runs them: from the shell, in a fresh process."""
 
 import csv
-import json
 import re
 
 import keras_hub
@@ -13,7 +12,6 @@ from helpers import run_python
 import keras_fvae
 
 QUICKSTART = ROOT / "examples" / "quickstart.py"
-SPURIOUS_DIGITS = ROOT / "examples" / "spurious_digits.py"
 DEFAULT = ["head only", "LoRA", "FVAE-LoRA"]
 WORDS = ["sun", "sea", "sand", "snow", "ice", "frost"]
 
@@ -116,38 +114,11 @@ def test_quickstart_with_all_methods(preset, csv_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.always_one_backend
 def test_quickstart_as_it_is(tmp_path):
     output = quickstart("--epochs", 1, "--output", tmp_path).stdout
     assert "960 texts to train on and 320 to test on, in 16 classes" in output
     check_output(output, tmp_path, DEFAULT)
-
-
-@pytest.mark.slow
-def test_spurious_digits(tmp_path):
-    output = run_python(
-        SPURIOUS_DIGITS, "--quick", "--backend", BACKEND, "--output", tmp_path
-    ).stdout
-    results = json.loads((tmp_path / "spurious_digits.json").read_text())
-    assert len(results) == 7
-    table = output.split("On the test images")[1]
-    for name, result in results.items():
-        assert re.search(rf"^{re.escape(name)} +[\d.]+ ±", table, re.MULTILINE)
-        for run in result["runs"]:
-            assert run["worst"] == min(run["accuracies"].values())
-            assert run["mean"] - run["worst"] == pytest.approx(run["gap"])
-            # Every image is there in both colours.
-            assert sum(run["counts"].values()) == 2 * 297
-            assert run["counts"]["0-4, red"] == run["counts"]["0-4, green"]
-        # Eight layers, two latents; the label and the colour.
-        has_latents = "elbo_weight" in result["settings"]
-        assert len(result["probes"] or []) == 32 * has_latents
-    # LoRA: A of (48, 8) and B of (8, 48) in eight layers; the head.
-    head = 48 * 2 + 2
-    assert results["head only"]["trainable"] == head
-    assert results["LoRA"]["trainable"] == 8 * 2 * 48 * 8 + head
-    for name in ("", "_latents", "_layers", "_training", "_probes"):
-        picture = tmp_path / f"spurious_digits{name}.png"
-        assert picture.stat().st_size > 10_000
 
 
 @pytest.mark.one_backend

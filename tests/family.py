@@ -61,6 +61,15 @@ CONFIGS = {
     ),
     "Shift": ShiftConfig(2),
 }
+# One of each kind: dropout, a norm, a product with the kernel, a random mask,
+# a loss. The others are made of the same parts.
+KINDS = {
+    "LoRA with dropout",
+    "DoRA with gradient",
+    "HiRA",
+    "DropLoRA",
+    "FVAE-LoRA",
+}
 # Those that compute the same in training as at inference.
 WITHOUT_NOISE = [
     name

@@ -14,15 +14,10 @@ import keras_fvae
 
 BACKEND = keras.config.backend()
 BACKENDS = ("jax", "tensorflow", "torch")
-# Where those run that are marked `one_backend`.
+# Where those run that are marked `one_backend` or `always_one_backend`.
 ONE_BACKEND = "torch"
 # The long tail of what is of Python alone.
-LONG_ON_ONE_BACKEND = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        BACKEND != ONE_BACKEND, reason="No backend has a part in it."
-    ),
-]
+LONG_ON_ONE_BACKEND = [pytest.mark.slow, pytest.mark.always_one_backend]
 # Around the ring, files go from each backend to one other.
 NEXT_BACKEND = BACKENDS[(BACKENDS.index(BACKEND) + 1) % len(BACKENDS)]
 # Keras runs PyTorch eagerly by default. JAX takes long where it compiles each

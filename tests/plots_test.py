@@ -14,7 +14,7 @@ from keras_fvae.analysis.probes import LayerLatents
 from keras_fvae.analysis.probes import Probe
 from keras_fvae.methods.fvae import objective
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.always_one_backend
 
 
 @pytest.fixture

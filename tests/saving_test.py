@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import small_models
 from helpers import BACKENDS
-from helpers import LONG_ON_ONE_BACKEND
 from helpers import NEXT_BACKEND
 from helpers import move_adapters
 from helpers import run_python
@@ -325,9 +324,9 @@ def spoil(value, rng):
     return value
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize(
-    "number", [150, pytest.param(600, marks=LONG_ON_ONE_BACKEND)]
+    "number", [150, pytest.param(600, marks=pytest.mark.slow)]
 )
 def test_hostile_records_change_nothing(number, rng, tmp_path):
     adapted, plain = make_pair("sequential", rng)

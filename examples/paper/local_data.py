@@ -17,6 +17,8 @@ from examples import texts
 from examples.paper.harness import MissingDataError
 
 SEQUENCE_LENGTH = 24
+# Of the text model's six.
+NUM_ADAPTED_BLOCKS = 2
 NUM_VALIDATION_TEXTS = 160
 # What the colour of a picture says of its label in training.
 AGREEMENT = 0.95
@@ -39,12 +41,19 @@ class Part:
     labels: np.ndarray
     groups: np.ndarray | None = None
 
-    def take(self, number):
-        """The first examples."""
+    def take(self, indices):
+        """Some of the examples.
+
+        Args:
+            indices: Array of integers, or slice.
+
+        Returns:
+            `Part`.
+        """
         return Part(
-            keras.tree.map_structure(lambda array: array[:number], self.x),
-            self.labels[:number],
-            None if self.groups is None else self.groups[:number],
+            keras.tree.map_structure(lambda array: array[indices], self.x),
+            self.labels[indices],
+            None if self.groups is None else self.groups[indices],
         )
 
 
@@ -57,7 +66,8 @@ class LocalDataset:
         load: Function of a seed that returns a dict of "train", "validation"
             and "test" to `Part`.
         make_classifier: Function of a seed, and of whether a toy will do,
-            that returns a pretrained classifier with a new head.
+            that returns a pretrained classifier with a new head. It has a
+            `backbone`.
     """
 
     version: str
@@ -187,32 +197,44 @@ def make_digit_classifier(num_classes, seed, is_tiny):
 
 @functools.cache
 def read_docstrings():
-    """Texts and labels: those to train on, and those to test on."""
-    return texts.read_standard_library()
+    """Docstrings to train on, and to test on; their labels are packages.
 
-
-def load_docstrings(seed):
-    """Token ids of docstrings, and the packages that they are from."""
-    train, test = read_docstrings()
-    classes = sorted({label for _, label in train})
-    order = np.random.default_rng(seed).permutation(len(train))
-    train = [train[index] for index in order]
-    parts = {
-        "train": train[NUM_VALIDATION_TEXTS:],
-        "validation": train[:NUM_VALIDATION_TEXTS],
-        "test": test,
-    }
+    Returns:
+        Two `Part`. What the model's lower blocks make of the texts is computed
+        here, once, because no method changes it.
+    """
+    parts = texts.read_standard_library()
+    classes = sorted({label for _, label in parts[0]})
     preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
         minilm_preset(), sequence_length=SEQUENCE_LENGTH
     )
+    backbone = keras_hub.models.Backbone.from_preset(minilm_preset())
+    lower_blocks = keras.Model(
+        backbone.inputs,
+        backbone.transformer_layers[-NUM_ADAPTED_BLOCKS - 1].output,
+    )
+
+    def encode(part):
+        inputs = preprocessor([text for text, _ in part])
+        return {
+            "lower_blocks": lower_blocks.predict(inputs, verbose=0),
+            "padding_mask": ops.convert_to_numpy(inputs["padding_mask"]),
+        }
+
+    return tuple(
+        Part(encode(part), np.array([classes.index(y) for _, y in part]))
+        for part in parts
+    )
+
+
+def load_docstrings(seed):
+    """Docstrings, those to validate on chosen by the seed."""
+    train, test = read_docstrings()
+    order = np.random.default_rng(seed).permutation(len(train.labels))
     return {
-        name: Part(
-            keras.tree.map_structure(
-                ops.convert_to_numpy, preprocessor([text for text, _ in part])
-            ),
-            np.array([classes.index(label) for _, label in part]),
-        )
-        for name, part in parts.items()
+        "train": train.take(order[NUM_VALIDATION_TEXTS:]),
+        "validation": train.take(order[:NUM_VALIDATION_TEXTS]),
+        "test": test,
     }
 
 
@@ -229,13 +251,22 @@ def minilm_preset():
 
 
 def make_docstring_classifier(seed, is_tiny):
-    """all-MiniLM-L6-v2 with a new head."""
+    """The upper blocks of all-MiniLM-L6-v2, with a new head."""
     keras.utils.set_random_seed(seed)
-    classifier = keras_hub.models.TextClassifier.from_preset(
-        minilm_preset(), num_classes=len({y for _, y in read_docstrings()[0]})
-    )
-    classifier.preprocessor = None
-    return classifier
+    minilm = keras_hub.models.Backbone.from_preset(minilm_preset())
+    inputs = {
+        "lower_blocks": keras.Input((SEQUENCE_LENGTH, minilm.hidden_dim)),
+        "padding_mask": keras.Input((SEQUENCE_LENGTH,), name="padding_mask"),
+    }
+    x = inputs["lower_blocks"]
+    for block in minilm.transformer_layers[-NUM_ADAPTED_BLOCKS:]:
+        x = block(x, padding_mask=inputs["padding_mask"])
+    backbone = keras.Model(inputs, minilm.pooled_dense(x[:, 0]))
+    num_classes = read_docstrings()[0].labels.max() + 1
+    x = keras.layers.Dropout(0.1)(backbone(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(num_classes)(x))
+    model.backbone = backbone
+    return model
 
 
 DATASETS = {

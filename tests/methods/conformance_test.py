@@ -8,6 +8,7 @@ import keras_hub
 import numpy as np
 import pytest
 from family import CONFIGS
+from family import KINDS
 from family import TARGETS
 from family import WITHOUT_NOISE
 from family import X
@@ -29,6 +30,19 @@ from keras_fvae.layers.config import describe_config
 from keras_fvae.model import lookup
 
 on_all = pytest.mark.parametrize("name", CONFIGS)
+# And in the long run those of each kind on each backend.
+on_all_once = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.one_backend
+            if name in KINDS
+            else pytest.mark.always_one_backend,
+        )
+        for name in CONFIGS
+    ],
+)
 
 
 def assert_same(found, expected, atol=1e-6):
@@ -72,8 +86,7 @@ def test_only_the_adapter_and_what_is_chosen_train(name):
         assert np.abs(to_numpy(weight) - value).max() > 1e-3, weight.path
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_a_file_brings_it_back(name, tmp_path):
     model = trained(name)
     keras_fvae.save_adapter(model, tmp_path / "a.safetensors")
@@ -89,8 +102,7 @@ def test_a_file_brings_it_back(name, tmp_path):
     assert train(loaded) == pytest.approx(train(model), rel=1e-4)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_a_file_with_what_inference_needs(name, tmp_path):
     model = trained(name)
     path = tmp_path / "a.safetensors"
@@ -102,8 +114,7 @@ def test_a_file_with_what_inference_needs(name, tmp_path):
         train(loaded)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 @pytest.mark.parametrize("copy_model", [copy.deepcopy, pickle, "keras"])
 def test_copies_of_the_model(name, copy_model, tmp_path):
     model = trained(name)
@@ -131,8 +142,7 @@ def make_model_with_head_of(model):
     return plain
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_merging(name):
     model = trained(name)
     before = predict(model)
@@ -147,8 +157,7 @@ def test_merging(name):
     assert_same(predict(model), before, 1e-5)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_switched_off_it_is_the_base_model(name):
     base = predict(make_model())
     model = trained(name)
@@ -157,8 +166,7 @@ def test_switched_off_it_is_the_base_model(name):
     assert np.abs(predict(model) - base).max() > 1e-2
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_removed_it_is_the_base_model(name):
     model = make_model()
     before = snapshot(model)
@@ -173,8 +181,7 @@ def test_removed_it_is_the_base_model(name):
     assert train(model) == pytest.approx(train(make_model()), rel=1e-5)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_finalizing(name):
     model = trained(name)
     before = predict(model)
@@ -191,8 +198,7 @@ def test_finalizing(name):
     assert_same(predict(model), predict(make_model()), 0)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 @pytest.mark.parametrize(
     "dtype", ["mixed_bfloat16", "bfloat16", "mixed_float16", "float64"]
 )
@@ -206,8 +212,7 @@ def test_adapters_are_float32(name, dtype):
     assert np.isfinite(train(model)).all()
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_bases(name, mode, tmp_path):
     def make_quantized():
@@ -234,8 +239,7 @@ def test_quantized_bases(name, mode, tmp_path):
     assert_same(predict(model), predictions, 1e-5)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_a_layer_that_is_called_twice(name):
     inputs = keras.Input((6,))
     layer = keras.layers.Dense(6, "tanh", name="twice")
@@ -253,8 +257,7 @@ def test_a_layer_that_is_called_twice(name):
     assert np.mean(losses[-3:]) < losses[0]
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_what_never_trained_does_not_come_to(name):
     model = adapt(make_model(), name)
     layers = lookup.adapted_layers(model)
@@ -270,8 +273,7 @@ def test_what_never_trained_does_not_come_to(name):
         assert trainable() == before
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_sharding_axes_name_every_weight(name):
     model = adapt(make_model(), name)
     for finalize in (False, True):
@@ -284,8 +286,7 @@ def test_sharding_axes_name_every_weight(name):
                 assert {*axes} <= {"input", "output", None}
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_configs_come_back(name):
     config = CONFIGS[name]
     assert config_from_description(describe_config(config)) == config
@@ -316,8 +317,7 @@ def test_weights_give_the_same_losses_again(name):
     assert train(trained(name)) == train(trained(name))
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_what_cannot_be_right_is_refused(name, tmp_path):
     config = CONFIGS[name]
     model = adapt(make_model(), name)
@@ -421,8 +421,7 @@ def test_a_plain_model_has_nothing_to_remove():
         keras_fvae.HiRAConfig(2, alpha=4)
 
 
-@pytest.mark.one_backend
-@on_all
+@on_all_once
 def test_kerashub_brings_it_back(name, make_bert, rng, tmp_path):
     backbone = make_bert().backbone
     inputs = text_inputs(rng)

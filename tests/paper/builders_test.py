@@ -22,7 +22,7 @@ from examples.paper.builders import spuco_animals
 from examples.paper.builders import timit
 from examples.paper.builders import waterbirds
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.always_one_backend
 
 NAMES = [getattr(builders, name).name for name in builders.__all__]
 

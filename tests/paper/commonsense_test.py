@@ -366,8 +366,13 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     "kind, method",
     [
-        *(("llama3_8b_en", method) for method in table.METHOD_NAMES),
         ("qwen3_0.6b_en", "fvae_lora"),
+        *(
+            pytest.param(
+                "llama3_8b_en", method, marks=pytest.mark.always_one_backend
+            )
+            for method in table.METHOD_NAMES
+        ),
     ],
 )
 def test_every_method_and_every_kind(kind, method, tmp_path):

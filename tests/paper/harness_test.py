@@ -15,7 +15,7 @@ from examples.paper import training
 from examples.paper.methods import METHODS
 from examples.paper.metrics import classification_metrics
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.always_one_backend
 
 
 @dataclasses.dataclass(frozen=True)

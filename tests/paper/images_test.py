@@ -12,7 +12,7 @@ from examples.paper import images
 from examples.paper import mock
 from examples.paper import spurious_correlations
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.always_one_backend
 
 DATASETS = image_classification.DATASETS | spurious_correlations.DATASETS
 SETTINGS = {"side": 16, "batch_size": 8, "num_examples": None}

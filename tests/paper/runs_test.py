@@ -92,27 +92,31 @@ def test_local_data(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.always_one_backend
 def test_images_by_all_methods(tmp_path):
     check_all_methods(image_classification, tmp_path, "eurosat")
 
 
 @pytest.mark.slow
+@pytest.mark.always_one_backend
 def test_groups_by_all_methods(tmp_path):
     check_all_methods(spurious_correlations, tmp_path, "spuco_animals")
 
 
 @pytest.mark.slow
+@pytest.mark.always_one_backend
 def test_phonemes_by_all_methods(tmp_path):
     check_all_methods(phoneme_recognition, tmp_path, "timit")
 
 
 @pytest.mark.slow
+@pytest.mark.always_one_backend
 def test_local_data_by_all_methods(tmp_path):
     check_all_methods(local, tmp_path, "digits")
 
 
 @pytest.mark.slow
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize(
     "module",
     [image_classification, spurious_correlations, phoneme_recognition, local],

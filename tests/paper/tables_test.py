@@ -9,7 +9,7 @@ from examples.paper import results
 from examples.paper import tables
 from examples.paper.paper_figures import FIGURES
 
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.always_one_backend
 
 
 def write(folder, table, dataset, method, seed, **result):
