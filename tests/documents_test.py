@@ -39,7 +39,7 @@ def test_python_of_the_readme(example, tmp_path, monkeypatch):
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 def test_the_readme_has_examples():
     assert len(blocks("python")) == 5
     assert "model.backbone.enable_fvae_lora(rank=16)" in blocks("python")[0]
@@ -70,7 +70,7 @@ def test_commands_of_the_readme(command):
         assert name in (ROOT / "constraints.txt").read_text()
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 def test_pictures_and_links_of_the_readme_are_there():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).is_file()
@@ -80,7 +80,7 @@ def read_notebook(guide):
     return nbformat.read(guide.with_suffix(".ipynb"), as_version=4)
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_notebooks_are_those_of_the_guides(guide):
     cells = read_notebook(guide).cells
@@ -102,7 +102,7 @@ def test_guides_run_as_notebooks(guide, tmp_path):
     client.execute(cwd=tmp_path)
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -115,7 +115,7 @@ def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
     assert results.failed == 0
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize("name", keras_fvae.__all__)
 def test_public_docstrings(name):
     docstring = getattr(keras_fvae, name).__doc__
@@ -123,7 +123,7 @@ def test_public_docstrings(name):
         assert section in docstring, section
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 def test_the_project_speaks_of_itself_alone():
     files = subprocess.run(
         ["git", "ls-files"],

@@ -95,6 +95,7 @@ def test_quickstart_with_a_csv_and_a_preset(preset, csv_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.always_one_backend
 def test_quickstart_with_all_methods(preset, csv_file, tmp_path):
     output = quickstart(
         "--preset", preset,

@@ -61,15 +61,9 @@ CONFIGS = {
     ),
     "Shift": ShiftConfig(2),
 }
-# One of each kind: dropout, a norm, a product with the kernel, a random mask,
-# a loss. The others are made of the same parts.
-KINDS = {
-    "LoRA with dropout",
-    "DoRA with gradient",
-    "HiRA",
-    "DropLoRA",
-    "FVAE-LoRA",
-}
+# One of each kind: a norm, random numbers, a loss. The others are made of the
+# same parts.
+KINDS = {"DoRA with gradient", "DropLoRA", "FVAE-LoRA"}
 # Those that compute the same in training as at inference.
 WITHOUT_NOISE = [
     name

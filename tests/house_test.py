@@ -45,7 +45,7 @@ def imports(module):
 IMPORTS = {module: {*imports(module)} for module in MODULES}
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
     ours = FLOORS[room(module)]
@@ -57,7 +57,7 @@ def test_imports_go_down(module):
             ), f"{module} imports {other}"
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 def test_imports_have_no_circle():
     """But the config of FVAE-LoRA, which names its adapter when asked."""
     known_lazily = {("methods.fvae.config", "methods.fvae.adapter")}
@@ -77,7 +77,7 @@ def test_imports_have_no_circle():
         visit(module)
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize("lower", ["model", "layers", "backend"])
 def test_methods_are_known_to_nothing_below(lower):
     for module in MODULES:
@@ -86,14 +86,14 @@ def test_methods_are_known_to_nothing_below(lower):
             assert "methods" not in rooms, module
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 def test_no_method_knows_models():
     for module in MODULES:
         if room(module) == "methods":
             assert "model" not in map(room, IMPORTS[module]), module
 
 
-@pytest.mark.one_backend
+@pytest.mark.always_one_backend
 @pytest.mark.parametrize(
     "private",
     [

@@ -13,20 +13,22 @@ of whose six blocks the upper two are adapted.
 import math
 
 import keras
+import scipy.special
 
 import keras_fvae
 from examples.paper import harness
 from examples.paper import local_data
 from examples.paper import methods
+from examples.paper import metrics
 from examples.paper import search
 from examples.paper import training
 
 RANK = 8
 BATCH_SIZE = 32
-FULL = {"epochs": 15, "num_examples": None, "is_tiny": False}
-TINY = {"epochs": 2, "num_examples": 32, "is_tiny": True}
+FULL = {"num_examples": None, "is_tiny": False}
+TINY = {"num_examples": 32, "is_tiny": True}
 SIZES = {
-    "full": harness.Size(6, (1, 2, 3, 4, 5), FULL),
+    "full": harness.Size(16, tuple(range(1, 11)), FULL),
     "small": harness.Size(3, (1, 2, 3), FULL),
     "tiny": harness.Size(2, (1,), TINY),
 }
@@ -40,7 +42,7 @@ def authors_settings(name):
 
 
 def run(dataset, method_name, settings, seed, size):
-    """Fine-tunes on a data set; measures it at the end.
+    """Fine-tunes on a data set; measures the best epoch.
 
     Args:
         dataset: `local_data.LocalDataset`.
@@ -50,7 +52,7 @@ def run(dataset, method_name, settings, seed, size):
         size: Dict, the settings of a size.
 
     Returns:
-        Dict of `validation_score`, `test` and what the run took.
+        Dict of what `measure` returns, and what the run took.
     """
     parts = dataset.load(seed)
     if size["num_examples"]:
@@ -62,39 +64,73 @@ def run(dataset, method_name, settings, seed, size):
     inference_parameters = methods.adapt(
         method_name, model.backbone, RANK, settings, seed
     )
+    epochs = 2 if size["is_tiny"] else dataset.epochs
     num_batches = math.ceil(len(parts["train"].labels) / BATCH_SIZE)
     model.compile(
-        training.make_optimizer(settings, size["epochs"] * num_batches),
+        training.make_optimizer(settings, epochs * num_batches),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    measured = training.fit(
+    best = training.BestWeights("val_accuracy")
+    trained = training.fit(
         model,
         (parts["train"].x, parts["train"].labels),
         (parts["validation"].x, parts["validation"].labels),
-        size["epochs"],
+        epochs,
+        callbacks=[best],
         batch_size=BATCH_SIZE,
+        verbose=0,
     )
-    measured["cost"]["inference_parameters"] = inference_parameters
-    validation, test = (
-        measure(model, parts[n]) for n in ("validation", "test")
-    )
-    return {
-        "validation_score": validation.get("worst", validation["accuracy"]),
-        "validation": validation,
-        "test": test,
-        **measured,
+    best.restore()
+    trained["cost"]["inference_parameters"] = inference_parameters
+    return {**measure(model, parts), **trained}
+
+
+def measure(model, parts):
+    """All that is measured of a trained model.
+
+    Args:
+        model: `keras.Model` whose outputs are logits.
+        parts: Dict of name to `local_data.Part`.
+
+    Returns:
+        Dict of `validation_score`, of "train", "validation" and "test", the
+        metrics of each, and of "calibrated", those of the test with a
+        `temperature` that was chosen on the validation data.
+    """
+    logits = {
+        name: training.predict_logits(model, part.x)
+        for name, part in parts.items()
     }
-
-
-def measure(model, part):
-    """The metrics of a part, with those of its groups if there are any."""
-    measured = training.evaluate_classifier(model, part.x, part.labels)
-    if part.groups is not None:
-        measured |= keras_fvae.evaluate_groups(
-            model, part.x, part.labels, part.groups
-        ).to_dict()
-    return measured
+    probabilities = {
+        name: scipy.special.softmax(values, axis=1)
+        for name, values in logits.items()
+    }
+    measured = {
+        name: metrics.classification_metrics(probabilities[name], part.labels)
+        for name, part in parts.items()
+        if name != "foreign"
+    }
+    for name in ("validation", "test"):
+        part = parts[name]
+        if part.groups is not None:
+            measured[name] |= keras_fvae.evaluate_groups(
+                model, part.x, part.labels, part.groups
+            ).to_dict()
+    measured["test"]["foreign_auroc"] = metrics.foreign_auroc(
+        probabilities["test"], probabilities["foreign"]
+    )
+    temperature = metrics.best_temperature(
+        logits["validation"], parts["validation"].labels
+    )
+    calibrated = scipy.special.softmax(logits["test"] / temperature, axis=1)
+    measured["calibrated"] = {
+        "temperature": temperature,
+        **metrics.classification_metrics(calibrated, parts["test"].labels),
+    }
+    validation = measured["validation"]
+    score = validation.get("worst", validation["accuracy"])
+    return {"validation_score": score, **measured}
 
 
 TABLE = harness.Table(

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import platform
+import random
+import unicodedata
 from collections.abc import Callable
 
 import keras
@@ -10,16 +12,18 @@ import keras_hub
 import numpy as np
 import sklearn
 import sklearn.datasets
+import sklearn.feature_extraction.image
 import sklearn.model_selection
 from keras import ops
 
 from examples import texts
 from examples.paper.harness import MissingDataError
 
-SEQUENCE_LENGTH = 24
+SEQUENCE_LENGTH = 16
 # Of the text model's six.
 NUM_ADAPTED_BLOCKS = 2
 NUM_VALIDATION_TEXTS = 160
+NUM_FOREIGN = 300
 # What the colour of a picture says of its label in training.
 AGREEMENT = 0.95
 COLORS = np.array([[1.0, 0.25, 0.25], [0.25, 1.0, 0.25]], "float32")
@@ -33,12 +37,13 @@ class Part:
 
     Args:
         x: Array, or dict of arrays.
-        labels: Array of shape `(examples,)`, the classes.
+        labels: Array of shape `(examples,)`, the classes; `None` for what
+            belongs to none.
         groups: Optional array of that shape, the names of the groups.
     """
 
     x: object
-    labels: np.ndarray
+    labels: np.ndarray | None = None
     groups: np.ndarray | None = None
 
     def take(self, indices):
@@ -50,10 +55,14 @@ class Part:
         Returns:
             `Part`.
         """
+
+        def chosen(array):
+            return None if array is None else array[indices]
+
         return Part(
-            keras.tree.map_structure(lambda array: array[indices], self.x),
-            self.labels[indices],
-            None if self.groups is None else self.groups[indices],
+            keras.tree.map_structure(chosen, self.x),
+            chosen(self.labels),
+            chosen(self.groups),
         )
 
 
@@ -63,14 +72,16 @@ class LocalDataset:
 
     Args:
         version: String, of what the data come from.
-        load: Function of a seed that returns a dict of "train", "validation"
-            and "test" to `Part`.
+        epochs: Integer, how often a run sees the training data.
+        load: Function of a seed that returns a dict of "train", "validation",
+            "test" and "foreign", of inputs of no class, to `Part`.
         make_classifier: Function of a seed, and of whether a toy will do,
             that returns a pretrained classifier with a new head. It has a
             `backbone`.
     """
 
     version: str
+    epochs: int
     load: Callable
     make_classifier: Callable
 
@@ -117,12 +128,27 @@ def split_digits(seed):
     }
 
 
+@functools.cache
+def read_patches():
+    """Patches of two photos, of the digits' size: `(examples, 8, 8, 3)`."""
+    rng = np.random.default_rng(0)
+    patches = [
+        sklearn.feature_extraction.image.extract_patches_2d(
+            photo, (8, 8), max_patches=NUM_FOREIGN // 2, random_state=0
+        )
+        for photo in sklearn.datasets.load_sample_images().images
+    ]
+    patches = np.concatenate(patches).mean(axis=-1) / 255
+    return to_rgb(rng.permutation(patches).astype("float32"))
+
+
 def load_turned_digits(seed):
     """Digits that are turned by a quarter, in ten classes."""
-    return {
+    parts = {
         name: Part(to_rgb(np.rot90(pictures, axes=(1, 2))), digits)
         for name, (pictures, digits) in split_digits(seed).items()
     }
+    return {**parts, "foreign": Part(read_patches())}
 
 
 def load_coloured_digits(seed):
@@ -142,6 +168,9 @@ def load_coloured_digits(seed):
             pictures, labels = np.tile(pictures, (2, 1, 1)), np.tile(labels, 2)
         x = to_rgb(pictures) * COLORS[colors][:, None, None]
         parts[name] = Part(x, labels, GROUP_NAMES[2 * labels + colors])
+    patches = read_patches()
+    colors = rng.integers(0, 2, len(patches))
+    parts["foreign"] = Part(patches * COLORS[colors][:, None, None])
     return parts
 
 
@@ -197,11 +226,12 @@ def make_digit_classifier(num_classes, seed, is_tiny):
 
 @functools.cache
 def read_docstrings():
-    """Docstrings to train on, and to test on; their labels are packages.
+    """Docstrings, whose labels are packages, and texts that are none.
 
     Returns:
-        Two `Part`. What the model's lower blocks make of the texts is computed
-        here, once, because no method changes it.
+        Three `Part`: to train on, to test on, and foreign. What the model's
+        lower blocks make of the texts is computed here, once, because no
+        method changes it.
     """
     parts = texts.read_standard_library()
     classes = sorted({label for _, label in parts[0]})
@@ -214,27 +244,39 @@ def read_docstrings():
         backbone.transformer_layers[-NUM_ADAPTED_BLOCKS - 1].output,
     )
 
-    def encode(part):
-        inputs = preprocessor([text for text, _ in part])
+    def encode(strings):
+        inputs = preprocessor(strings)
         return {
             "lower_blocks": lower_blocks.predict(inputs, verbose=0),
             "padding_mask": ops.convert_to_numpy(inputs["padding_mask"]),
         }
 
-    return tuple(
-        Part(encode(part), np.array([classes.index(y) for _, y in part]))
+    train, test = (
+        Part(
+            encode([text for text, _ in part]),
+            np.array([classes.index(label) for _, label in part]),
+        )
         for part in parts
     )
+    return train, test, Part(encode(read_character_names()))
+
+
+def read_character_names():
+    """Names of characters, such as "greek small letter alpha"."""
+    names = [unicodedata.name(chr(code), "") for code in range(0x250, 0x2500)]
+    names = [name.lower() for name in names if name]
+    return random.Random(0).sample(names, NUM_FOREIGN)
 
 
 def load_docstrings(seed):
     """Docstrings, those to validate on chosen by the seed."""
-    train, test = read_docstrings()
+    train, test, foreign = read_docstrings()
     order = np.random.default_rng(seed).permutation(len(train.labels))
     return {
         "train": train.take(order[NUM_VALIDATION_TEXTS:]),
         "validation": train.take(order[:NUM_VALIDATION_TEXTS]),
         "test": test,
+        "foreign": foreign,
     }
 
 
@@ -262,7 +304,7 @@ def make_docstring_classifier(seed, is_tiny):
     for block in minilm.transformer_layers[-NUM_ADAPTED_BLOCKS:]:
         x = block(x, padding_mask=inputs["padding_mask"])
     backbone = keras.Model(inputs, minilm.pooled_dense(x[:, 0]))
-    num_classes = read_docstrings()[0].labels.max() + 1
+    num_classes = len(np.unique(read_docstrings()[0].labels))
     x = keras.layers.Dropout(0.1)(backbone(inputs))
     model = keras.Model(inputs, keras.layers.Dense(num_classes)(x))
     model.backbone = backbone
@@ -272,16 +314,21 @@ def make_docstring_classifier(seed, is_tiny):
 DATASETS = {
     "digits": LocalDataset(
         sklearn.__version__,
+        15,
         load_turned_digits,
         functools.partial(make_digit_classifier, 10),
     ),
     "spurious_digits": LocalDataset(
         sklearn.__version__,
+        15,
         load_coloured_digits,
         functools.partial(make_digit_classifier, 2),
     ),
     # The texts are those of the Python that runs.
     "docstrings": LocalDataset(
-        platform.python_version(), load_docstrings, make_docstring_classifier
+        platform.python_version(),
+        10,
+        load_docstrings,
+        make_docstring_classifier,
     ),
 }

@@ -18,12 +18,14 @@ class Method:
         trains_backbone: Boolean. Whether the backbone's own weights train.
         elbo_choices: Tuple of dicts of options, one of which is searched for
             where an ELBO is part of the loss. Else there is none.
+        dropouts: Tuple of floats, the rates one of which is searched for.
     """
 
     label: str
     make_config: Callable | None = None
     trains_backbone: bool = False
     elbo_choices: tuple = ()
+    dropouts: tuple = ()
 
 
 def variant(label, objective, elbo_choices):
@@ -34,6 +36,9 @@ def variant(label, objective, elbo_choices):
     return Method(label, make_config, elbo_choices=elbo_choices)
 
 
+# Of what enters an adapter, and of an update's ranks.
+INPUT_DROPOUTS = (0.0, 0.1)
+RANK_DROPOUTS = (0.5, 0.2)
 # The three pairs of weights that the authors recommend.
 FVAE_CHOICES = tuple(
     {"reconstruction_weight": reconstruction, "kl_weight": kl}
@@ -47,14 +52,20 @@ BETA_CHOICES = tuple({"kl_weight": b} for b in (10.0, 4.0, 2.0))
 METHODS = {
     "head_only": Method("head only"),
     "full_fine_tuning": Method("full fine-tuning", trains_backbone=True),
-    "lora": Method("LoRA", keras_fvae.LoRAConfig),
-    "rslora": Method("rsLoRA", keras_fvae.RSLoRAConfig),
-    "ffa_lora": Method("FFA-LoRA", keras_fvae.FFALoRAConfig),
+    "lora": Method("LoRA", keras_fvae.LoRAConfig, dropouts=INPUT_DROPOUTS),
+    "rslora": Method(
+        "rsLoRA", keras_fvae.RSLoRAConfig, dropouts=INPUT_DROPOUTS
+    ),
+    "ffa_lora": Method(
+        "FFA-LoRA", keras_fvae.FFALoRAConfig, dropouts=INPUT_DROPOUTS
+    ),
     "pissa": Method("PiSSA", keras_fvae.PiSSAConfig),
     "olora": Method("OLoRA", keras_fvae.OLoRAConfig),
     "dora": Method("DoRA", keras_fvae.DoRAConfig),
     "hira": Method("HiRA", keras_fvae.HiRAConfig),
-    "drop_lora": Method("DropLoRA", keras_fvae.DropLoRAConfig),
+    "drop_lora": Method(
+        "DropLoRA", keras_fvae.DropLoRAConfig, dropouts=RANK_DROPOUTS
+    ),
     "vae2lat": variant("VAE2LAT", "vae2lat", VAE2LAT_CHOICES),
     "beta_vae2lat": variant("beta-VAE2LAT", "beta_vae2lat", BETA_CHOICES),
     "fvae_lora": variant("FVAE-LoRA", "fvae", FVAE_CHOICES),

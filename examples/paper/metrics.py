@@ -1,6 +1,9 @@
 """What is measured of a classifier's predictions."""
 
 import numpy as np
+import scipy.optimize
+import scipy.special
+import sklearn.metrics
 
 NUM_BINS = 15
 
@@ -51,3 +54,46 @@ def calibration_error(probabilities, labels, num_bins=NUM_BINS):
     bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
     distances = np.bincount(bins, confidence - is_right, num_bins)
     return float(np.abs(distances).sum() / len(labels))
+
+
+def best_temperature(logits, labels):
+    """What to divide logits by, for the best likelihood of other labels.
+
+    Args:
+        logits: Array of shape `(examples, classes)`.
+        labels: Array of shape `(examples,)`, the classes as integers.
+
+    Returns:
+        Float between 0.05 and 20, the temperature of Guo et al. (2017).
+    """
+
+    def loss(log_temperature):
+        log_probabilities = scipy.special.log_softmax(
+            logits / np.exp(log_temperature), axis=1
+        )
+        return -log_probabilities[np.arange(len(labels)), labels].mean()
+
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=(-np.log(20), np.log(20)), method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def foreign_auroc(probabilities, foreign_probabilities):
+    """How well the largest probability tells inputs from foreign ones.
+
+    Args:
+        probabilities: Array of shape `(examples, classes)`, of inputs like
+            those of training.
+        foreign_probabilities: Array of shape `(others, classes)`, of inputs
+            that belong to no class.
+
+    Returns:
+        Float, the area under the curve of true over false positives: 0.5 is
+        chance.
+    """
+    confidence = np.concatenate(
+        [probabilities.max(axis=1), foreign_probabilities.max(axis=1)]
+    )
+    is_own = np.arange(len(confidence)) < len(probabilities)
+    return float(sklearn.metrics.roc_auc_score(is_own, confidence))

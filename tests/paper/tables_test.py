@@ -107,19 +107,27 @@ def test_local_data_have_a_table_each(tmp_path, capsys):
         "accuracy": 0.9,
         "negative_log_likelihood": 0.31,
         "calibration_error": 0.04,
+        "foreign_auroc": 0.8,
     }
-    write(tmp_path, "local", "digits", "lora", 1, test=test)
-    write(
-        tmp_path,
-        "local",
-        "spurious_digits",
-        "lora",
-        1,
-        test={**test, "worst": 0.5},
-    )
+    calibrated = {"negative_log_likelihood": 0.29}
+    for dataset, groups in (
+        ("digits", {}),
+        ("spurious_digits", {"worst": 0.5}),
+    ):
+        write(
+            tmp_path,
+            "local",
+            dataset,
+            "lora",
+            1,
+            test=test | groups,
+            calibrated=calibrated,
+        )
     _, printed = rows(tmp_path, capsys, "--table", "local")
     digits, spurious = printed.split("## local: ")[1:]
-    assert "| LoRA | 90.00 ± 0.00 | 0.31 ± 0.00 | 4.00 ± 0.00 |" in digits
+    figures = ("90.00", "0.31", "0.29", "4.00", "80.00")
+    cells = " | ".join(f"{figure} ± 0.00" for figure in figures)
+    assert f"| LoRA | {cells} |" in digits
     assert "worst group" in spurious
     assert "worst group" not in digits
 

@@ -1,4 +1,4 @@
-"""Data sets of the paper that TensorFlow Datasets lacks, or has otherwise.
+"""Data sets that TensorFlow Datasets lacks, or has otherwise.
 
 Importing this package registers them, so that `tfds.load("paper_gtsrb")` finds
 them. Every name starts with `paper_`, because TensorFlow Datasets itself has a
@@ -16,6 +16,7 @@ from examples.paper.builders.spuco_animals import PaperSpucoAnimals
 from examples.paper.builders.sun397 import PaperSun397
 from examples.paper.builders.timit import PaperTimit
 from examples.paper.builders.waterbirds import PaperWaterbirds
+from examples.paper.builders.wordnet_glosses import PaperWordnetGlosses
 
 __all__ = [
     "PaperCommonsense",
@@ -27,4 +28,5 @@ __all__ = [
     "PaperSun397",
     "PaperTimit",
     "PaperWaterbirds",
+    "PaperWordnetGlosses",
 ]
