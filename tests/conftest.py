@@ -75,6 +75,13 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_heap():
+    """What the modules before have left is not looked through any more."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def fresh_state():
     """The same names and random numbers in every test, in any order."""

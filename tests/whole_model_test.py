@@ -411,6 +411,66 @@ def test_a_users_backbone_is_whole_before_it_is_restored(tmp_path):
         assert len(loaded.trainable_weights) == len(model.trainable_weights)
 
 
+@keras.saving.register_keras_serializable(package="whole_model_test")
+class BuiltWhenCalled(keras.Layer):
+    """It does not say in its config that the layers inside are built."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.query = keras.layers.Dense(8, name="query")
+
+    def call(self, inputs):
+        return self.query(inputs)
+
+    def get_build_config(self):
+        return None
+
+
+@keras.saving.register_keras_serializable(package="whole_model_test")
+class MadeOfALayer(keras_hub.models.Backbone):
+    """It makes the layer from the layer's config, before it is made itself."""
+
+    def __init__(self, layer, dtype=None, **kwargs):
+        inputs = keras.Input((8,))
+        super().__init__(inputs, layer(inputs), dtype=dtype, **kwargs)
+        self.layer = layer
+
+    def get_config(self):
+        layer = keras.layers.serialize(self.layer)
+        return {**super().get_config(), "layer": layer}
+
+    @classmethod
+    def from_config(cls, config):
+        layer = keras.layers.deserialize(config["layer"])
+        return cls(**{**config, "layer": layer, "dtype": None})
+
+
+def test_a_layer_that_is_built_by_its_model_comes_back(rng, tmp_path):
+    def make_functional():
+        inputs = keras.Input((8,))
+        return keras.Model(inputs, BuiltWhenCalled()(inputs))
+
+    x = rng.normal(size=(3, 8)).astype("float32")
+    for model in (make_functional(), MadeOfALayer(BuiltWhenCalled())):
+        keras_fvae.enable_fvae_lora(model, 2, "query")
+        move_adapters(model, rng)
+        model.save(tmp_path / "model.keras")
+        loaded = [keras.saving.load_model(tmp_path / "model.keras")]
+        if isinstance(model, keras_hub.models.Backbone):
+            model.save_to_preset(str(tmp_path / "preset"))
+            load = keras_hub.models.Backbone.from_preset
+            loaded.append(load(str(tmp_path / "preset")))
+        for other in loaded:
+            assert len(adapted_layers(other)) == 1
+            np.testing.assert_allclose(
+                to_numpy(other(x)), to_numpy(model(x)), atol=1e-6
+            )
+        # By itself nothing tells what it is made of.
+        (layer,) = (la for la in model.layers if la.name.startswith("built"))
+        with pytest.raises(ValueError, match="another architecture"):
+            keras.layers.deserialize(keras.layers.serialize(layer))
+
+
 def test_a_task_around_an_adapted_backbone_is_saved_with_it(rng, tmp_path):
     backbone = small_models.make_text_classifier().backbone
     backbone.enable_fvae_lora(**OPTIONS)

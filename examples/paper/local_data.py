@@ -17,6 +17,7 @@ import sklearn.model_selection
 from keras import ops
 
 from examples import texts
+from examples.paper import situations
 from examples.paper.harness import MissingDataError
 
 SEQUENCE_LENGTH = 16
@@ -311,24 +312,27 @@ def make_docstring_classifier(seed, is_tiny):
     return model
 
 
+DIGITS = LocalDataset(
+    sklearn.__version__,
+    15,
+    load_turned_digits,
+    functools.partial(make_digit_classifier, 10),
+)
+SPURIOUS_DIGITS = LocalDataset(
+    sklearn.__version__,
+    15,
+    load_coloured_digits,
+    functools.partial(make_digit_classifier, 2),
+)
+# The texts are those of the Python that runs.
+DOCSTRINGS = LocalDataset(
+    platform.python_version(),
+    10,
+    load_docstrings,
+    make_docstring_classifier,
+)
 DATASETS = {
-    "digits": LocalDataset(
-        sklearn.__version__,
-        15,
-        load_turned_digits,
-        functools.partial(make_digit_classifier, 10),
-    ),
-    "spurious_digits": LocalDataset(
-        sklearn.__version__,
-        15,
-        load_coloured_digits,
-        functools.partial(make_digit_classifier, 2),
-    ),
-    # The texts are those of the Python that runs.
-    "docstrings": LocalDataset(
-        platform.python_version(),
-        10,
-        load_docstrings,
-        make_docstring_classifier,
-    ),
+    **situations.in_all("digits", DIGITS),
+    "spurious_digits": SPURIOUS_DIGITS,
+    **situations.in_all("docstrings", DOCSTRINGS),
 }

@@ -1,5 +1,6 @@
 """The methods of every KerasHub backbone."""
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -87,17 +88,21 @@ def _replace(cls, name, change):
     KerasHub, or this package, may be imported anew: what is changed is the
     method that was there at first.
     """
-    method = getattr(cls, name)
-    original = getattr(method, ORIGINAL, method)
+    method = inspect.getattr_static(cls, name)
+    function = getattr(method, "__func__", method)
+    original = getattr(function, ORIGINAL, function)
     changed = change(original)
     setattr(changed, ORIGINAL, original)
-    setattr(cls, name, changed)
+    is_of_class = isinstance(method, classmethod)
+    setattr(cls, name, classmethod(changed) if is_of_class else changed)
 
 
 def _extend_constructor(cls):
     """Lets the constructor of a class take the record of adapters."""
     if "__init__" in vars(cls):
         _replace(cls, "__init__", _restore_adapters_after)
+    if "from_config" in vars(cls):
+        _replace(cls, "from_config", _inside_record)
 
 
 def _restore_adapters_after(init):
@@ -123,6 +128,20 @@ def _restore_adapters_after(init):
         init, follow_wrapped=False
     )
     return init_and_restore
+
+
+def _inside_record(from_config):
+    """A `from_config` that makes layers of the model before the model."""
+
+    @functools.wraps(from_config)
+    def from_config_with_record(cls, config, *args, **kwargs):
+        inside = contextlib.nullcontext()
+        if CONFIG_KEY in config:
+            inside = containers.inside_record()
+        with inside:
+            return from_config(cls, config, *args, **kwargs)
+
+    return from_config_with_record
 
 
 def _extend_future_subclasses(base):

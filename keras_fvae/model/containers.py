@@ -79,10 +79,14 @@ class AdaptedContainer(
         config = {**config}
         record = config.pop(CONFIG_KEY, {})
         check_version(record)
-        layer = keras.saving.deserialize_keras_object(
-            {**record["layer"], "config": config}, custom_objects
-        )
-        restore_adapters(layer, record)
+        is_inside = _is_inside_record.value
+        with inside_record():
+            layer = keras.saving.deserialize_keras_object(
+                {**record["layer"], "config": config}, custom_objects
+            )
+        # Some layers are built by what they are in, whose record has all.
+        if layer.weights or not is_inside:
+            restore_adapters(layer, record)
         return layer
 
     @classmethod
@@ -107,8 +111,15 @@ STEPS = (
     "predict_function",
     "generate_function",
 )
+# Whether what is made from a config is inside something that has a record.
+_is_inside_record = ScopedValue(default=False)
 # The model that is being called, the innermost of them.
 _called_model = ScopedValue()
+
+
+def inside_record():
+    """Says that a record has all layers that are made in a block."""
+    return _is_inside_record.set_to(True)
 
 
 def _by_what_is_off(name):
