@@ -298,8 +298,11 @@ def make_docstring_classifier(seed, is_tiny):
     keras.utils.set_random_seed(seed)
     minilm = keras_hub.models.Backbone.from_preset(minilm_preset())
     inputs = {
-        "lower_blocks": keras.Input((SEQUENCE_LENGTH, minilm.hidden_dim)),
-        "padding_mask": keras.Input((SEQUENCE_LENGTH,), name="padding_mask"),
+        name: keras.Input(shape, name=name)
+        for name, shape in (
+            ("lower_blocks", (SEQUENCE_LENGTH, minilm.hidden_dim)),
+            ("padding_mask", (SEQUENCE_LENGTH,)),
+        )
     }
     x = inputs["lower_blocks"]
     for block in minilm.transformer_layers[-NUM_ADAPTED_BLOCKS:]:
