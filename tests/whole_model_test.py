@@ -415,8 +415,11 @@ def test_a_users_backbone_is_whole_before_it_is_restored(tmp_path):
 class BuiltWhenCalled(keras.Layer):
     """It does not say in its config that the layers inside are built."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, is_half_built=False, **kwargs):
         super().__init__(**kwargs)
+        self.is_half_built = is_half_built
+        if is_half_built:
+            self.shift = self.add_weight(shape=(8,), name="shift")
         self.query = keras.layers.Dense(8, name="query")
 
     def call(self, inputs):
@@ -424,6 +427,9 @@ class BuiltWhenCalled(keras.Layer):
 
     def get_build_config(self):
         return None
+
+    def get_config(self):
+        return {**super().get_config(), "is_half_built": self.is_half_built}
 
 
 @keras.saving.register_keras_serializable(package="whole_model_test")
@@ -445,13 +451,19 @@ class MadeOfALayer(keras_hub.models.Backbone):
         return cls(**{**config, "layer": layer, "dtype": None})
 
 
-def test_a_layer_that_is_built_by_its_model_comes_back(rng, tmp_path):
+@pytest.mark.parametrize("is_half_built", [False, True])
+def test_a_layer_that_is_built_by_its_model_comes_back(
+    is_half_built, rng, tmp_path
+):
     def make_functional():
         inputs = keras.Input((8,))
-        return keras.Model(inputs, BuiltWhenCalled()(inputs))
+        return keras.Model(inputs, BuiltWhenCalled(is_half_built)(inputs))
 
     x = rng.normal(size=(3, 8)).astype("float32")
-    for model in (make_functional(), MadeOfALayer(BuiltWhenCalled())):
+    for model in (
+        make_functional(),
+        MadeOfALayer(BuiltWhenCalled(is_half_built)),
+    ):
         keras_fvae.enable_fvae_lora(model, 2, "query")
         move_adapters(model, rng)
         model.save(tmp_path / "model.keras")

@@ -7,14 +7,10 @@ Differences of the same seed, which has the same data: their mean, and in
 brackets its bootstrap interval of 95 % over the seeds. It writes comparison.md.
 """
 
-import argparse
-import pathlib
-
 import numpy as np
 import scipy.stats
 
 from examples.paper import tables
-from examples.paper.harness import OUTPUT
 from examples.paper.methods import METHODS
 
 CONFIDENCE = 0.95
@@ -25,15 +21,8 @@ TIE = 0.1
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tables.make_parser(__doc__)
     parser.add_argument("--beside", choices=METHODS, default="lora")
-    parser.add_argument(
-        "--size", choices=["full", "small", "tiny"], default="full"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     try:
         results = tables.read_results(options.output, "local", options.size)

@@ -93,17 +93,10 @@ TABLES = {
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--table", nargs="+", choices=TABLES, default=list(TABLES)
     )
-    parser.add_argument(
-        "--size", choices=["full", "small", "tiny"], default="full"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     pages = []
     for table in options.table:
@@ -124,6 +117,19 @@ def main(arguments=None):
     text = "\n".join(pages)
     (options.output / "tables.md").write_text(text)
     print(text)
+
+
+def make_parser(description):
+    """A parser of what every reader of results is told."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--size", choices=["full", "small", "tiny"], default="full"
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
+    return parser
 
 
 def read_results(folder, table, size):

@@ -84,8 +84,9 @@ class AdaptedContainer(
             layer = keras.saving.deserialize_keras_object(
                 {**record["layer"], "config": config}, custom_objects
             )
-        # Some layers are built by what they are in, whose record has all.
-        if layer.weights or not is_inside:
+        # Else the record of what it is in has all, and that may have to build
+        # the layer first.
+        if not is_inside:
             restore_adapters(layer, record)
         return layer
 

@@ -30,7 +30,7 @@ from keras_fvae.layers.config import describe_config
 from keras_fvae.model import lookup
 
 on_all = pytest.mark.parametrize("name", CONFIGS)
-# And in the long run those of each kind on each backend.
+# Those of each kind on each backend in the long run, the others on one.
 on_all_once = pytest.mark.parametrize(
     "name",
     [

@@ -50,7 +50,7 @@ def tokenizer_of(kind):
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("task", "text", "keyword"),
     [
@@ -75,13 +75,13 @@ def test_the_first_keyword_of_an_answer(task, text, keyword):
     assert questions.find_keyword(task, text) == keyword
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_a_task_that_there_is_not():
     with pytest.raises(ValueError, match="'boolq'.*piqa, social_i_qa, ARC-"):
         questions.find_keyword("boolq", "true")
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_the_prompt_is_not_indented():
     lines = QUESTION.prompt.split("\n")
     assert lines[0].startswith("Below is an instruction")
@@ -91,7 +91,7 @@ def test_the_prompt_is_not_indented():
     assert not [line for line in lines if line.startswith(" ")]
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", table.PRESETS)
 def test_the_prompt_of_training_is_that_of_generation(kind):
     causal_lm = make_causal_lm(kind)
@@ -111,7 +111,7 @@ def test_the_prompt_of_training_is_that_of_generation(kind):
     assert np.flatnonzero(weights)[0] == num_tokens - 1
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", table.PRESETS)
 def test_only_the_answer_and_its_end_count(kind):
     tokenizer = tokenizer_of(kind)
@@ -131,7 +131,7 @@ def test_only_the_answer_and_its_end_count(kind):
         assert np.all(token_ids[padding_mask == 0] == tokenizer.pad_token_id)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_what_does_not_fit_with_its_answer_is_left_out():
     tokenizer = tokenizer_of("llama3_8b_en")
     [(prompt, output)] = questions.tokenize(tokenizer, [QUESTION])
@@ -146,7 +146,7 @@ def test_what_does_not_fit_with_its_answer_is_left_out():
         assert len(questions.pack(tokenizer, asked, length)[1]) == 0
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", table.PRESETS)
 def test_the_loss_is_a_mean_over_the_tokens_that_count(kind):
     causal_lm = make_causal_lm(kind)
@@ -178,7 +178,7 @@ def test_the_loss_is_a_mean_over_the_tokens_that_count(kind):
     np.testing.assert_allclose(measured["loss"], -expected, rtol=1e-5)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "sampler", ["beam", pytest.param("greedy", marks=pytest.mark.slow)]
 )
@@ -211,7 +211,7 @@ def test_prompts_have_no_effect_on_each_other(sampler):
 
 
 @pytest.mark.slow
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", table.PRESETS)
 def test_a_model_says_what_it_was_taught(kind):
     size = table.SIZES["tiny"].settings
@@ -253,7 +253,7 @@ def test_a_model_says_what_it_was_taught(kind):
     }
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_the_seed_chooses_the_validation_data():
     size = table.SIZES["tiny"].settings
     tokenizer = tokenizer_of("llama3_8b_en")
@@ -278,7 +278,7 @@ def test_the_seed_chooses_the_validation_data():
     assert len(train) > len(validation)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_settings_of_the_relatives():
     lora = table.authors_settings("lora")
     assert lora["learning_rate"] == 3e-4
@@ -293,7 +293,7 @@ def test_settings_of_the_relatives():
     assert table.authors_settings("fvae_lora")["global_clipnorm"] == 1e-3
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", table.PRESETS)
 def test_a_preset_is_loaded_in_bfloat16(kind, tmp_path, monkeypatch):
     toy = table.make_causal_lm(kind, "float32", is_tiny=True)
@@ -330,7 +330,7 @@ def read_results(folder):
     }
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_the_command(tmp_path, capsys):
     arguments = ["--size", "tiny", "--output", str(tmp_path)]
     table.main(["--method", "lora", *arguments])
@@ -387,7 +387,7 @@ def test_every_method_and_every_kind(kind, method, tmp_path):
     assert result["status"] == "done", result["traceback"]
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("option", "choices"),
     [
@@ -408,7 +408,7 @@ def test_what_there_is_not(option, choices, capsys):
     assert all(choice in error for choice in choices)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_the_options_are_in_the_help(capsys):
     with pytest.raises(SystemExit):
         table.main(["--help"])
@@ -419,7 +419,7 @@ def test_the_options_are_in_the_help(capsys):
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_the_size_chooses_the_mixture():
     for size, mixture in (("full", "170k"), ("small", "15k"), ("tiny", "170k")):
         made = table.make_table(make_options("--size", size))

@@ -115,7 +115,7 @@ def test_agrees_with_transformers(variant):
         )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_group_variant_takes_padding_for_silence():
     """Its encoder does; its loss counts the real frames."""
     task = converter.load_ctc(REFERENCE / "group")
@@ -133,7 +133,7 @@ def test_group_variant_takes_padding_for_silence():
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @VARIANT
 def test_frames_of_lengths(variant):
     backbone = converter.load_backbone(REFERENCE / variant)
@@ -142,7 +142,7 @@ def test_frames_of_lengths(variant):
     assert backbone.receptive_field == num_samples[0]
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "num_samples, num_frames", [(399, 0), (400, 1), (719, 1), (720, 2)]
 )
@@ -158,7 +158,7 @@ def test_frames_of_the_published_convolutions(num_samples, num_frames):
     assert frames.sum() == num_frames
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kernel_size, right", [(4, 1), (3, 1)])
 def test_positional_convolution_looks_left_if_even(kernel_size, right):
     layer = layers.PositionalConvolution(kernel_size, groups=1)
@@ -171,7 +171,7 @@ def test_positional_convolution_looks_left_if_even(kernel_size, right):
     assert moved.tolist() == [*range(5 - right, 5 - right + kernel_size)]
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_padding_does_not_leak():
     """An utterance alone, and in a batch with noise in place of padding."""
     task = converter.load_ctc(REFERENCE / "layer")
@@ -188,7 +188,7 @@ def test_padding_does_not_leak():
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @VARIANT
 def test_adapters_do_not_count_padding(variant):
     """Whether or not attention does."""
@@ -224,7 +224,7 @@ def loss_by_enumeration(labels, logits):
     return -np.log(total)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_ctc_losses_by_enumeration(rng):
     """Labels that repeat, none at all, too many for the frames."""
     cases = [([1, 2], 5), ([1, 1], 3), ([], 4), ([2], 1), ([2, 2], 2)]
@@ -250,7 +250,7 @@ def test_ctc_losses_by_enumeration(rng):
     assert (np.abs(gradient).sum(axis=2) > 0).tolist() == is_real.tolist()
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_loss_of_a_task_is_the_mean_over_utterances():
     """Each with its weight."""
     task, reference = converter.load_ctc(REFERENCE / "layer"), expected("layer")
@@ -265,7 +265,7 @@ def test_loss_of_a_task_is_the_mean_over_utterances():
     np.testing.assert_allclose(loss, to_numpy(losses) @ weights / 3, rtol=1e-5)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_greedy_decode():
     classes = np.array(
         [[1, 1, 0, 1, 2, 2, 0], [0, 0, 3, 3, 3, 1, 1], [0, 0, 0, 2, 2, 2, 2]]
@@ -274,7 +274,7 @@ def test_greedy_decode():
     assert ctc.greedy_decode(logits, [7, 5, 3]) == [[1, 1, 2], [3], []]
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_greedy_decode_of_every_path():
     paths = np.array([*every_path(4, 3)])
     decoded = ctc.greedy_decode(np.eye(3)[paths], [4] * len(paths))
@@ -291,7 +291,7 @@ def distance_by_definition(a, b):
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_edit_distance_by_definition(rng):
     for _ in range(50):
         a, b = (
@@ -300,7 +300,7 @@ def test_edit_distance_by_definition(rng):
         assert ctc.edit_distance(a, b) == distance_by_definition(a, b)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "references, predictions, rate",
     [
@@ -316,7 +316,7 @@ def test_phoneme_error_rate(references, predictions, rate):
     assert ctc.phoneme_error_rate(references, predictions) == rate
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_phoneme_error_rate_refuses_what_has_none():
     with pytest.raises(ValueError, match="2 references, 1 predictions"):
         ctc.phoneme_error_rate([[1], [2]], [[1]])
@@ -324,7 +324,7 @@ def test_phoneme_error_rate_refuses_what_has_none():
         ctc.phoneme_error_rate([[]], [[1]])
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_pad_utterances(rng):
     utterances = {
         "a": rng.normal(3, 2, size=50),
@@ -341,7 +341,7 @@ def test_pad_utterances(rng):
         assert abs(real.std() - (name != "silence")) < 1e-5
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "shape, problem",
     [
@@ -373,7 +373,7 @@ def draw_masks(lengths, max_length, times, mask_prob, mask_length):
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_number_of_masked_spans():
     """With spans of one frame, what is masked counts them."""
     masks = draw_masks([25, 25, 20, 5, 1], 25, 60, 0.3, 1)
@@ -391,7 +391,7 @@ def test_number_of_masked_spans():
     assert not masks[:, 2, 20:].any()
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_masked_spans():
     masks = draw_masks([20, 12, 4, 3], 20, 40, 0.2, 4)
     for mask in masks.reshape(-1, 20):
@@ -405,7 +405,7 @@ def test_masked_spans():
     assert (masks[:, 2:].sum(axis=2) == [4, 0]).all()
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_masking_is_of_training():
     layer = layers.TimeMasking(mask_prob=0.5, mask_length=2, min_masks=2)
     inputs = np.zeros((2, 10, 3), "float32")
@@ -420,7 +420,7 @@ def test_masking_is_of_training():
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_config_comes_back(variant):
     backbone = Wav2Vec2Backbone.from_variant(
@@ -438,7 +438,7 @@ def test_config_comes_back(variant):
         assert copy.get_config() == layer.get_config()
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "options, problem",
     [
@@ -453,14 +453,14 @@ def test_backbone_refuses(options, problem):
         Wav2Vec2Backbone(**{**SMALL, **options})
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_unknown_variant():
     with pytest.raises(ValueError, match="'wav2vec2-large-lv60'"):
         Wav2Vec2Backbone.from_variant("wav2vec2-base")
 
 
 @pytest.mark.slow
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_parameters_of_the_large_variant():
     backbone = Wav2Vec2Backbone.from_variant("wav2vec2-large", num_layers=1)
     block = backbone.transformer_layers[0].count_params()
@@ -469,7 +469,7 @@ def test_parameters_of_the_large_variant():
     assert backbone.count_params() + 23 * block == 315_428_992 - 128
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_saved_task_comes_back(tmp_path):
     task = converter.load_ctc(REFERENCE / "group")
     task.compile(keras.optimizers.SGD(0.25), loss=CTCLoss("sum"))
@@ -483,7 +483,7 @@ def test_saved_task_comes_back(tmp_path):
     np.testing.assert_array_equal(back.predict(inputs, verbose=0), predictions)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_logits_are_float32():
     task = converter.load_ctc(REFERENCE / "layer", dtype="mixed_bfloat16")
     assert task.backbone.output.dtype == "bfloat16"
@@ -583,7 +583,7 @@ def assert_same_weights(model, other):
         )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_old_names_without_a_prefix(checkpoint):
     new = "parametrizations.weight.original"
     tensors = {
@@ -601,7 +601,7 @@ def test_old_names_without_a_prefix(checkpoint):
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_several_files(checkpoint):
     names = ["model-00001-of-00002.safetensors", "model-00002.safetensors"]
     tensors = read_tensors(checkpoint)
@@ -620,7 +620,7 @@ def test_several_files(checkpoint):
         converter.load_ctc(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_checkpoint_of_pre_training_takes_a_new_head(checkpoint):
     tensors = {
         name: array
@@ -639,14 +639,14 @@ def test_checkpoint_of_pre_training_takes_a_new_head(checkpoint):
     )
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_new_head_in_the_place_of_the_old():
     task = converter.load_ctc(REFERENCE / "layer", vocabulary_size=12)
     old = read_tensors(REFERENCE / "layer")["lm_head.weight"].T
     assert not np.allclose(to_numpy(task.output_dense.kernel), old)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_blank_must_be_the_first_class(checkpoint):
     change_config(checkpoint, pad_token_id=11)
     with pytest.raises(ValueError, match="`pad_token_id` 11. It must be 0"):
@@ -654,7 +654,7 @@ def test_blank_must_be_the_first_class(checkpoint):
     converter.load_ctc(checkpoint, vocabulary_size=12)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_settings_come_from_the_config_and_the_options(checkpoint):
     change_config(checkpoint, mask_time_prob=0.3, hidden_dropout=0.2)
     backbone = converter.load_backbone(checkpoint, attention_dropout=0.4)
@@ -667,7 +667,7 @@ def test_settings_come_from_the_config_and_the_options(checkpoint):
     assert converter.load_backbone(checkpoint).time_masking is None
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_checkpoint_with_an_unknown_tensor(checkpoint):
     name = "encoder.layers.0.adapter_layer.norm.weight"
     tensors = {**read_tensors(checkpoint), f"wav2vec2.{name}": np.zeros(3)}
@@ -676,7 +676,7 @@ def test_checkpoint_with_an_unknown_tensor(checkpoint):
         converter.load_backbone(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_checkpoint_without_a_tensor(checkpoint):
     tensors = read_tensors(checkpoint)
     del tensors["wav2vec2.encoder.layer_norm.bias"]
@@ -685,7 +685,7 @@ def test_checkpoint_without_a_tensor(checkpoint):
         converter.load_backbone(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name, shape, needed",
     [
@@ -712,7 +712,7 @@ def test_checkpoint_with_a_wrong_shape(checkpoint, name, shape, needed):
     assert f"it must have {needed}" in str(error.value)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_checkpoint_without_a_file(checkpoint, missing):
     (checkpoint / missing).unlink()
@@ -720,7 +720,7 @@ def test_checkpoint_without_a_file(checkpoint, missing):
         converter.load_ctc(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_checkpoint_of_pytorch_alone(checkpoint):
     file = checkpoint / "model.safetensors"
     file.rename(checkpoint / "pytorch_model.bin")
@@ -728,7 +728,7 @@ def test_checkpoint_of_pytorch_alone(checkpoint):
         converter.load_ctc(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name, value",
     [("model_type", "hubert"), ("hidden_act", "relu"), ("add_adapter", True)],
@@ -739,14 +739,14 @@ def test_checkpoint_of_another_model(checkpoint, name, value):
         converter.load_ctc(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 def test_config_that_lacks_what_is_needed(checkpoint):
     (checkpoint / "config.json").write_text('{"model_type": "wav2vec2"}')
     with pytest.raises(ValueError, match="lacks .*'num_hidden_layers'"):
         converter.load_ctc(checkpoint)
 
 
-@pytest.mark.always_one_backend
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "handle, revision",
     [("hf://owner/name", None), ("hf://owner/name@refs/pr/2", "refs/pr/2")],
