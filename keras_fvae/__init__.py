@@ -34,6 +34,8 @@ from keras_fvae.model.inference import adapter_disabled
 from keras_fvae.model.inference import finalize_adapter
 from keras_fvae.model.inference import merge_adapter
 from keras_fvae.model.inference import remove_adapter
+from keras_fvae.model.sampling import adapter_sampling
+from keras_fvae.model.sampling import predict_samples
 from keras_fvae.model.saving import load_adapter
 from keras_fvae.model.saving import save_adapter
 
@@ -67,6 +69,7 @@ __all__ = [
     "WorstGroupAccuracy",
     "adapter_disabled",
     "adapter_layout_map",
+    "adapter_sampling",
     "enable_adapter",
     "enable_fvae_lora",
     "evaluate_groups",
@@ -76,6 +79,7 @@ __all__ = [
     "load_peft_adapter",
     "memory_per_device",
     "merge_adapter",
+    "predict_samples",
     "probe_latents",
     "remove_adapter",
     "save_adapter",

@@ -1,5 +1,6 @@
 """Random numbers from the state of a `keras.random.SeedGenerator`."""
 
+import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -79,6 +80,28 @@ def load_seed(layer, store):
     if state is not None and hasattr(layer, "seed_generator"):
         layer.seed_generator.state.assign(state)
     return rest
+
+
+@contextlib.contextmanager
+def seeds_set(seed_generators, seed):
+    """Sets what generators draw, for the time of a block.
+
+    Args:
+        seed_generators: List of `keras.random.SeedGenerator`. Each draws
+            numbers of its own, and goes on after as if there had been no block.
+        seed: Non-negative integer.
+    """
+    states = [ops.convert_to_numpy(g.state) for g in seed_generators]
+    for index, (generator, state) in enumerate(zip(seed_generators, states)):
+        own_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
+        # PyTorch has no unsigned integers of its own, and Keras's states have
+        # the seed and a count.
+        generator.state.assign(np.array([own_seed >> 1, 0], state.dtype))
+    try:
+        yield
+    finally:
+        for generator, state in zip(seed_generators, states):
+            generator.state.assign(state)
 
 
 def noise_and_masks(shape, seed, noise_width, mask_widths=(), rate=0.0):

@@ -121,11 +121,12 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
 
     def _adapt(self, base_call, inputs, training):
         call_context.note_entries()
-        if switching.is_any_off() and replicas.are_several():
+        if switching.is_any_switched() and replicas.are_several():
             raise ValueError(
-                "With several replicas of TensorFlow adapters cannot be "
-                "switched off: each replica is a thread of its own, and does "
-                "not know. Leave the `adapter_disabled` block first."
+                "With several replicas of TensorFlow adapters can neither be "
+                "switched off nor sampled: each replica is a thread of its "
+                "own, and does not know. Leave the `adapter_disabled` or "
+                "`adapter_sampling` block first."
             )
         if switching.is_off(self):
             return base_call(inputs, training=training)

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
+from keras_fvae.layers import switching
 from keras_fvae.layers.contraction import analyze_equation
 
 
@@ -105,6 +106,10 @@ class Adapter(keras.Layer):
         Neither gets out of a function that the backend transforms.
         """
         return False
+
+    def is_drawn(self, training):
+        """Whether what is random in the update is drawn: also to sample it."""
+        return training or switching.is_sampling(self)
 
     @property
     def is_trainable(self):

@@ -1,4 +1,4 @@
-"""Which adapted layers are off, for the thread that switched them off."""
+"""Which adapted layers are off, and which adapters sample, in a thread."""
 
 import collections
 import contextlib
@@ -6,13 +6,13 @@ import threading
 
 from keras_fvae.backend.scoped import ScopedValue
 
-# Dict of a layer's id to the number of blocks in which it is off.
-_off = ScopedValue(default={})
+# Dict of the id of a layer that is off, or of an adapter that samples, to the
+# number of blocks in which it is.
+_switched = ScopedValue(default={})
 _lock = threading.Lock()
 _num_blocks = 0
 
 
-@contextlib.contextmanager
 def switched_off(layers):
     """Makes adapted layers compute what they did before they were adapted.
 
@@ -21,34 +21,63 @@ def switched_off(layers):
     Args:
         layers: List of adapted layers.
     """
-    _change(layers, 1)
-    try:
-        yield
-    finally:
-        _change(layers, -1)
+    return _switch(layers)
+
+
+def sampling(layers):
+    """Makes adapters draw at inference what they draw in training.
+
+    Inside the block, in the thread that entered it. Blocks may overlap.
+
+    Args:
+        layers: List of adapted layers.
+    """
+    return _switch([layer.adapter for layer in layers])
 
 
 def is_off(layer):
     """Whether an adapted layer is off in this thread."""
-    off = _off.value
-    return bool(off) and id(layer) in off
+    return id(layer) in _switched.value
 
 
-def ids_off():
-    """Dict whose keys are the ids of the layers that are off in this thread."""
-    return _off.value
+def is_sampling(adapter):
+    """Whether an adapter samples in this thread."""
+    return id(adapter) in _switched.value
 
 
-def is_any_off():
-    """Whether any layer is off in any thread."""
+def is_switched():
+    """Whether a layer is off, or an adapter samples, in this thread."""
+    return bool(_switched.value)
+
+
+def ids_switched(layers):
+    """Frozen set of the ids of those that are off, or whose adapter samples.
+
+    Args:
+        layers: List of adapted layers.
+    """
+    ids = {id(part) for layer in layers for part in (layer, layer.adapter)}
+    return frozenset(ids & _switched.value.keys())
+
+
+def is_any_switched():
+    """Whether any layer is off, or adapter samples, in any thread."""
     return _num_blocks > 0
 
 
-def _change(layers, number):
+@contextlib.contextmanager
+def _switch(parts):
+    _change(parts, 1)
+    try:
+        yield
+    finally:
+        _change(parts, -1)
+
+
+def _change(parts, number):
     global _num_blocks
     with _lock:
         _num_blocks += number
-    counts = collections.Counter(_off.value)
-    counts.update({id(layer): number for layer in layers})
-    # Another dict: steps are kept by what is off.
-    _off.value = {key: count for key, count in counts.items() if count > 0}
+    counts = collections.Counter(_switched.value)
+    counts.update({id(part): number for part in parts})
+    _switched.value = {key: count for key, count in counts.items() if count > 0}

@@ -21,7 +21,7 @@ class DropLoRAAdapter(LowRankAdapter):
         return dropout(projected, self.config.dropout, self.seed_generator)
 
     def changes_state(self, training):
-        return training and self.config.dropout > 0
+        return self.config.dropout > 0 and self.is_drawn(training)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class LoRAAdapter(LowRankAdapter):
         return fast_ops.matmul(x, self.kernel_a)
 
     def changes_state(self, training):
-        return training and self.config.dropout > 0
+        return self.config.dropout > 0 and self.is_drawn(training)
 
 
 @dataclasses.dataclass(frozen=True)

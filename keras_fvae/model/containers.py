@@ -123,21 +123,20 @@ def inside_record():
     return _is_inside_record.set_to(True)
 
 
-def _by_what_is_off(name):
+def _by_what_is_switched(name):
     """A property that holds a compiled step, one for each set of adapters.
 
-    Of those that are off: a step that was traced without an adapter knows
-    nothing of it.
+    Of those that are off or sample: a step that was traced without an adapter
+    knows nothing of it.
     """
 
     def steps_of(model):
-        return vars(model).setdefault(f"{name}s_by_what_is_off", {})
+        return vars(model).setdefault(f"{name}s_by_what_is_switched", {})
 
     def key_of(model):
-        off = switching.ids_off()
-        if not off:
+        if not switching.is_switched():
             return frozenset()
-        return frozenset(off) & {id(layer) for layer in adapted_layers(model)}
+        return switching.ids_switched(adapted_layers(model))
 
     def get(model):
         return steps_of(model).get(key_of(model))
@@ -171,7 +170,7 @@ class AdaptedModel(AdaptedContainer):
     def _is_evaluated_in_a_step(self, training):
         """Whether it is called in `compute_loss`, such as for a reference."""
         return (
-            (training is False or bool(switching.ids_off()))
+            (training is False or switching.is_switched())
             and not keras_internals.is_compiling()
             and keras_internals.entry_layer() is None
             and is_training(None)
@@ -185,11 +184,11 @@ class AdaptedModel(AdaptedContainer):
         return super().call(*args, **kwargs)
 
     def train_step(self, *args):
-        off = switching.ids_off()
+        layers = adapted_layers(self) if switching.is_switched() else ()
         kept = [
             weight
-            for layer in (adapted_layers(self) if off else ())
-            if id(layer) in off
+            for layer in layers
+            if switching.is_off(layer)
             for weight in layer.adapter.trainable_weights
         ]
         step = super().train_step
@@ -267,7 +266,7 @@ def _another_function(model, name):
 
 
 for name in STEPS:
-    setattr(AdaptedModel, name, _by_what_is_off(name))
+    setattr(AdaptedModel, name, _by_what_is_switched(name))
 
 
 class AdaptedSequential(AdaptedModel):

@@ -68,7 +68,8 @@ class FVAELoRAAdapter(LowRankAdapter):
     def project(self, frozen, training):
         """The latent z1 of each token; in training, the loss is added.
 
-        In training z1 is drawn; at inference it is its posterior mean.
+        In training z1 is drawn; at inference it is its posterior mean, unless
+        the update is sampled.
         """
         x = frozen.tokens
         records = _recorded.value
@@ -79,7 +80,7 @@ class FVAELoRAAdapter(LowRankAdapter):
             )
         if training:
             z1 = self._draw_and_add_loss(x, frozen)
-        elif self.config.sample_at_inference:
+        elif self.changes_state(training):
             z1 = self.fvae.sample_z1(x)
         else:
             z1 = self.fvae.posterior_mean(x)
@@ -109,7 +110,7 @@ class FVAELoRAAdapter(LowRankAdapter):
         )
 
     def changes_state(self, training):
-        return training or self.config.sample_at_inference
+        return self.config.sample_at_inference or self.is_drawn(training)
 
     @property
     def is_trainable(self):

@@ -1,0 +1,146 @@
+"""Predictions under what adapters draw: several, which differ by as much as
+the model is unsure."""
+
+import contextlib
+import inspect
+
+import keras
+import numpy as np
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.backend import noise
+from keras_fvae.layers import switching
+from keras_fvae.layers.config import is_integer
+from keras_fvae.model import lookup
+
+
+@contextlib.contextmanager
+def adapter_sampling(model, seed=0):
+    """Context manager: adapters draw, as in training, and all else does not.
+
+    FVAE-LoRA draws z1 from q1 instead of using its mean; LoRA with a `dropout`
+    drops a part of its input, DropLoRA a part of its ranks. Inside the block
+    `predict`, `evaluate` and `generate` use what is drawn; give each of several
+    texts that are generated a block with a `seed` of its own, because KerasHub
+    forgets on JAX what it has drawn. After the block the model is as it was.
+
+    Args:
+        model: `keras.Model` or layer with adapted layers.
+        seed: Non-negative integer, what is drawn. The same calls give the same
+            numbers, on one backend. Defaults to `0`.
+
+    Raises:
+        ValueError: If no layer is adapted, the adapters are finalized or
+            turned off by `adapter_disabled`, none of them draws anything, or
+            `seed` is no such integer.
+        TypeError: If `model` is no Keras model or layer.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> with keras_fvae.adapter_sampling(model):
+    ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
+    """
+    layers = lookup.require_adapted_layers(model)
+    _check_integer("seed", seed, minimum=0)
+    for layer in layers:
+        layer.adapter.refuse_if_finalized()
+        if switching.is_off(layer):
+            raise ValueError(
+                f"The adapters of model '{model.name}' are turned off, and "
+                "draw nothing. Leave the `adapter_disabled` block first."
+            )
+    with switching.sampling(layers):
+        if not any(layer.adapter.changes_state(False) for layer in layers):
+            raise ValueError(
+                f"The adapters of model '{model.name}' draw nothing, so that "
+                "all samples would be the same: "
+                f"{layers[0].config.method_name} with these settings has no "
+                "random part. FVAE-LoRA has one, and so have LoRA with a "
+                "`dropout` and DropLoRA."
+            )
+        with noise.seeds_set(_seed_generators(layers), seed):
+            yield
+
+
+def predict_samples(model, x, num_samples=16, *, batch_size=None, seed=0):
+    """Predicts several times, under what the adapters draw.
+
+    Where the samples agree the model is sure; where they do not it is not.
+    Their mean, of probabilities rather than of logits, is a prediction that is
+    calibrated better than that of one model; see `adapter_sampling` for what
+    is drawn.
+
+    Args:
+        model: `keras.Model` with adapted layers.
+        x: Anything that `model.predict` takes more than once: arrays, a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, or raw data for a
+            KerasHub task with a preprocessor.
+        num_samples: Positive integer. Each takes as long as `predict`.
+            Defaults to `16`.
+        batch_size: Optional integer, as in `model.predict`.
+        seed: Non-negative integer, what is drawn: with the same `batch_size`
+            the same samples, on one backend. Defaults to `0`.
+
+    Returns:
+        What `model.predict` returns, with a first axis for the samples: for
+        one output, a NumPy array of shape `(num_samples, examples, ...)`.
+
+    Raises:
+        ValueError: As `adapter_sampling`; or if `num_samples` is no positive
+            integer.
+        TypeError: If `model` is no `keras.Model`, or `x` a generator.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((4,)),
+    ...         keras.layers.Dense(3, name="query", activation="softmax"),
+    ...     ]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> samples = keras_fvae.predict_samples(model, np.ones((5, 4)))
+    >>> samples.shape
+    (16, 5, 3)
+    >>> probabilities, spread = samples.mean(axis=0), samples.std(axis=0)
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`, which can `predict`. "
+            f"Received: model={model!r} (of type {type(model)})"
+        )
+    _check_integer("num_samples", num_samples, minimum=1)
+    if inspect.isgenerator(x):
+        raise TypeError(
+            "`x` must be data that can be read more than once, and a "
+            "generator cannot. Pass arrays, a `keras.utils.PyDataset` or a "
+            f"`tf.data.Dataset`. Received: x={x!r}"
+        )
+    with adapter_sampling(model, seed):
+        samples = [
+            model.predict(x, batch_size=batch_size, verbose=0)
+            for _ in range(num_samples)
+        ]
+    return keras.tree.map_structure(lambda *s: np.stack(s), *samples)
+
+
+def _check_integer(name, value, minimum):
+    if not is_integer(value) or value < minimum:
+        raise ValueError(
+            f"`{name}` must be an integer >= {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def _seed_generators(layers):
+    """List of what the adapters of layers draw from."""
+    return [
+        part.seed_generator
+        for layer in layers
+        for part in keras_internals.flatten_layers(layer.adapter)
+        if hasattr(part, "seed_generator")
+    ]
