@@ -7,6 +7,7 @@ Keras is imported.
 import ast
 import collections
 import csv
+import importlib.metadata
 import pathlib
 import random
 import sys
@@ -15,6 +16,13 @@ import sysconfig
 NUM_CLASSES = 16
 NUM_TRAINING_TEXTS = 960
 NUM_TEST_TEXTS = 320
+# By what it installs as, the folder of each package that is tested on.
+OTHER_PACKAGES = {
+    "numpy": "numpy",
+    "scikit-learn": "sklearn",
+    "keras": "keras",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
 
 
 def read_standard_library():
@@ -30,7 +38,9 @@ def read_standard_library():
         if {package, *inside} & {"site-packages", "test", "tests"}:
             continue
         if docstrings := _read_docstrings(path):
-            packages[package].append([(text, package) for text in docstrings])
+            packages[package].append(
+                [(text, package) for _, text in docstrings]
+            )
     # With fewer modules none would be left to test on.
     packages = [modules for modules in packages.values() if len(modules) >= 3]
     packages.sort(key=lambda modules: -sum(map(len, modules)))
@@ -46,19 +56,79 @@ def read_standard_library():
     return _sample(train, NUM_TRAINING_TEXTS), _sample(test, NUM_TEST_TEXTS)
 
 
+def read_kinds():
+    """Docstrings labelled with what they are of: a module, class or function.
+
+    Returns:
+        As `read_csv`: the standard library's to train on, and those of other
+        packages to test on, as many of each kind.
+    """
+    library = pathlib.Path(sysconfig.get_path("stdlib"))
+    own = [
+        path
+        for path in sorted(library.iterdir())
+        if path.is_dir() and path.name not in ("site-packages", "test")
+    ]
+    others = [
+        pathlib.Path(sysconfig.get_path("purelib"), name)
+        for name in OTHER_PACKAGES.values()
+    ]
+    return (
+        _sample_each_kind(own, NUM_TRAINING_TEXTS),
+        _sample_each_kind(others, NUM_TEST_TEXTS),
+    )
+
+
+def version_of(package):
+    """String, the name and version of an installed package."""
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _sample_each_kind(folders, number):
+    """Docstrings of folders and their kinds, as many of each kind."""
+    by_kind = collections.defaultdict(set)
+    for folder in folders:
+        for path in sorted(folder.glob("**/*.py")):
+            for kind, text in _read_docstrings(path):
+                by_kind[kind].add((text, kind))
+    return [
+        pair
+        for pairs in by_kind.values()
+        for pair in _sample(sorted(pairs), number // len(by_kind))
+    ]
+
+
+KINDS = {
+    ast.Module: "module",
+    ast.ClassDef: "class",
+    ast.FunctionDef: "function",
+    ast.AsyncFunctionDef: "function",
+}
+
+
 def _read_docstrings(path):
-    """The docstrings of a Python file that have a few words at least."""
+    """The docstrings of a Python file that have a few words at least.
+
+    Args:
+        path: `pathlib.Path`.
+
+    Returns:
+        List of pairs of what it is of and the text.
+    """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = [
-        ast.get_docstring(node)
+        (KINDS[type(node)], ast.get_docstring(node))
         for node in ast.walk(tree)
-        if isinstance(node, kinds)
+        if type(node) in KINDS
     ]
-    return [text for text in docstrings if text and len(text.split()) >= 4]
+    return [
+        (kind, text)
+        for kind, text in docstrings
+        if text and len(text.split()) >= 4
+    ]
 
 
 def read_csv(path, text_column, label_column):

@@ -65,15 +65,39 @@ def test_ways_to_compile(options):
 @pytest.mark.parametrize("options", SAME_NOISE, ids=str)
 def test_ways_to_compile_draw_the_same_noise(options):
     def run(**options):
-        model = make_attention_model()
-        keras_fvae.enable_fvae_lora(model, **SMALL)
-        move_adapters(model, np.random.default_rng(0))
-        return train(model, **options)
+        return train(adapt_attention_model(), **options)
 
     expected_losses, expected_moves = run()
     losses, moves = run(**options)
     assert losses == pytest.approx(expected_losses, rel=1e-3)
     assert_same_moves(moves, expected_moves)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Of PyTorch's compiler")
+def test_torch_compile_traces_a_model():
+    """What takes minutes is what comes after, in the test above."""
+    import torch
+
+    results = []
+    for backend in (None, "eager"):
+        model = adapt_attention_model()
+
+        def step(tokens, model=model):
+            return model(tokens, training=True), model.losses
+
+        if backend is not None:
+            step = torch.compile(step, backend=backend)
+        outputs, losses = step(torch.tensor(TOKENS))
+        results.append([to_numpy(outputs), float(sum(losses))])
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def adapt_attention_model():
+    model = make_attention_model()
+    keras_fvae.enable_fvae_lora(model, **SMALL)
+    move_adapters(model, np.random.default_rng(0))
+    return model
 
 
 @pytest.mark.parametrize("jit_compile", JIT_COMPILE)

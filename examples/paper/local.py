@@ -5,11 +5,16 @@ python -m examples.paper.local --dataset docstrings --method lora fvae_lora
 
 digits: a small vision transformer that was pretrained on handwritten digits is
 adapted to others, turned by a quarter. spurious_digits: to tell 0 to 4 from 5
-to 9, in colours that go with the label in training. docstrings: to tell which
-package of Python's standard library a docstring is from, by all-MiniLM-L6-v2,
-of whose six blocks the upper two are adapted.
+to 9, in colours that go with the label in training.
 
-digits and docstrings are there in situations, too, by names such as
+The others are texts, for all-MiniLM-L6-v2, of whose six blocks the upper two
+are adapted. docstrings: to tell which package of Python's standard library a
+docstring is from. marked_docstrings: the same, after a word that goes with the
+package in training. kinds: whether a docstring is of a module, a class or a
+function; what is tested on is of other packages. glosses: to tell what kind of
+thing a gloss of WordNet is about.
+
+digits, docstrings and glosses are there in situations, too, by names such as
 digits_5_a_class and docstrings_40_percent_wrong: with few training examples,
 or with wrong labels.
 """
@@ -21,14 +26,17 @@ import scipy.special
 
 import keras_fvae
 from examples.paper import harness
-from examples.paper import local_data
+from examples.paper import local_digits
+from examples.paper import local_texts
 from examples.paper import methods
 from examples.paper import metrics
 from examples.paper import search
+from examples.paper import situations
 from examples.paper import training
 
 RANK = 8
 BATCH_SIZE = 32
+NUM_SAMPLES = 16
 FULL = {"num_examples": None, "is_tiny": False}
 TINY = {"num_examples": 32, "is_tiny": True}
 SIZES = {
@@ -87,20 +95,22 @@ def run(dataset, method_name, settings, seed, size):
     )
     best.restore()
     trained["cost"]["inference_parameters"] = inference_parameters
-    return {**measure(model, parts), **trained}
+    return {**measure(model, parts, seed), **trained}
 
 
-def measure(model, parts):
+def measure(model, parts, seed):
     """All that is measured of a trained model.
 
     Args:
         model: `keras.Model` whose outputs are logits.
         parts: Dict of name to `local_data.Part`.
+        seed: Integer, what is drawn.
 
     Returns:
-        Dict of `validation_score`, of "train", "validation" and "test", the
-        metrics of each, and of "calibrated", those of the test with a
-        `temperature` that was chosen on the validation data.
+        Dict of `validation_score`; of "train", "validation" and "test", the
+        metrics of each; of "calibrated", those of the test with a
+        `temperature` that was chosen on the validation data; and, where the
+        method draws, of "sampled", those of the test by the mean of samples.
     """
     logits = {
         name: training.predict_logits(model, part.x)
@@ -132,15 +142,42 @@ def measure(model, parts):
         "temperature": temperature,
         **metrics.classification_metrics(calibrated, parts["test"].labels),
     }
+    if draws(model):
+        measured["sampled"] = metrics.classification_metrics(
+            sampled_probabilities(model, parts["test"].x, seed),
+            parts["test"].labels,
+        )
     validation = measured["validation"]
     score = validation.get("worst", validation["accuracy"])
     return {"validation_score": score, **measured}
 
 
+def draws(model):
+    """Whether the adapters of a model draw anything."""
+    try:
+        with keras_fvae.adapter_sampling(model):
+            return True
+    except ValueError:
+        return False
+
+
+def sampled_probabilities(model, x, seed):
+    """Array of shape `(examples, classes)`, the mean over samples."""
+    samples = keras_fvae.predict_samples(model, x, NUM_SAMPLES, seed=seed)
+    return scipy.special.softmax(samples.astype("float64"), axis=-1).mean(0)
+
+
 TABLE = harness.Table(
     name="local",
-    version=2,
-    datasets=local_data.DATASETS,
+    version=3,
+    datasets={
+        **situations.in_all("digits", local_digits.DIGITS),
+        "spurious_digits": local_digits.SPURIOUS_DIGITS,
+        **situations.in_all("docstrings", local_texts.DOCSTRINGS),
+        "marked_docstrings": local_texts.MARKED_DOCSTRINGS,
+        "kinds": local_texts.KINDS,
+        **situations.in_all("glosses", local_texts.GLOSSES),
+    },
     default_datasets=("digits", "spurious_digits", "docstrings"),
     methods=tuple(methods.METHODS),
     authors_settings=authors_settings,

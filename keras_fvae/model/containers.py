@@ -56,11 +56,13 @@ class AdaptedContainer(
         arguments = self.base_call_signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         masks = masking.find_masks(arguments.arguments)
+        # Not inside the block, which PyTorch's compiler takes to end there.
+        call = super().call
         with (
             masking.known_masks(masks, inherit=self.knows_outer_masks),
             called_in_this_trace(),
         ):
-            return super().call(*args, **kwargs)
+            return call(*args, **kwargs)
 
     def get_config(self):
         if keras_internals.is_saving_to_h5():
@@ -164,8 +166,10 @@ class AdaptedModel(AdaptedContainer):
         if self._is_evaluated_in_a_step(training):
             # Keras clears the losses of a model that is called once more.
             kept = keras_internals.losses_kept(self)
+        # Not inside the block, which PyTorch's compiler takes to end there.
+        call = super().__call__
         with _called_model.set_to(self), kept, told:
-            return super().__call__(*args, **kwargs)
+            return call(*args, **kwargs)
 
     def _is_evaluated_in_a_step(self, training):
         """Whether it is called in `compute_loss`, such as for a reference."""

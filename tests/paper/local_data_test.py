@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples.paper import local_data
+from examples.paper import local
 from examples.paper import situations
 
 pytestmark = pytest.mark.always_one_backend
@@ -12,7 +12,7 @@ SEED = 3
 
 
 def load(name, seed=SEED):
-    return local_data.DATASETS[name].load(seed)
+    return local.TABLE.datasets[name].load(seed)
 
 
 @pytest.mark.parametrize("name", ["digits", "spurious_digits", "docstrings"])
@@ -82,6 +82,6 @@ def test_wrong_labels(percentage):
 
 def test_every_situation_is_a_data_set():
     for name in ("digits", "docstrings"):
-        assert {*situations.in_all(name, local_data.DATASETS[name])} <= {
-            *local_data.DATASETS
+        assert {*situations.in_all(name, local.TABLE.datasets[name])} <= {
+            *local.TABLE.datasets
         }

@@ -62,6 +62,8 @@ class FVAELoRAAdapter(LowRankAdapter):
         self.fvae.build((None, self.width))
 
     def initial_kernel_b(self):
+        if self.config.zero_at_start == "kernel_b":
+            return super().initial_kernel_b()
         generator = initial_generator(self.initial_seed, "kernel_b")
         return 0.02 * generator.normal(size=(self.config.rank, self.units))
 

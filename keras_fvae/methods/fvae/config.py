@@ -10,6 +10,7 @@ from keras_fvae.layers.config import is_integer
 LATENT_FUSIONS = ("concat", "average")
 OBJECTIVES = ("fvae", "vae2lat", "beta_vae2lat")
 GAMMA_ESTIMATORS = ("closed_form", "monte_carlo")
+ZEROS_AT_START = ("z1_mean", "kernel_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,11 @@ class FVAELoRAConfig(AdapterConfig):
             the same results. Defaults to `False`.
         sample_at_inference: Boolean. Whether the update draws `z1` at
             inference too, instead of using its mean. Defaults to `False`.
+        initial_log_variance: Float in `[-20, 20]`. Log variance of q1 at the
+            start. Defaults to `0.0`, that of its prior.
+        zero_at_start: `"z1_mean"` or `"kernel_b"`. What is zero at the start,
+            so that the update is: the mean of q1, as in the authors' code, or
+            B, as in LoRA. The other one is random. Defaults to `"z1_mean"`.
         seed: Non-negative integer. Seed of the adapter's initial weights,
             noise and dropout. `None` (default) draws one, which
             `keras.utils.set_random_seed` controls.
@@ -96,6 +102,8 @@ class FVAELoRAConfig(AdapterConfig):
     num_samples: int = 1
     rematerialize: bool = False
     sample_at_inference: bool = False
+    initial_log_variance: float = 0.0
+    zero_at_start: str = "z1_mean"
 
     method_name = "FVAE-LoRA"
 
@@ -116,6 +124,12 @@ class FVAELoRAConfig(AdapterConfig):
         self._check_choice("encoder_shared_trunk", (True, False))
         self._check_choice("rematerialize", (True, False))
         self._check_choice("sample_at_inference", (True, False))
+        self._check_number(
+            "initial_log_variance",
+            "a number in [-20, 20]",
+            lambda v: -20 <= v <= 20,
+        )
+        self._check_choice("zero_at_start", ZEROS_AT_START)
         self._check_gamma_weight()
 
     @property

@@ -24,6 +24,7 @@ from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.config import resolve_config
 from keras_fvae.methods.fvae.layout import REFERENCE_STD
+from keras_fvae.methods.fvae.layout import head_place
 from keras_fvae.methods.fvae.layout import reference_views
 from keras_fvae.methods.fvae.networks import STD_FLOOR
 from keras_fvae.methods.fvae.networks import networks_for
@@ -410,15 +411,12 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
 
     def _add_packed_weight(self, name, packing):
         def initializer(shape, dtype=None):
-            ranges = [
-                self._initial_range(*item) for item in packing.shapes.items()
-            ]
-            centers, limits = np.repeat(ranges, packing.sizes, axis=0).T
             generator = initial_generator(self._initial_seed, name)
-            numbers = generator.uniform(-1.0, 1.0, shape)
-            values = (centers + limits * numbers).astype(dtype)
+            values = generator.uniform(-1.0, 1.0, shape)
+            for array_name, array in packing.unpack(values).items():
+                self._initialize(array_name, array)
             # Of its own dtype, an array takes no operation.
-            return ops.convert_to_tensor(values, dtype)
+            return ops.convert_to_tensor(values.astype(dtype), dtype)
 
         return self.add_weight(
             name=name,
@@ -428,16 +426,24 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             autocast=False,
         )
 
-    def _initial_range(self, name, shape):
-        """Where an array's initial values lie, uniformly: center, limit."""
-        if name == "log_std":
-            return math.log1p(-STD_FLOOR), 0.0
-        is_head = name == f"encoder_kernel_{len(self.config.hidden_units)}"
-        if "bias" in name or is_head:
-            # With heads of zero, the update is zero and q1 is p1.
-            return 0.0, 0.0
+    def _initialize(self, name, array):
+        """Makes numbers from -1 to 1 the initial values of an array."""
+        depth = len(self.config.hidden_units)
         # Glorot's uniform numbers, for each trunk by itself.
-        return 0.0, math.sqrt(6 / (shape[0] + shape[-1]))
+        array *= math.sqrt(6 / (array.shape[0] + array.shape[-1]))
+        if name == "log_std":
+            array[...] = math.log1p(-STD_FLOOR)
+        elif name == f"encoder_kernel_{depth}":
+            trunk, columns = head_place(self.config, 0)
+            z1_mean = array[:, trunk, columns].copy()
+            array[...] = 0.0
+            if self.config.zero_at_start == "kernel_b":
+                array[:, trunk, columns] = z1_mean
+        elif "bias" in name:
+            array[...] = 0.0
+            if name == f"encoder_bias_{depth}" and not self.finalized:
+                trunk, columns = head_place(self.config, 1)
+                array[trunk, columns] = self.config.initial_log_variance
 
     def _weights(self):
         return (

@@ -44,6 +44,20 @@ def layout(config, width, finalized):
     return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
 
 
+def head_place(config, head):
+    """Where one of the encoders' four heads lies in their last layer.
+
+    Args:
+        config: `FVAELoRAConfig`.
+        head: Integer: the mean of q1, its log variance, and those of q2.
+
+    Returns:
+        Pair of an integer, its trunk, and a slice, its columns.
+    """
+    trunk, position = divmod(head, 4 // _num_trunks(config))
+    return trunk, slice(position * config.rank, (position + 1) * config.rank)
+
+
 def reference_views(config, weights):
     """Views of an FVAE's weights by the authors' names.
 
@@ -60,8 +74,7 @@ def reference_views(config, weights):
     def add_affine(name, kernel, bias):
         views.update({f"{name}.weight": kernel.T, f"{name}.bias": bias})
 
-    rank, depth = config.rank, len(config.hidden_units)
-    heads_per_trunk = 4 // _num_trunks(config)
+    depth = len(config.hidden_units)
     for head, (index, trunk_name, head_name) in enumerate(
         [
             (0, "layers_mean", "mean"),
@@ -73,14 +86,13 @@ def reference_views(config, weights):
         if config.encoder_shared_trunk:
             trunk_name = "layers"
         prefix = f"views_conditionalGaussianEncoders_list.{index}"
-        trunk, position = divmod(head, heads_per_trunk)
+        trunk, columns = head_place(config, head)
         for level in range(depth):
             add_affine(
                 f"{prefix}.{trunk_name}.{level}",
                 weights[f"encoder_kernel_{level}"][:, trunk],
                 weights[f"encoder_bias_{level}"][trunk],
             )
-        columns = slice(position * rank, (position + 1) * rank)
         add_affine(
             f"{prefix}.{head_name}",
             weights[f"encoder_kernel_{depth}"][:, trunk, columns],
