@@ -19,6 +19,7 @@ digits_5_a_class and docstrings_40_percent_wrong: with few training examples,
 or with wrong labels.
 """
 
+import contextlib
 import math
 
 import keras
@@ -66,17 +67,19 @@ def run(dataset, method_name, settings, seed, size):
     Returns:
         Dict of what `measure` returns, and what the run took.
     """
-    parts = dataset.load(seed)
+    is_tiny = size["is_tiny"]
+    with dataset.stand_in() if is_tiny else contextlib.nullcontext():
+        parts = dataset.load(seed)
     if size["num_examples"]:
         parts = {
             name: part.take(slice(size["num_examples"]))
             for name, part in parts.items()
         }
-    model = dataset.make_classifier(seed, size["is_tiny"])
+    model = dataset.make_classifier(seed, is_tiny)
     inference_parameters = methods.adapt(
         method_name, model.backbone, RANK, settings, seed
     )
-    epochs = 2 if size["is_tiny"] else dataset.epochs
+    epochs = 2 if is_tiny else dataset.epochs
     num_batches = math.ceil(len(parts["train"].labels) / BATCH_SIZE)
     model.compile(
         training.make_optimizer(settings, epochs * num_batches),

@@ -1,5 +1,6 @@
 """What the data sets of `examples.paper.local` are made of."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -63,9 +64,12 @@ class LocalDataset:
         make_classifier: Function of a seed, and of whether a toy will do,
             that returns a pretrained classifier with a new head. It has a
             `backbone`.
+        stand_in: Function that returns a context manager, inside which data
+            that may not be there are made up, for a toy.
     """
 
     version: str
     epochs: int
     load: Callable
     make_classifier: Callable
+    stand_in: Callable = contextlib.nullcontext

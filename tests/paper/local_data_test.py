@@ -1,9 +1,13 @@
 """The data of the local table, and what makes them hard."""
 
+import collections
+
 import numpy as np
 import pytest
 
+from examples import texts
 from examples.paper import local
+from examples.paper import local_texts
 from examples.paper import situations
 
 pytestmark = pytest.mark.always_one_backend
@@ -15,7 +19,16 @@ def load(name, seed=SEED):
     return local.TABLE.datasets[name].load(seed)
 
 
-@pytest.mark.parametrize("name", ["digits", "spurious_digits", "docstrings"])
+NAMES = [
+    "digits",
+    "spurious_digits",
+    "docstrings",
+    "marked_docstrings",
+    "kinds",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_parts(name):
     parts, again, other = load(name), load(name), load(name, SEED + 1)
     assert [*parts] == ["train", "validation", "test", "foreign"]
@@ -50,6 +63,44 @@ def test_colours_go_with_the_label_in_training_alone():
         ]
 
 
+def test_markers_go_with_the_class_in_training_alone():
+    parts, plain = load("marked_docstrings"), load("docstrings")
+    assert len(parts["train"].labels) == len(plain["train"].labels)
+    own, other = local_texts.read_marked_docstrings(0)
+    own_rows = {row.tobytes() for row in own.x["lower_blocks"]}
+    is_own = [r.tobytes() in own_rows for r in parts["train"].x["lower_blocks"]]
+    assert np.mean(is_own) == pytest.approx(0.9, abs=0.03)
+    for name in ("validation", "test"):
+        groups, counts = np.unique(parts[name].groups, return_counts=True)
+        assert groups.tolist() == ["marker of another", "marker of the class"]
+        assert counts[0] == counts[1] == len(plain[name].labels)
+    # One that is of another class is never that of the class.
+    for one, another in zip(own.x["lower_blocks"], other.x["lower_blocks"]):
+        assert (one != another).any()
+
+
+def test_kinds_are_tested_on_other_packages():
+    train, test = texts.read_kinds()
+    for part, number in ((train, 320), (test, 106)):
+        kinds = collections.Counter(kind for _, kind in part)
+        assert kinds == dict.fromkeys(("module", "class", "function"), number)
+    assert not {text for text, _ in train} & {text for text, _ in test}
+
+
+def test_glosses():
+    dataset = local.TABLE.datasets["glosses"]
+    with dataset.stand_in():
+        parts = dataset.load(SEED)
+    sizes = {
+        name: len(part.labels)
+        for name, part in parts.items()
+        if name != "foreign"
+    }
+    # A quarter is tested on, and a sixth of the rest validated on.
+    assert sizes == {"train": 30, "validation": 6, "test": 12}
+    assert {*parts["train"].labels} == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("number", [5, 20])
 def test_few_examples(number):
     parts, whole = load(f"digits_{number}_a_class"), load("digits")
@@ -81,7 +132,7 @@ def test_wrong_labels(percentage):
 
 
 def test_every_situation_is_a_data_set():
-    for name in ("digits", "docstrings"):
+    for name in ("digits", "docstrings", "glosses"):
         assert {*situations.in_all(name, local.TABLE.datasets[name])} <= {
             *local.TABLE.datasets
         }
