@@ -19,16 +19,16 @@ def load(name, seed=SEED):
     return local.TABLE.datasets[name].load(seed)
 
 
-NAMES = [
-    "digits",
-    "spurious_digits",
-    "docstrings",
-    "marked_docstrings",
-    "kinds",
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        "spurious_digits",
+        "docstrings",
+        pytest.param("marked_docstrings", marks=pytest.mark.slow),
+        pytest.param("kinds", marks=pytest.mark.slow),
+    ],
+)
 def test_parts(name):
     parts, again, other = load(name), load(name), load(name, SEED + 1)
     assert [*parts] == ["train", "validation", "test", "foreign"]
@@ -63,6 +63,7 @@ def test_colours_go_with_the_label_in_training_alone():
         ]
 
 
+@pytest.mark.slow
 def test_markers_go_with_the_class_in_training_alone():
     parts, plain = load("marked_docstrings"), load("docstrings")
     assert len(parts["train"].labels) == len(plain["train"].labels)
@@ -79,6 +80,7 @@ def test_markers_go_with_the_class_in_training_alone():
         assert (one != another).any()
 
 
+@pytest.mark.slow
 def test_kinds_are_tested_on_other_packages():
     train, test = texts.read_kinds()
     for part, number in ((train, 320), (test, 106)):
@@ -91,11 +93,8 @@ def test_glosses():
     dataset = local.TABLE.datasets["glosses"]
     with dataset.stand_in():
         parts = dataset.load(SEED)
-    sizes = {
-        name: len(part.labels)
-        for name, part in parts.items()
-        if name != "foreign"
-    }
+    del parts["foreign"]
+    sizes = {name: len(part.labels) for name, part in parts.items()}
     # A quarter is tested on, and a sixth of the rest validated on.
     assert sizes == {"train": 30, "validation": 6, "test": 12}
     assert {*parts["train"].labels} == {0, 1, 2, 3}
