@@ -57,6 +57,8 @@ def test_scale_is_alpha_over_rank():
         ("num_samples", [0, 2.0]),
         ("rematerialize", [0, "no"]),
         ("sample_at_inference", [0, "no"]),
+        ("initial_log_variance", [20.5, -21, float("nan"), "0", None]),
+        ("zero_at_start", ["z1", None, 0]),
         ("seed", [-1, 0.5, "0"]),
     ],
 )

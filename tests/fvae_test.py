@@ -537,6 +537,30 @@ def test_at_the_start_both_posteriors_are_standard_normal(rng):
     np.testing.assert_allclose(scale, 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("encoder_units", [None, (), (16, 12)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_other_starts(encoder_units, shared, rng):
+    config = keras_fvae.FVAELoRAConfig(
+        rank=4,
+        encoder_units=encoder_units,
+        encoder_shared_trunk=shared,
+        decoder_units=(4,),
+        initial_log_variance=-3.0,
+        zero_at_start="kernel_b",
+    )
+    layer = keras_fvae.FVAELoRADense(5, config=config)
+    x = rng.normal(size=(64, 6)).astype("float32")
+    # The update is zero, whatever is drawn.
+    outputs = to_numpy(layer(x, training=True))
+    np.testing.assert_allclose(outputs, x @ to_numpy(layer.kernel), atol=1e-5)
+    out = layer.adapter.fvae(x)
+    np.testing.assert_allclose(to_numpy(out.z1_log_variance), -3.0, rtol=1e-6)
+    np.testing.assert_array_equal(to_numpy(out.z2_log_variance), 0.0)
+    np.testing.assert_array_equal(to_numpy(out.z2_mean), 0.0)
+    # About as wide as the prior, as the latents of LoRA with A are.
+    assert 0.1 < to_numpy(out.z1_mean).std() < 3
+
+
 def test_initial_weights_are_those_of_glorot():
     fvae = keras_fvae.FVAE(keras_fvae.FVAELoRAConfig(seed=1))
     fvae.build((None, 96))

@@ -75,6 +75,8 @@ def expected_means(layer, x):
     terms["fvae_loss"] = np.mean([to_numpy(out.loss) for out in outs])
     means = to_numpy(layer.adapter.fvae(x).z1_mean)
     terms["active_units"] = (means.var(axis=0) > 0.01).sum()
+    noise = np.exp([to_numpy(out.z1_log_variance) for out in outs])
+    terms["signal_to_noise"] = means.var(axis=0).mean() / noise.mean()
     variance = np.sum([batch.var(axis=0).sum() for batch in batches])
     # Of the likelihood of a Gaussian, the squared error is what is left.
     scale = layer.adapter.fvae.get_reference_weights()[REFERENCE_STD] + 1e-5
@@ -106,7 +108,10 @@ def test_the_terms_are_those_of_the_fvae(jit_compile, xy, rng):
         layer: expected_means(layer, x)
         for layer, x in inputs_of_layers(model, xy[0]).items()
     }
-    names = ["fvae_loss", *TERMS, "active_units", "explained_variance"]
+    names = [
+        *("fvae_loss", *TERMS, "active_units", "signal_to_noise"),
+        "explained_variance",
+    ]
     for name in names:
         for layer, terms in expected.items():
             np.testing.assert_allclose(
@@ -187,24 +192,23 @@ def test_padding_is_left_out(bert, rng):
         np.testing.assert_allclose(value, expected[name], rtol=1e-4)
 
 
-def messages(model, xy, epochs, **options):
+def messages(model, xy, monitor=None, **options):
+    monitor = monitor or keras_fvae.FVAELoRAMonitor()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(
-            model,
-            xy,
-            [keras_fvae.FVAELoRAMonitor()],
-            epochs=epochs,
-            **options,
-        )
+        fit(model, xy, [monitor], **options)
     return [
-        str(w.message) for w in caught if str(w.message)[:2] in ("z1", "Th")
+        str(w.message)
+        for w in caught
+        if str(w.message)[:2] in ("z1", "Th", "Tr")
     ]
 
 
 def test_no_warning_where_all_is_well(xy, rng):
     model = make_model(rng, elbo_weight=1e-4)
-    assert messages(model, xy, epochs=3, learning_rate=0.01) == []
+    monitor = keras_fvae.FVAELoRAMonitor()
+    assert messages(model, xy, monitor, epochs=3, learning_rate=0.01) == []
+    assert {*monitor.health.values()} == {"fine"}
 
 
 def test_posterior_collapse(xy, rng):
@@ -223,6 +227,29 @@ def test_posterior_collapse(xy, rng):
     assert "collapsed to its prior" in message
     assert all(layer.path in message for layer in adapted_layers(model))
     assert "`kl_weight`" in message
+
+
+def test_z1_that_drowns_in_its_noise(xy, rng):
+    model = make_model(rng, elbo_weight=1e-4)
+    for layer in adapted_layers(model):
+        fvae = layer.adapter.fvae
+        weights = fvae.get_reference_weights()
+        weights["views_conditionalGaussianEncoders_list.0.logvar.bias"][:] = 5
+        fvae.set_reference_weights(weights)
+    monitor = keras_fvae.FVAELoRAMonitor()
+    [message] = messages(model, xy, monitor, epochs=3)
+    assert "drowns in its noise" in message
+    assert "learning rate" in message
+    paths = [layer.path for layer in adapted_layers(model)]
+    assert monitor.health == dict.fromkeys(paths, "drowned")
+
+
+def test_what_is_not_finite_is_said(xy, rng):
+    model = make_model(rng)
+    monitor = keras_fvae.FVAELoRAMonitor()
+    found = messages(model, xy, monitor, epochs=2, learning_rate=1e30)
+    assert any("diverged" in message for message in found)
+    assert {*monitor.health.values()} == {"diverged"}
 
 
 def test_a_decoder_scale_at_its_floor(xy, rng):

@@ -16,6 +16,8 @@ from keras_fvae.model.training import forget_compiled_functions
 
 # From where on the warnings speak.
 COLLAPSED_KL_PER_UNIT = 0.01
+# Below this, models of `examples/paper/local.py` lost accuracy.
+DROWNED_SIGNAL_TO_NOISE = 0.3
 EXPLAINED_ENOUGH = 0.9
 STILL_GROWS = 1.1
 NEAR_FLOOR = 2 * STD_FLOOR
@@ -34,12 +36,18 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
     - `wasserstein`: the squared 2-Wasserstein distance of q1 and q2.
     - `active_units`: how many units of z1 vary from token to token (the
       variance of their posterior means is above 0.01).
+    - `signal_to_noise`: by how much the posterior means of z1 vary from token
+      to token, beside the noise that is drawn.
     - `explained_variance`: the share of the variance of the layer's inputs
       that the decoder reconstructs.
 
     Once in each `fit` it warns of a layer whose z1 has collapsed to its prior
-    while the decoder still needs it, of a decoder whose scale is at its floor,
-    and of an ELBO that outweighs the task's loss.
+    while the decoder still needs it, of a layer whose z1 drowns in its noise
+    and gets no clearer, of numbers that are not finite, of a decoder whose
+    scale is at its floor, and of an ELBO that outweighs the task's loss.
+
+    After each epoch `health` is a dict that says in a word of each layer, by
+    its path, what z1 is: `"fine"`, `"collapsed"`, `"drowned"` or `"diverged"`.
 
     Args:
         per_layer: Boolean. Whether to log the terms of each layer, too, as
@@ -75,7 +83,8 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
         self._warned = set()
-        self._kl_z1 = {}
+        self._previous = {}
+        self.health = {}
         for layer in self._layers:
             layer.adapter.fvae.totals = TermTotals(layer.config.rank)
         self.model.make_train_function(force=True)
@@ -109,22 +118,39 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
                     logs[f"{layer.path}/{name}"] = float(value)
         self._warn(called, logs)
 
+    def _grows(self, layer, terms, name):
+        """Whether a term of a layer is larger than an epoch ago.
+
+        It begins at 0, so it counts as growing where there was no epoch.
+        """
+        previous = self._previous.get(layer.path, {})
+        return terms[name] > STILL_GROWS * previous.get(name, -math.inf)
+
     def _warn(self, called, logs):
-        previous, self._kl_z1 = (
-            self._kl_z1,
-            {layer.path: terms["kl_z1"] for layer, terms in called},
-        )
+        """Warns of what it has not warned of yet in this `fit`."""
+        self.health = {
+            layer.path: _health(layer, terms) for layer, terms in called
+        }
+        for what, message in [
+            *self._of_latents(called),
+            *_of_decoders(called),
+            *_of_loss(called, logs),
+        ]:
+            if what not in self._warned:
+                self._warned.add(what)
+                warnings.warn(message, stacklevel=2)
+        self._previous = {layer.path: terms for layer, terms in called}
+
+    def _of_latents(self, called):
         collapsed = [
             layer.path
             for layer, terms in called
-            if terms["kl_z1"] < COLLAPSED_KL_PER_UNIT * layer.config.rank
+            if self.health[layer.path] == "collapsed"
             and terms["explained_variance"] < EXPLAINED_ENOUGH
-            # It begins at 0, and has not collapsed where it grows.
-            and terms["kl_z1"]
-            <= STILL_GROWS * previous.get(layer.path, -math.inf)
+            and not self._grows(layer, terms, "kl_z1")
         ]
         if collapsed:
-            self._warn_once(
+            yield (
                 "posterior collapse",
                 f"z1 has collapsed to its prior in {_list(collapsed)}: its KL "
                 f"is below {COLLAPSED_KL_PER_UNIT} a unit, while the decoder "
@@ -132,36 +158,72 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
                 "smaller `kl_weight`, or a `FVAELoRASchedule` that warms it "
                 "up, lets z1 carry more.",
             )
-        at_floor = [
+        drowned = [
             layer.path
-            for layer, _ in called
-            if layer.adapter.fvae.decoder_std.min() < NEAR_FLOOR
+            for layer, terms in called
+            if self.health[layer.path] == "drowned"
+            and not self._grows(layer, terms, "signal_to_noise")
         ]
-        if at_floor:
-            self._warn_once(
-                "scale floor",
-                f"The decoder's scale is at its floor of {STD_FLOOR} in "
-                f"{_list(at_floor)}: some inputs of the layer hardly vary, and "
-                "their likelihood outgrows all else. Normalize what the layer "
-                "gets, or lower the `reconstruction_weight`.",
+        if drowned:
+            yield (
+                "noise",
+                f"z1 drowns in its noise in {_list(drowned)}: its means vary "
+                f"by less than {DROWNED_SIGNAL_TO_NOISE} of the noise's "
+                "variance, and no more than an epoch ago. If the task does not "
+                "learn, raise the learning rate, or lower the `kl_weight` or "
+                "the `elbo_weight`.",
             )
-        if "loss" in logs:
-            parts = [_parts_of_loss(*pair) for pair in called]
-            elbo, constant = np.sum(parts, axis=0)
-            pull, task = elbo - constant, logs["loss"] - elbo
-            if abs(pull) > abs(task):
-                self._warn_once(
-                    "outweighed task",
-                    f"The ELBO outweighs the task: it is {pull:.3g} of the "
-                    "loss, without the constant of the likelihood, and the "
-                    f"task's own loss is {task:.3g}. If the task does not "
-                    "learn, lower the `elbo_weight`.",
-                )
+        diverged = [p for p, word in self.health.items() if word == "diverged"]
+        if diverged:
+            yield (
+                "divergence",
+                f"Training diverged: the latents of {_list(diverged)} are not "
+                "finite. Lower the learning rate, or clip the gradients "
+                "(`global_clipnorm=1.0` in the optimizer).",
+            )
 
-    def _warn_once(self, what, message):
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(message, stacklevel=2)
+
+def _of_decoders(called):
+    at_floor = [
+        layer.path
+        for layer, _ in called
+        if layer.adapter.fvae.decoder_std.min() < NEAR_FLOOR
+    ]
+    if at_floor:
+        yield (
+            "scale floor",
+            f"The decoder's scale is at its floor of {STD_FLOOR} in "
+            f"{_list(at_floor)}: some inputs of the layer hardly vary, and "
+            "their likelihood outgrows all else. Normalize what the layer "
+            "gets, or lower the `reconstruction_weight`.",
+        )
+
+
+def _of_loss(called, logs):
+    if "loss" not in logs:
+        return
+    parts = [_parts_of_loss(*pair) for pair in called]
+    elbo, constant = np.sum(parts, axis=0)
+    pull, task = elbo - constant, logs["loss"] - elbo
+    if abs(pull) > abs(task):
+        yield (
+            "outweighed task",
+            f"The ELBO outweighs the task: it is {pull:.3g} of the loss, "
+            "without the constant of the likelihood, and the task's own loss "
+            f"is {task:.3g}. If the task does not learn, lower the "
+            "`elbo_weight`.",
+        )
+
+
+def _health(layer, terms):
+    """What z1 of a layer is, in a word."""
+    if not np.isfinite([*terms.values()]).all():
+        return "diverged"
+    if terms["kl_z1"] < COLLAPSED_KL_PER_UNIT * layer.config.rank:
+        return "collapsed"
+    if terms["signal_to_noise"] < DROWNED_SIGNAL_TO_NOISE:
+        return "drowned"
+    return "fine"
 
 
 def _parts_of_loss(layer, terms):

@@ -483,7 +483,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             "fvae_loss": elbo.loss,
             "wasserstein": token_mean(wasserstein, token_weights),
         }
-        self.totals.add(terms, x, elbo.squared_error, q1.mean, token_weights)
+        self.totals.add(terms, x, elbo.squared_error, q1, token_weights)
 
     def refuse_if_finalized(self):
         """Raises a `ValueError` if only what inference needs is left."""

@@ -14,7 +14,7 @@ TERMS = (
     "wasserstein",
 )
 # What `TermTotals.means` gives.
-NAMES = (*TERMS, "active_units", "explained_variance")
+NAMES = (*TERMS, "active_units", "signal_to_noise", "explained_variance")
 # From where on a latent unit counts as active: Burda et al., "Importance
 # Weighted Autoencoders" (2016), section 5.2.
 ACTIVE_UNIT_VARIANCE = 0.01
@@ -33,37 +33,43 @@ class TermTotals:
     def __init__(self, rank):
         self.rank = rank
         self.variable = keras.Variable(
-            ops.zeros((len(TERMS) + 3 + 2 * rank,)),
+            ops.zeros((len(TERMS) + 4 + 2 * rank,)),
             trainable=False,
             autocast=False,
             aggregation="sum",
             name="term_totals",
         )
 
-    def add(self, terms, x, squared_error, z1_mean, token_weights=None):
+    def add(self, terms, x, squared_error, q1, token_weights=None):
         """Adds a step.
 
         Args:
             terms: Dict of scalar tensors with the names in `TERMS`.
             x: Tensor of shape `(tokens, d)`, what is reconstructed.
             squared_error: Tensor of shape `(d,)`, the mean over tokens.
-            z1_mean: Tensor of shape `(tokens, rank)`, the means of q1.
+            q1: `Posterior` of the tokens.
             token_weights: Optional tensor of shape `(tokens,)`, as
                 `replicas.token_weights` returns it.
         """
-        x_mean, x_square, z1_total, z1_square = (
+        x_mean, x_square, z1_total, z1_square, z1_noise = (
             token_mean(values, token_weights, feature_axes=1)
             for values in (
                 x,
                 ops.square(ops.cast(x, "float32")),
-                z1_mean,
-                ops.square(z1_mean),
+                q1.mean,
+                ops.square(q1.mean),
+                ops.exp(q1.log_variance),
             )
         )
         x_mean = mean_over_replicas(x_mean)
         variance = ops.sum(x_square - ops.square(x_mean))
         scalars = [terms[name] for name in TERMS]
-        scalars += [ops.sum(squared_error), variance, ops.ones(())]
+        scalars += [
+            ops.sum(squared_error),
+            variance,
+            ops.sum(z1_noise),
+            ops.ones(()),
+        ]
         step = ops.concatenate([ops.stack(scalars), z1_total, z1_square])
         self.variable.assign_add(step)
 
@@ -77,8 +83,9 @@ class TermTotals:
         Returns:
             Dict of floats: the means of the terms, `active_units`, how many
             units of z1 have a posterior mean that varies from token to token,
-            and `explained_variance`, the share of the variance of x that the
-            decoder reconstructs. `None` if there was no step.
+            `signal_to_noise`, by how much those means vary beside the noise
+            that is drawn, and `explained_variance`, the share of the variance
+            of x that the decoder reconstructs. `None` if there was no step.
         """
         totals = ops.convert_to_numpy(self.variable).astype("float64")
         scalars, z1_total, z1_square = (
@@ -86,13 +93,14 @@ class TermTotals:
             totals[-2 * self.rank : -self.rank],
             totals[-self.rank :],
         )
-        *terms, squared_error, variance, num_steps = scalars
+        *terms, squared_error, variance, noise, num_steps = scalars
         if num_steps == 0:
             return None
         z1_variance = z1_square / num_steps - (z1_total / num_steps) ** 2
         return {
             **{name: term / num_steps for name, term in zip(TERMS, terms)},
             "active_units": float((z1_variance > ACTIVE_UNIT_VARIANCE).sum()),
+            "signal_to_noise": z1_variance.sum() / (noise / num_steps),
             "explained_variance": (
                 1 - squared_error / variance if variance > 0 else 0.0
             ),
