@@ -4,7 +4,8 @@ python -m examples.paper.comparison
 python -m examples.paper.comparison --beside dora --size small
 
 Differences of the same seed, which has the same data: their mean, and in
-brackets its bootstrap interval of 95 % over the seeds. It writes comparison.md.
+brackets its bootstrap interval of 95 % over the seeds. A method that draws is
+there once more by the mean of its samples. It writes comparison.md.
 """
 
 import numpy as np
@@ -52,37 +53,52 @@ def page(title, results, beside):
         results: List of results of one data set.
         beside: String, a key of `METHODS`, what the others are held against.
     """
-    reference = by_seed(results, beside)
-    columns = [*figures(next(iter(reference.values())))]
+    reference = rows(results)[METHODS[beside].label]
+    columns = [*next(iter(reference.values()))]
     lines = [
         f"## {title}, beside {METHODS[beside].label}",
         "",
         tables.line("", *columns, "wins, ties, losses"),
         tables.line("---", *["---:"] * (len(columns) + 1)),
     ]
-    for method in tables.by_method(results):
-        found = by_seed(results, method)
+    for label, found in rows(results).items():
         seeds = sorted(found.keys() & reference.keys())
-        if method == beside or not seeds:
+        if label == METHODS[beside].label or not seeds:
             continue
         differences = {
             column: np.array(
                 [
-                    figures(found[seed])[column]
-                    - figures(reference[seed])[column]
+                    found[seed][column] - reference[seed][column]
                     for seed in seeds
                 ]
             )
-            for column in columns
+            for column in found[seeds[0]]
         }
-        lines.append(
-            tables.line(
-                METHODS[method].label,
-                *map(interval, differences.values()),
-                wins(differences["accuracy"]),
-            )
-        )
+        cells = [
+            interval(differences[column]) if column in differences else "–"
+            for column in columns
+        ]
+        lines.append(tables.line(label, *cells, wins(differences["accuracy"])))
     return "\n".join([*lines, "", tables.provenance_line(results), ""])
+
+
+def rows(results):
+    """Dict of label to a dict of seed to figures, of each row of a table."""
+    found = {}
+    for method in tables.by_method(results):
+        label = METHODS[method].label
+        of_method = by_seed(results, method)
+        found[label] = {
+            seed: figures(result) for seed, result in of_method.items()
+        }
+        sampled = {
+            seed: tables.of_predictions(result["sampled"])
+            for seed, result in of_method.items()
+            if "sampled" in result
+        }
+        if sampled:
+            found[f"{label}, sampled"] = sampled
+    return found
 
 
 def by_seed(results, method):

@@ -47,13 +47,20 @@ def of_groups(result):
     }
 
 
+def of_predictions(measured):
+    return {
+        "accuracy": 100 * measured["accuracy"],
+        "loss": measured["negative_log_likelihood"],
+        "calibration error": 100 * measured["calibration_error"],
+        "Brier score": measured["brier_score"],
+    }
+
+
 def of_local_data(result):
     test = result["test"]
     columns = {
-        "accuracy": 100 * test["accuracy"],
-        "loss": test["negative_log_likelihood"],
+        **of_predictions(test),
         "calibrated loss": result["calibrated"]["negative_log_likelihood"],
-        "calibration error": 100 * test["calibration_error"],
         "foreign AUROC": 100 * test["foreign_auroc"],
     }
     if "worst" in test:

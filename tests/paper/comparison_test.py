@@ -9,16 +9,18 @@ from examples.paper import results
 pytestmark = pytest.mark.always_one_backend
 
 
-def write(folder, method, seed, accuracy, dataset="digits"):
+def write(folder, method, seed, accuracy, dataset="digits", draws=False):
     run = results.Run("local", "full", dataset, method, seed)
     test = {
         "accuracy": accuracy,
         "negative_log_likelihood": 1 - accuracy,
         "calibration_error": 0.1,
+        "brier_score": 0.3,
         "foreign_auroc": 0.8,
     }
     content = {
         "status": "done",
+        **({"sampled": {**test, "brier_score": 0.2}} if draws else {}),
         "train": {"accuracy": 1.0},
         "test": test,
         "calibrated": {"negative_log_likelihood": 0.2},
@@ -48,7 +50,8 @@ def test_differences_are_those_of_the_same_seeds(tmp_path, capsys):
     gains = [0.05, 0.0, -0.01, 0.04]
     for seed, gain in enumerate(gains):
         write(tmp_path, "lora", seed, 0.5 + 0.1 * seed)
-        write(tmp_path, "fvae_lora", seed, 0.5 + 0.1 * seed + gain)
+        accuracy = 0.5 + 0.1 * seed + gain
+        write(tmp_path, "fvae_lora", seed, accuracy, draws=True)
     # It has no other beside it.
     write(tmp_path, "fvae_lora", 9, 0.1)
     found = compare(tmp_path, capsys)
@@ -68,6 +71,11 @@ def test_differences_are_those_of_the_same_seeds(tmp_path, capsys):
     assert row["calibration error"] == "+0.00"
     assert row["train - test"].startswith("-2.00 [")
     assert row["wins, ties, losses"] == "2, 1, 1"
+    sampled = dict(zip(found[""], found["FVAE-LoRA, sampled"]))
+    assert sampled["accuracy"] == row["accuracy"]
+    assert sampled["Brier score"] == "-0.10"
+    assert row["Brier score"] == "+0.00"
+    assert sampled["epochs"] == sampled["foreign AUROC"] == "–"
     other = compare(tmp_path, capsys, "--beside", "fvae_lora")
     assert other["LoRA"][-1] == "1, 1, 2"
 

@@ -107,6 +107,7 @@ def test_local_data_have_a_table_each(tmp_path, capsys):
         "accuracy": 0.9,
         "negative_log_likelihood": 0.31,
         "calibration_error": 0.04,
+        "brier_score": 0.2,
         "foreign_auroc": 0.8,
     }
     calibrated = {"negative_log_likelihood": 0.29}
@@ -125,7 +126,7 @@ def test_local_data_have_a_table_each(tmp_path, capsys):
         )
     _, printed = rows(tmp_path, capsys, "--table", "local")
     digits, spurious = printed.split("## local: ")[1:]
-    figures = ("90.00", "0.31", "0.29", "4.00", "80.00")
+    figures = ("90.00", "0.31", "4.00", "0.20", "0.29", "80.00")
     cells = " | ".join(f"{figure} ± 0.00" for figure in figures)
     assert f"| LoRA | {cells} |" in digits
     assert "worst group" in spurious
