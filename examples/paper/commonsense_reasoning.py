@@ -60,7 +60,9 @@ OPTIONS = {
     "dora": {"alpha": 2.0 * RANK},
 }
 # A language model has no head to train alone.
-METHOD_NAMES = tuple(name for name in methods.METHODS if name != "head_only")
+METHOD_NAMES = tuple(
+    name for name in methods.PAPER_METHODS if name != "head_only"
+)
 FULL = {
     "length": 256,
     "batch_size": 16,

@@ -75,7 +75,7 @@ def page(title, results, beside):
             for column in found[seeds[0]]
         }
         cells = [
-            interval(differences[column]) if column in differences else "–"
+            interval(differences[column]) if column in differences else "-"
             for column in columns
         ]
         lines.append(tables.line(label, *cells, wins(differences["accuracy"])))

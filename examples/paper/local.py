@@ -98,11 +98,38 @@ def run(dataset, method_name, settings, seed, size):
     )
     best.restore()
     trained["cost"]["inference_parameters"] = inference_parameters
-    return {**measure(model, parts, seed), **trained}
+    measured = measure_validation(model, parts["validation"])
+    if not size["is_trial"]:
+        measured |= measure_test(model, parts, seed)
+    return {**measured, **trained}
 
 
-def measure(model, parts, seed):
-    """All that is measured of a trained model.
+def measure_validation(model, part):
+    """What a trained model is chosen by.
+
+    Args:
+        model: `keras.Model` whose outputs are logits.
+        part: `local_data.Part`.
+
+    Returns:
+        Dict of `validation_score`, and of "validation", the metrics.
+    """
+    validation = training.evaluate_classifier(model, part.x, part.labels)
+    validation |= measure_groups(model, part)
+    score = validation.get("worst", validation["accuracy"])
+    return {"validation_score": score, "validation": validation}
+
+
+def measure_groups(model, part):
+    """Dict of the accuracies of the groups, if there are any."""
+    if part.groups is None:
+        return {}
+    groups = keras_fvae.evaluate_groups(model, part.x, part.labels, part.groups)
+    return groups.to_dict()
+
+
+def measure_test(model, parts, seed):
+    """All else that is measured of a trained model.
 
     Args:
         model: `keras.Model` whose outputs are logits.
@@ -110,10 +137,10 @@ def measure(model, parts, seed):
         seed: Integer, what is drawn.
 
     Returns:
-        Dict of `validation_score`; of "train", "validation" and "test", the
-        metrics of each; of "calibrated", those of the test with a
-        `temperature` that was chosen on the validation data; and, where the
-        method draws, of "sampled", those of the test by the mean of samples.
+        Dict of "train" and "test", the metrics of each; of "calibrated", those
+        of the test with a `temperature` that was chosen on the validation
+        data; and, where the method draws, of "sampled", those of the test by
+        the mean of samples.
     """
     logits = {
         name: training.predict_logits(model, part.x)
@@ -124,16 +151,12 @@ def measure(model, parts, seed):
         for name, values in logits.items()
     }
     measured = {
-        name: metrics.classification_metrics(probabilities[name], part.labels)
-        for name, part in parts.items()
-        if name != "foreign"
+        name: metrics.classification_metrics(
+            probabilities[name], parts[name].labels
+        )
+        for name in ("train", "test")
     }
-    for name in ("validation", "test"):
-        part = parts[name]
-        if part.groups is not None:
-            measured[name] |= keras_fvae.evaluate_groups(
-                model, part.x, part.labels, part.groups
-            ).to_dict()
+    measured["test"] |= measure_groups(model, parts["test"])
     measured["test"]["foreign_auroc"] = metrics.foreign_auroc(
         probabilities["test"], probabilities["foreign"]
     )
@@ -150,9 +173,7 @@ def measure(model, parts, seed):
             sampled_probabilities(model, parts["test"].x, seed),
             parts["test"].labels,
         )
-    validation = measured["validation"]
-    score = validation.get("worst", validation["accuracy"])
-    return {"validation_score": score, **measured}
+    return measured
 
 
 def draws(model):

@@ -36,6 +36,11 @@ def variant(label, objective, elbo_choices):
     return Method(label, make_config, elbo_choices=elbo_choices)
 
 
+def wide(rank, **options):
+    """FVAE-LoRA whose encoders have a hidden layer of four times the rank."""
+    return keras_fvae.FVAELoRAConfig(rank, encoder_units=(4 * rank,), **options)
+
+
 # Of what enters an adapter, and of an update's ranks.
 INPUT_DROPOUTS = (0.0, 0.1)
 RANK_DROPOUTS = (0.5, 0.2)
@@ -47,6 +52,10 @@ FVAE_CHOICES = tuple(
 # Of the two others nothing is known. VAE2LAT has no weights but the whole's.
 VAE2LAT_CHOICES = tuple({"elbo_weight": w} for w in (1e-3, 1e-4, 1e-2))
 BETA_CHOICES = tuple({"kl_weight": b} for b in (10.0, 4.0, 2.0))
+# With ten times the ELBO, of which the reconstruction is a small part.
+WIDE_CHOICES = (
+    {"reconstruction_weight": 0.1, "kl_weight": 1.0, "elbo_weight": 1e-2},
+)
 
 
 METHODS = {
@@ -69,7 +78,12 @@ METHODS = {
     "vae2lat": variant("VAE2LAT", "vae2lat", VAE2LAT_CHOICES),
     "beta_vae2lat": variant("beta-VAE2LAT", "beta_vae2lat", BETA_CHOICES),
     "fvae_lora": variant("FVAE-LoRA", "fvae", FVAE_CHOICES),
+    "wide_fvae_lora": Method(
+        "FVAE-LoRA, wide encoders", wide, elbo_choices=WIDE_CHOICES
+    ),
 }
+# Those of the paper's tables.
+PAPER_METHODS = tuple(name for name in METHODS if name != "wide_fvae_lora")
 
 
 def adapt(name, backbone, rank, settings, seed, target_layer_names=None):

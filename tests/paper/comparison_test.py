@@ -75,7 +75,7 @@ def test_differences_are_those_of_the_same_seeds(tmp_path, capsys):
     assert sampled["accuracy"] == row["accuracy"]
     assert sampled["Brier score"] == "-0.10"
     assert row["Brier score"] == "+0.00"
-    assert sampled["epochs"] == sampled["foreign AUROC"] == "–"
+    assert sampled["epochs"] == sampled["foreign AUROC"] == "-"
     other = compare(tmp_path, capsys, "--beside", "fvae_lora")
     assert other["LoRA"][-1] == "1, 1, 2"
 
