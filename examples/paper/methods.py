@@ -37,8 +37,10 @@ def variant(label, objective, elbo_choices):
 
 
 def wide(rank, **options):
-    """FVAE-LoRA whose encoders have a hidden layer of four times the rank."""
-    return keras_fvae.FVAELoRAConfig(rank, encoder_units=(4 * rank,), **options)
+    """FVAE-LoRA with a wider hidden layer in its encoders, and more dropout."""
+    return keras_fvae.FVAELoRAConfig(
+        rank, encoder_units=(8 * rank,), dropout=0.3, **options
+    )
 
 
 # Of what enters an adapter, and of an update's ranks.
@@ -52,9 +54,10 @@ FVAE_CHOICES = tuple(
 # Of the two others nothing is known. VAE2LAT has no weights but the whole's.
 VAE2LAT_CHOICES = tuple({"elbo_weight": w} for w in (1e-3, 1e-4, 1e-2))
 BETA_CHOICES = tuple({"kl_weight": b} for b in (10.0, 4.0, 2.0))
-# With ten times the ELBO, of which the reconstruction is a small part.
+# The first of these, and ten times the ELBO with a tenth of reconstruction.
 WIDE_CHOICES = (
-    {"reconstruction_weight": 0.1, "kl_weight": 1.0, "elbo_weight": 1e-2},
+    {"reconstruction_weight": 1.0, "elbo_weight": 1e-3},
+    {"reconstruction_weight": 0.1, "elbo_weight": 1e-2},
 )
 
 
