@@ -178,6 +178,29 @@ adapted = plain.predict(test, verbose=0)
 print("moved by the adapters:", np.abs(adapted - base).max())
 
 # %% [markdown]
+# ## How sure is it?
+#
+# z1 has a variance, which says how sure an adapter is of it. `predict_samples`
+# predicts several times, with z1 drawn each time. The mean of the probabilities
+# is a prediction, too, and where the samples disagree the model had better say
+# nothing: here it abstains from half of the texts.
+
+# %%
+logits = keras_fvae.predict_samples(classifier, test, num_samples=16)
+samples = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
+probabilities = samples.mean(axis=0)
+is_right = probabilities.argmax(axis=-1) == labels[192:]
+surest_first = np.argsort(-probabilities.max(axis=-1))
+print(f"accuracy on all texts: {is_right.mean():.2f}")
+print(f"on the surer half: {is_right[surest_first[:32]].mean():.2f}")
+unsure = surest_first[-1]
+print("least sure of:", texts[192 + unsure].split()[:8])
+print("spread of its samples:", samples[:, unsure].std(axis=0).round(2))
+
+# %% [markdown]
+# `with keras_fvae.adapter_sampling(model, seed=1):` does the same for `generate`
+# and for whatever else calls the model.
+#
 # For use alone, the second latent, the decoder and the variance can go.
 
 # %%
