@@ -198,8 +198,8 @@ print("least sure of:", texts[192 + unsure].split()[:8])
 print("spread of its samples:", samples[:, unsure].std(axis=0).round(2))
 
 # %% [markdown]
-# `with keras_fvae.adapter_sampling(model, seed=1):` does the same for `generate`
-# and for whatever else calls the model.
+# `with keras_fvae.adapter_sampling(model, seed=1):` does the same for
+# `generate` and for whatever else calls the model.
 #
 # For use alone, the second latent, the decoder and the variance can go.
 
