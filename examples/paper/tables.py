@@ -146,7 +146,10 @@ def read_results(folder, table, size):
         ValueError: If results are of different versions.
     """
     found, versions = [], {}
-    for path in sorted(pathlib.Path(folder, table, size).glob("**/*.json")):
+    for path in sorted(pathlib.Path(folder, table, size).glob("*/*.json")):
+        if path.stat().st_size == 0:
+            # It is being written.
+            continue
         result = json.loads(path.read_text())
         for name, version in result["provenance"]["versions"].items():
             first, where = versions.setdefault(name, (version, path))

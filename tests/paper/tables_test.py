@@ -144,6 +144,20 @@ def test_trials_are_in_no_table(tmp_path, capsys):
     assert found["LoRA"][0] == "70.00 ± 0.00"
 
 
+RATE = {"test": {"phoneme_error_rate": 0.2}}
+
+
+def test_a_run_that_goes_on_is_passed_over(tmp_path, capsys):
+    write(tmp_path, "phoneme_recognition", "timit", "lora", 1, **RATE)
+    folder = tmp_path / "phoneme_recognition" / "full" / "timit"
+    backup = folder / "dora_searched_1.backup"
+    backup.mkdir()
+    (backup / "run.json").write_text("{}")
+    (folder / "dora_searched_1.json").touch()
+    found, _ = rows(tmp_path, capsys)
+    assert "LoRA" in found and "DoRA" not in found
+
+
 def test_versions_are_not_mixed(tmp_path):
     table = "image_classification"
     write(tmp_path, table, "dtd", "lora", 1, **accuracy(0.7))
