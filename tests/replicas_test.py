@@ -95,8 +95,10 @@ def test_fits_of_one_device(
     replicated_history, replicated_weights = fit(model, data)
     assert {"fvae_loss", "explained_variance"} <= {*history}
     for name, values in history.items():
+        # A variance that is the difference of two means has fewer digits.
+        rtol = 1e-3 if name == "signal_to_noise" else 1e-4
         np.testing.assert_allclose(
-            replicated_history[name], values, rtol=1e-4, err_msg=name
+            replicated_history[name], values, rtol=rtol, err_msg=name
         )
     for weight, expected in zip(replicated_weights, weights, strict=True):
         np.testing.assert_allclose(weight, expected, atol=1e-5)
@@ -172,14 +174,19 @@ def test_files_from_and_to_replicas(
             )
 
 
-def test_adapters_cannot_be_switched_off(make_attention_model, strategy, data):
+@pytest.mark.parametrize(
+    "block", [keras_fvae.adapter_disabled, keras_fvae.adapter_sampling]
+)
+def test_adapters_cannot_be_switched(
+    block, make_attention_model, strategy, data
+):
     with strategy.scope():
         model = make_attention_model()
         adapt(model)
         compile_model(model)
     with (
-        keras_fvae.adapter_disabled(model),
-        pytest.raises(ValueError, match="Leave the `adapter_disabled` block"),
+        block(model),
+        pytest.raises(ValueError, match=f"neither .* `{block.__name__}`"),
     ):
         model.predict(data[0], verbose=0)
     assert model.predict(data[0], verbose=0).shape == (16, 3)
