@@ -68,9 +68,11 @@ def read_kinds():
         pathlib.Path(sysconfig.get_path("purelib"), name)
         for name in OTHER_PACKAGES.values()
     ]
+    train = _read_kinds_of(own)
+    # Some texts are in both, such as that of a vendored module.
     return (
-        _sample_each_kind(own, NUM_TRAINING_TEXTS),
-        _sample_each_kind(others, NUM_TEST_TEXTS),
+        _sample_each_kind(train, NUM_TRAINING_TEXTS),
+        _sample_each_kind(_read_kinds_of(others) - train, NUM_TEST_TEXTS),
     )
 
 
@@ -79,17 +81,26 @@ def version_of(package):
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def _sample_each_kind(folders, number):
-    """Docstrings of folders and their kinds, as many of each kind."""
-    by_kind = collections.defaultdict(set)
-    for folder in folders:
-        for path in sorted(folder.glob("**/*.py")):
-            for kind, text in _read_docstrings(path):
-                by_kind[kind].add((text, kind))
+def _read_kinds_of(folders):
+    """Set of pairs of a docstring in folders and its kind."""
+    return {
+        (text, kind)
+        for folder in folders
+        for path in folder.glob("**/*.py")
+        for kind, text in _read_docstrings(path)
+    }
+
+
+def _sample_each_kind(pairs, number):
+    """Some pairs of a docstring and its kind, as many of each kind."""
+    kinds = sorted({*KINDS.values()})
     return [
         pair
-        for pairs in by_kind.values()
-        for pair in _sample(sorted(pairs), number // len(by_kind))
+        for kind in kinds
+        for pair in _sample(
+            sorted(pair for pair in pairs if pair[1] == kind),
+            number // len(kinds),
+        )
     ]
 
 
