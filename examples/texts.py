@@ -18,6 +18,13 @@ NUM_TRAINING_TEXTS = 960
 NUM_TEST_TEXTS = 320
 # By what it installs as, the folder of each package that is tested on.
 OTHER_PACKAGES = {"numpy": "numpy", "scikit-learn": "sklearn"}
+# What a docstring is of, by its node of the syntax tree.
+KINDS = {
+    ast.Module: "module",
+    ast.ClassDef: "class",
+    ast.FunctionDef: "function",
+    ast.AsyncFunctionDef: "function",
+}
 
 
 def read_standard_library():
@@ -61,7 +68,7 @@ def read_kinds():
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     own = [
         path
-        for path in sorted(library.iterdir())
+        for path in library.iterdir()
         if path.is_dir() and path.name not in ("site-packages", "test")
     ]
     others = [
@@ -102,14 +109,6 @@ def _sample_each_kind(pairs, number):
             number // len(kinds),
         )
     ]
-
-
-KINDS = {
-    ast.Module: "module",
-    ast.ClassDef: "class",
-    ast.FunctionDef: "function",
-    ast.AsyncFunctionDef: "function",
-}
 
 
 def _read_docstrings(path):

@@ -30,6 +30,18 @@ JIT_COMPILE = {
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+class CallCounter(keras.layers.Layer):
+    """Passes its input on, and counts how often Python runs its `call`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.num_calls = 0
+
+    def call(self, x):
+        self.num_calls += 1
+        return x
+
+
 def to_numpy(x):
     return ops.convert_to_numpy(x)
 

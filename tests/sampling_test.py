@@ -5,6 +5,8 @@ import keras
 import numpy as np
 import pytest
 import small_models
+from helpers import BACKEND
+from helpers import CallCounter
 from helpers import move_adapters
 from helpers import to_numpy
 
@@ -137,25 +139,16 @@ def test_generation_is_sampled(rng):
     np.testing.assert_array_equal(generate(), plain)
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="It runs Python each time")
 def test_nothing_is_compiled_for_each_sample(rng):
-    num_calls = 0
-
-    class Count(keras.layers.Layer):
-        def call(self, x):
-            nonlocal num_calls
-            num_calls += 1
-            return x
-
-    model = adapted("FVAE-LoRA", rng)
+    counter = CallCounter()
     inputs = keras.Input((5, 6))
-    counted = keras.Model(inputs, model(Count()(inputs)))
+    model = adapted("FVAE-LoRA", rng)
+    counted = keras.Model(inputs, model(counter(inputs)))
     keras_fvae.predict_samples(counted, family.X, 2)
-    if keras.config.backend() == "torch":
-        # It runs Python each time.
-        return
-    expected = num_calls
+    expected = counter.num_calls
     keras_fvae.predict_samples(counted, family.X, 3, seed=1)
-    assert num_calls == expected
+    assert counter.num_calls == expected
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA with gradient", "Shift"])

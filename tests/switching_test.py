@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small_models
 from helpers import BACKEND
+from helpers import CallCounter
 from helpers import move_adapters
 from helpers import to_numpy
 
@@ -72,15 +73,8 @@ def test_a_loss_inside_has_no_elbo(model):
 
 
 def test_nothing_is_compiled_anew(model):
-    num_calls = 0
-
-    class Count(keras.layers.Layer):
-        def call(self, x):
-            nonlocal num_calls
-            num_calls += 1
-            return x
-
-    counted = keras.Sequential([keras.Input((8,)), Count(), *model.layers])
+    counter = CallCounter()
+    counted = keras.Sequential([keras.Input((8,)), counter, *model.layers])
     small_models.compile_model(counted, "sequential")
 
     def use():
@@ -97,9 +91,9 @@ def test_nothing_is_compiled_anew(model):
     if BACKEND == "torch":
         # It runs Python each time: what is kept are the functions.
         return
-    expected = num_calls
+    expected = counter.num_calls
     use_both()
-    assert num_calls == expected
+    assert counter.num_calls == expected
 
 
 def test_blocks_nest_and_overlap(model):

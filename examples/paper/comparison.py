@@ -53,7 +53,8 @@ def page(title, results, beside):
         results: List of results of one data set.
         beside: String, a key of `METHODS`, what the others are held against.
     """
-    reference = rows(results)[METHODS[beside].label]
+    by_label = rows(results)
+    reference = by_label[METHODS[beside].label]
     columns = [*next(iter(reference.values()))]
     lines = [
         f"## {title}, beside {METHODS[beside].label}",
@@ -61,7 +62,7 @@ def page(title, results, beside):
         tables.line("", *columns, "wins, ties, losses"),
         tables.line("---", *["---:"] * (len(columns) + 1)),
     ]
-    for label, found in rows(results).items():
+    for label, found in by_label.items():
         seeds = sorted(found.keys() & reference.keys())
         if label == METHODS[beside].label or not seeds:
             continue

@@ -65,7 +65,8 @@ def run(dataset, method_name, settings, seed, size):
         size: Dict, the settings of a size.
 
     Returns:
-        Dict of what `measure` returns, and what the run took.
+        Dict of what `measure_validation` returns, and `measure_test` but for
+        trials, and what the run took.
     """
     is_tiny = size["is_tiny"]
     with dataset.stand_in() if is_tiny else contextlib.nullcontext():
@@ -98,23 +99,29 @@ def run(dataset, method_name, settings, seed, size):
     )
     best.restore()
     trained["cost"]["inference_parameters"] = inference_parameters
-    measured = measure_validation(model, parts["validation"])
+    validation = parts["validation"]
+    logits = training.predict_logits(model, validation.x)
+    measured = measure_validation(model, validation, logits)
     if not size["is_trial"]:
-        measured |= measure_test(model, parts, seed)
+        temperature = metrics.best_temperature(logits, validation.labels)
+        measured |= measure_test(model, parts, temperature, seed)
     return {**measured, **trained}
 
 
-def measure_validation(model, part):
+def measure_validation(model, part, logits):
     """What a trained model is chosen by.
 
     Args:
         model: `keras.Model` whose outputs are logits.
         part: `local_data.Part`.
+        logits: Array, the model's outputs for it.
 
     Returns:
         Dict of `validation_score`, and of "validation", the metrics.
     """
-    validation = training.evaluate_classifier(model, part.x, part.labels)
+    validation = metrics.classification_metrics(
+        scipy.special.softmax(logits, axis=1), part.labels
+    )
     validation |= measure_groups(model, part)
     score = validation.get("worst", validation["accuracy"])
     return {"validation_score": score, "validation": validation}
@@ -128,23 +135,23 @@ def measure_groups(model, part):
     return groups.to_dict()
 
 
-def measure_test(model, parts, seed):
+def measure_test(model, parts, temperature, seed):
     """All else that is measured of a trained model.
 
     Args:
         model: `keras.Model` whose outputs are logits.
         parts: Dict of name to `local_data.Part`.
+        temperature: Float, which was chosen on the validation data.
         seed: Integer, what is drawn.
 
     Returns:
         Dict of "train" and "test", the metrics of each; of "calibrated", those
-        of the test with a `temperature` that was chosen on the validation
-        data; and, where the method draws, of "sampled", those of the test by
-        the mean of samples.
+        of the test with the temperature; and, where the method draws, of
+        "sampled", those of the test by the mean of samples.
     """
     logits = {
-        name: training.predict_logits(model, part.x)
-        for name, part in parts.items()
+        name: training.predict_logits(model, parts[name].x)
+        for name in ("train", "test", "foreign")
     }
     probabilities = {
         name: scipy.special.softmax(values, axis=1)
@@ -159,9 +166,6 @@ def measure_test(model, parts, seed):
     measured["test"] |= measure_groups(model, parts["test"])
     measured["test"]["foreign_auroc"] = metrics.foreign_auroc(
         probabilities["test"], probabilities["foreign"]
-    )
-    temperature = metrics.best_temperature(
-        logits["validation"], parts["validation"].labels
     )
     calibrated = scipy.special.softmax(logits["test"] / temperature, axis=1)
     measured["calibrated"] = {

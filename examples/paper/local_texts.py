@@ -115,10 +115,14 @@ def split(num_examples, rng):
     return order[num_validation:], order[:num_validation]
 
 
+# To parse it takes seconds.
+read_standard_library = functools.cache(texts.read_standard_library)
+
+
 @functools.cache
 def read_docstrings():
     """Docstrings, whose labels are packages of the standard library."""
-    return make_parts(*texts.read_standard_library())
+    return make_parts(*read_standard_library())
 
 
 @functools.cache
@@ -177,7 +181,7 @@ def read_marked_docstrings(part):
     Returns:
         Pair of `Part`.
     """
-    parts = texts.read_standard_library()
+    parts = read_standard_library()
     classes = sorted({label for _, label in parts[0]})
     rng = random.Random(part)
     own, others = [], []
@@ -262,7 +266,10 @@ def text_dataset(version, epochs, read, load=None):
 PYTHON = platform.python_version()
 DOCSTRINGS = text_dataset(PYTHON, 10, read_docstrings)
 MARKED_DOCSTRINGS = text_dataset(
-    PYTHON, 10, read_docstrings, load_marked_docstrings
+    PYTHON,
+    10,
+    functools.partial(read_marked_docstrings, 0),
+    load_marked_docstrings,
 )
 KINDS = text_dataset(
     ", ".join([PYTHON, *map(texts.version_of, texts.OTHER_PACKAGES)]),

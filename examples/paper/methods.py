@@ -54,7 +54,7 @@ FVAE_CHOICES = tuple(
 # Of the two others nothing is known. VAE2LAT has no weights but the whole's.
 VAE2LAT_CHOICES = tuple({"elbo_weight": w} for w in (1e-3, 1e-4, 1e-2))
 BETA_CHOICES = tuple({"kl_weight": b} for b in (10.0, 4.0, 2.0))
-# The first of the authors', and ten times the ELBO, of which a tenth of the
+# The first of the authors', and ten times the ELBO with a tenth of its
 # reconstruction.
 WIDE_CHOICES = (
     {"reconstruction_weight": 1.0, "elbo_weight": 1e-3},

@@ -6,16 +6,15 @@ import functools
 from typing import Any
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.analysis import extras
 from keras_fvae.layers import masking
-from keras_fvae.layers import switching
 from keras_fvae.methods.fvae.adapter import recorded_posteriors
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
-from keras_fvae.model.lookup import require_adapted_layers
+from keras_fvae.model.lookup import check_can_predict
+from keras_fvae.model.lookup import require_active_layers
 from keras_fvae.model.training import forget_compiled_functions
 from keras_fvae.model.tree import numbered
 
@@ -76,19 +75,8 @@ def latents(model, x, batch_size=None, steps=None, average_tokens=False):
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
-    layers = require_adapted_layers(model, FVAELoRAConfig)
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`, which can `predict`. "
-            f"Received: model={model!r} (of type {type(model)})"
-        )
-    for layer in layers:
-        layer.adapter.fvae.refuse_if_finalized()
-        if switching.is_off(layer):
-            raise ValueError(
-                f"The adapters of model '{model.name}' are turned off. Leave "
-                "the `adapter_disabled` block first."
-            )
+    layers = require_active_layers(model, FVAELoRAConfig)
+    check_can_predict(model)
     paths = {id(layer.adapter): layer.path for layer in layers}
 
     def collect(records):

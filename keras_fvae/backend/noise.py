@@ -94,8 +94,7 @@ def seeds_set(seed_generators, seed):
     states = [ops.convert_to_numpy(g.state) for g in seed_generators]
     for index, (generator, state) in enumerate(zip(seed_generators, states)):
         own_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
-        # PyTorch has no unsigned integers of its own, and Keras's states have
-        # the seed and a count.
+        # Of 31 bits, which every backend's state has room for; then a count.
         generator.state.assign(np.array([own_seed >> 1, 0], state.dtype))
     try:
         yield

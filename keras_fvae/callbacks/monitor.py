@@ -142,6 +142,7 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         self._previous = {layer.path: terms for layer, terms in called}
 
     def _of_latents(self, called):
+        """Yields what each warning of latents is of, and its message."""
         collapsed = [
             layer.path
             for layer, terms in called
@@ -184,6 +185,7 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
 
 
 def _of_decoders(called):
+    """As `FVAELoRAMonitor._of_latents`, of the decoders."""
     at_floor = [
         layer.path
         for layer, _ in called
@@ -200,6 +202,7 @@ def _of_decoders(called):
 
 
 def _of_loss(called, logs):
+    """As `FVAELoRAMonitor._of_latents`, of the model's loss."""
     if "loss" not in logs:
         return
     parts = [_parts_of_loss(*pair) for pair in called]

@@ -3,6 +3,7 @@
 import keras
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.layers import switching
 from keras_fvae.layers.adapted import ADAPTED_CLASSES
 from keras_fvae.layers.adapted import AdaptedLayer
 
@@ -58,6 +59,31 @@ def require_adapted_layers(model, method=None):
                 f"by {layer.config.method_name}."
             )
     return layers
+
+
+def require_active_layers(model, method=None):
+    """As `require_adapted_layers`; a `ValueError` if adapters cannot draw.
+
+    That is if they are finalized, or turned off.
+    """
+    layers = require_adapted_layers(model, method)
+    for layer in layers:
+        layer.adapter.refuse_if_finalized()
+        if switching.is_off(layer):
+            raise ValueError(
+                f"The adapters of model '{model.name}' are turned off. Leave "
+                "the `adapter_disabled` block first."
+            )
+    return layers
+
+
+def check_can_predict(model):
+    """Raises a `TypeError` if `model` is no Keras model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`, which can `predict`. "
+            f"Received: model={model!r} (of type {type(model)})"
+        )
 
 
 def adaptable_layers(model):

@@ -44,15 +44,8 @@ def adapter_sampling(model, seed=0):
     >>> with keras_fvae.adapter_sampling(model):
     ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
     """
-    layers = lookup.require_adapted_layers(model)
+    layers = lookup.require_active_layers(model)
     _check_integer("seed", seed, minimum=0)
-    for layer in layers:
-        layer.adapter.refuse_if_finalized()
-        if switching.is_off(layer):
-            raise ValueError(
-                f"The adapters of model '{model.name}' are turned off, and "
-                "draw nothing. Leave the `adapter_disabled` block first."
-            )
     with switching.sampling(layers):
         if not any(layer.adapter.changes_state(False) for layer in layers):
             raise ValueError(
@@ -70,9 +63,8 @@ def predict_samples(model, x, num_samples=16, *, batch_size=None, seed=0):
     """Predicts several times, under what the adapters draw.
 
     Where the samples agree the model is sure; where they do not it is not.
-    Their mean, of probabilities rather than of logits, is a prediction that is
-    calibrated better than that of one model; see `adapter_sampling` for what
-    is drawn.
+    Their mean, of probabilities rather than of logits, is a prediction, too;
+    see `adapter_sampling` for what is drawn.
 
     Args:
         model: `keras.Model` with adapted layers.
@@ -108,11 +100,7 @@ def predict_samples(model, x, num_samples=16, *, batch_size=None, seed=0):
     (16, 5, 3)
     >>> probabilities, spread = samples.mean(axis=0), samples.std(axis=0)
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`, which can `predict`. "
-            f"Received: model={model!r} (of type {type(model)})"
-        )
+    lookup.check_can_predict(model)
     _check_integer("num_samples", num_samples, minimum=1)
     if inspect.isgenerator(x):
         raise TypeError(
