@@ -7,6 +7,7 @@ from keras_fvae.analysis.groups import evaluate_groups
 from keras_fvae.analysis.memory import memory_per_device
 from keras_fvae.analysis.probes import latents
 from keras_fvae.analysis.probes import probe_latents
+from keras_fvae.callbacks.checkpoint import AdapterCheckpoint
 from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
 from keras_fvae.fvae_lora import enable_fvae_lora
@@ -36,8 +37,13 @@ from keras_fvae.model.inference import merge_adapter
 from keras_fvae.model.inference import remove_adapter
 from keras_fvae.model.sampling import adapter_sampling
 from keras_fvae.model.sampling import predict_samples
+from keras_fvae.model.saving import get_adapter
 from keras_fvae.model.saving import load_adapter
 from keras_fvae.model.saving import save_adapter
+from keras_fvae.model.saving import set_adapter
+from keras_fvae.model.state import AdapterState
+from keras_fvae.model.state import read_adapter
+from keras_fvae.model.summary import adapter_summary
 
 when_imported("keras_hub", keras_hub.extend_keras_hub)
 
@@ -53,6 +59,8 @@ __all__ = [
     "FVAE",
     "AdaptedDense",
     "AdaptedEinsumDense",
+    "AdapterCheckpoint",
+    "AdapterState",
     "DoRAConfig",
     "DropLoRAConfig",
     "FFALoRAConfig",
@@ -70,10 +78,12 @@ __all__ = [
     "adapter_disabled",
     "adapter_layout_map",
     "adapter_sampling",
+    "adapter_summary",
     "enable_adapter",
     "enable_fvae_lora",
     "evaluate_groups",
     "finalize_adapter",
+    "get_adapter",
     "latents",
     "load_adapter",
     "load_peft_adapter",
@@ -81,7 +91,9 @@ __all__ = [
     "merge_adapter",
     "predict_samples",
     "probe_latents",
+    "read_adapter",
     "remove_adapter",
     "save_adapter",
     "save_peft_adapter",
+    "set_adapter",
 ]

@@ -125,6 +125,32 @@ def test_the_terms_are_those_of_the_fvae(jit_compile, xy, rng):
     )
 
 
+def test_the_task_loss_is_what_is_left_of_the_loss(xy, rng):
+    """Also where the weight of the ELBO changes from step to step."""
+    model = make_model(rng, elbo_weight=0.5)
+    schedule = keras_fvae.FVAELoRASchedule(
+        elbo_weight=lambda step: 0.1 * (1 + step)
+    )
+    history = fit(
+        model, xy, [schedule, keras_fvae.FVAELoRAMonitor()], epochs=2
+    )
+    task = np.square(model.predict(xy[0], verbose=0) - xy[1]).mean()
+    np.testing.assert_allclose(history["task_loss"], task, rtol=1e-3)
+    assert np.abs(np.array(history["loss"]) - task).min() > 0.1
+
+
+@pytest.mark.parametrize("verbose", [0, 1, 2])
+def test_layers_do_not_flood_the_progress_bar(verbose, xy, rng, capsys):
+    model = make_model(rng)
+    monitor = keras_fvae.FVAELoRAMonitor(per_layer=True)
+    history = fit(model, xy, [monitor], epochs=2, verbose=verbose)
+    path = adapted_layers(model)[0].path
+    assert len(history[f"{path}/kl_z1"]) == 2
+    printed = capsys.readouterr().out
+    assert path not in printed
+    assert ("kl_z1" in printed) == (verbose > 0)
+
+
 def test_every_log_of_keras_has_the_terms(xy, rng, tmp_path, capsys):
     model = make_model(rng)
     callbacks = [

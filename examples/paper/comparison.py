@@ -23,13 +23,18 @@ TIE = 0.1
 
 def main(arguments=None):
     parser = tables.make_parser(__doc__)
+    parser.add_argument(
+        "--table", choices=["local", "ablation"], default="local"
+    )
     parser.add_argument("--beside", choices=METHODS, default="lora")
     options = parser.parse_args(arguments)
     try:
-        results = tables.read_results(options.output, "local", options.size)
+        results = tables.read_results(
+            options.output, options.table, options.size
+        )
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    parts = tables.in_parts(results, tables.TABLES["local"])
+    parts = tables.in_parts(results, tables.TABLES[options.table])
     pages = [
         page(title, part, options.beside)
         for title, part in parts.items()

@@ -207,7 +207,7 @@ TABLE = harness.Table(
         **situations.in_all("glosses", local_texts.GLOSSES),
     },
     default_datasets=("digits", "spurious_digits", "docstrings"),
-    methods=tuple(methods.METHODS),
+    methods=methods.LOCAL_METHODS,
     authors_settings=authors_settings,
     run=run,
     sizes=SIZES,

@@ -36,11 +36,27 @@ def variant(label, objective, elbo_choices):
     return Method(label, make_config, elbo_choices=elbo_choices)
 
 
-def wide(rank, **options):
-    """FVAE-LoRA with a wider hidden layer in its encoders, and more dropout."""
-    return keras_fvae.FVAELoRAConfig(
-        rank, encoder_units=(8 * rank,), dropout=0.3, **options
-    )
+def wide(rank, widths=(8,), alpha_by_rank=1.0, **options):
+    """FVAE-LoRA with a wider hidden layer in its encoders, and more dropout.
+
+    Args:
+        rank: Positive integer.
+        widths: Tuple of the widths of an encoder's hidden layers, by the rank.
+        alpha_by_rank: Float.
+        **options: Further fields of the config.
+    """
+    options = {
+        "encoder_units": tuple(width * rank for width in widths),
+        "alpha": alpha_by_rank * rank,
+        "dropout": 0.3,
+        **options,
+    }
+    return keras_fvae.FVAELoRAConfig(rank, **options)
+
+
+def ablation(label, **changes):
+    """`wide` with one change."""
+    return Method(label, functools.partial(wide, **changes))
 
 
 # Of what enters an adapter, and of an update's ranks.
@@ -88,6 +104,44 @@ METHODS = {
 }
 # Those of the paper's tables.
 PAPER_METHODS = tuple(name for name in METHODS if name != "wide_fvae_lora")
+# Those of the local table.
+LOCAL_METHODS = tuple(METHODS)
+# One change each, of `wide` with the first of its weights.
+ABLATIONS = {
+    "nothing_changed": ablation("nothing changed"),
+    "width_4": ablation("encoders of 4 ranks", widths=(4,)),
+    "width_1": ablation("encoders of 1 rank", widths=(1,)),
+    "authors": ablation("as the authors", widths=(1,), dropout=0.1),
+    "linear": ablation("linear encoders", widths=()),
+    "two_layers": ablation("encoders of two layers", widths=(8, 8)),
+    "own_trunks": ablation("no shared trunk", encoder_shared_trunk=False),
+    "dropout_0.1": ablation("dropout 0.1", dropout=0.1),
+    "dropout_0.5": ablation("dropout 0.5", dropout=0.5),
+    "log_variance_-4": ablation(
+        "log variance -4 at the start", initial_log_variance=-4.0
+    ),
+    "zero_in_b": ablation("B zero at the start", zero_at_start="kernel_b"),
+    "alpha_2": ablation("alpha twice the rank", alpha_by_rank=2.0),
+    "four_samples": ablation("four samples in training", num_samples=4),
+    "no_elbo": ablation("no ELBO", elbo_weight=0.0),
+    "elbo_10": ablation("ELBO x 10", elbo_weight=1e-2),
+    "elbo_10_reconstruction_0.1": ablation(
+        "ELBO x 10, reconstruction x 0.1",
+        elbo_weight=1e-2,
+        reconstruction_weight=0.1,
+    ),
+    "elbo_10_reconstruction_0.1_kl_10": ablation(
+        "ELBO x 10, reconstruction x 0.1, KL x 10",
+        elbo_weight=1e-2,
+        reconstruction_weight=0.1,
+        kl_weight=10.0,
+    ),
+    "no_reconstruction": ablation(
+        "no reconstruction", reconstruction_weight=0.0
+    ),
+    "no_gamma": ablation("no gamma", gamma_weight=0.0),
+}
+METHODS |= ABLATIONS
 
 
 def adapt(name, backbone, rank, settings, seed, target_layer_names=None):

@@ -95,7 +95,10 @@ TABLES = {
     "spurious_correlations": Layout(
         "accuracy of the worst group", of_groups, has_mean=False
     ),
-    "local": Layout("accuracy", of_local_data, has_mean=False, by_dataset=True),
+    **dict.fromkeys(
+        ("local", "ablation"),
+        Layout("accuracy", of_local_data, has_mean=False, by_dataset=True),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ when Keras changes one of these.
 """
 
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -117,6 +118,29 @@ def running_trainers():
             if frame.f_code in names:
                 pairs.append((names[frame.f_code], frame.f_locals["self"]))
     return pairs
+
+
+def hide_from_progress_bar(model, prefixes):
+    """Keeps entries of the logs out of what a running `fit` prints.
+
+    Args:
+        model: `keras.Model` that is in the middle of `fit`, in this thread.
+        prefixes: Tuple of strings that the names of such entries begin with.
+    """
+    fit = inspect.unwrap(keras.Model.fit).__code__
+    for frame in stack_of_calls(sys._getframe()):
+        if frame.f_code is fit and frame.f_locals["self"] is model:
+            bar = frame.f_locals["callbacks"]._progbar
+            if bar is None:
+                return
+            bar.on_epoch_end = functools.partial(
+                _print_epoch_without, bar.on_epoch_end, prefixes
+            )
+
+
+def _print_epoch_without(on_epoch_end, prefixes, epoch, logs=None):
+    shown = {n: v for n, v in logs.items() if not n.startswith(prefixes)}
+    on_epoch_end(epoch, shown)
 
 
 def model_within(model):

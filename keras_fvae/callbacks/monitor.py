@@ -7,9 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend import keras_internals
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.networks import STD_FLOOR
 from keras_fvae.methods.fvae.objective import LOG_2_PI
+from keras_fvae.methods.fvae.totals import NAMES
 from keras_fvae.methods.fvae.totals import TermTotals
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
@@ -40,6 +42,9 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
       to token, beside the noise that is drawn.
     - `explained_variance`: the share of the variance of the layer's inputs
       that the decoder reconstructs.
+    - `task_loss`: `loss` without what the adapted layers add to it. That is
+      what `ReduceLROnPlateau` and its like should follow; `val_loss` has no
+      part of the adapters'.
 
     Once in each `fit` it warns of a layer whose z1 has collapsed to its prior
     while the decoder still needs it, of a layer whose z1 drowns in its noise
@@ -48,10 +53,12 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
 
     After each epoch `health` is a dict that says in a word of each layer, by
     its path, what z1 is: `"fine"`, `"collapsed"`, `"drowned"` or `"diverged"`.
+    `adapter_summary` shows the word.
 
     Args:
         per_layer: Boolean. Whether to log the terms of each layer, too, as
-            `"{layer path}/{term}"`. Defaults to `False`.
+            `"{layer path}/{term}"`; the progress bar does not show those.
+            Defaults to `False`.
 
     Raises:
         ValueError: In `fit`, if no layer of the model is adapted.
@@ -87,6 +94,9 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         self.health = {}
         for layer in self._layers:
             layer.adapter.fvae.totals = TermTotals(layer.config.rank)
+        if self.per_layer:
+            paths = tuple(f"{layer.path}/" for layer in self._layers)
+            keras_internals.hide_from_progress_bar(self.model, paths)
         self.model.make_train_function(force=True)
 
     def on_train_end(self, logs=None):
@@ -109,13 +119,16 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         ]
         if not called:
             return
-        for name in called[0][1]:
+        for name in NAMES:
             mean = float(np.mean([terms[name] for _, terms in called]))
             logs[name] = mean
+        if "loss" in logs:
+            added = sum(float(terms["added_loss"]) for _, terms in called)
+            logs["task_loss"] = logs["loss"] - added
         if self.per_layer:
             for layer, terms in called:
-                for name, value in terms.items():
-                    logs[f"{layer.path}/{name}"] = float(value)
+                for name in NAMES:
+                    logs[f"{layer.path}/{name}"] = float(terms[name])
         self._warn(called, logs)
 
     def _grows(self, layer, terms, name):
@@ -128,9 +141,9 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
 
     def _warn(self, called, logs):
         """Warns of what it has not warned of yet in this `fit`."""
-        self.health = {
-            layer.path: _health(layer, terms) for layer, terms in called
-        }
+        for layer, terms in called:
+            layer.adapter.health = _health(layer, terms)
+        self.health = {layer.path: layer.adapter.health for layer, _ in called}
         for what, message in [
             *self._of_latents(called),
             *_of_decoders(called),
@@ -205,9 +218,9 @@ def _of_loss(called, logs):
     """As `FVAELoRAMonitor._of_latents`, of the model's loss."""
     if "loss" not in logs:
         return
-    parts = [_parts_of_loss(*pair) for pair in called]
-    elbo, constant = np.sum(parts, axis=0)
-    pull, task = elbo - constant, logs["loss"] - elbo
+    elbo = logs["loss"] - logs["task_loss"]
+    pull = elbo - sum(_constant(layer) for layer, _ in called)
+    task = logs["task_loss"]
     if abs(pull) > abs(task):
         yield (
             "outweighed task",
@@ -229,16 +242,15 @@ def _health(layer, terms):
     return "fine"
 
 
-def _parts_of_loss(layer, terms):
-    """What a layer adds to the loss; what log 2 pi, which pulls at nothing,
-    is of that."""
+def _constant(layer):
+    """What log 2 pi, which pulls at nothing, is of what a layer adds."""
     fvae, config = layer.adapter.fvae, layer.config
     weight = float(ops.convert_to_numpy(fvae.coefficients.elbo_weight))
     is_weighted = config.objective == "fvae"
     reconstruction_weight = config.reconstruction_weight if is_weighted else 1.0
     width = fvae.feature_weights.shape[0]
     constant = reconstruction_weight * width * LOG_2_PI / 2
-    return weight * terms["fvae_loss"], weight * constant
+    return weight * constant
 
 
 def _list(paths):

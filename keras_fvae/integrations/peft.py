@@ -230,7 +230,7 @@ def load_peft_adapter(model, directory):
     install(tree, layers.values(), adapters)
     for weight, value in head:
         weight.assign(value)
-    return summarize(backbone, config, [*layers.values()])
+    return summarize(backbone)
 
 
 def save_peft_adapter(model, directory):

@@ -41,6 +41,9 @@ class Adapter(keras.Layer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
     """
 
+    # What `FVAELoRAMonitor` has seen of it last, in a word.
+    health = None
+
     # By the name of a weight, for each of its axes, which axes of the kernel
     # it has: "input" (contracted), "output" (carried) or `None`. On a mesh of
     # devices it is sharded as those are.
@@ -110,6 +113,11 @@ class Adapter(keras.Layer):
     def is_drawn(self, training):
         """Whether what is random in the update is drawn: also to sample it."""
         return training or switching.is_sampling(self)
+
+    @property
+    def is_zero(self):
+        """Boolean, whether the update is 0, as it is at the start."""
+        raise NotImplementedError
 
     @property
     def is_trainable(self):
@@ -235,6 +243,10 @@ class LowRankAdapter(Adapter):
             # Made so, because Keras flips the flags of all that once trained.
             trainable=self.trains_a,
         )
+
+    @property
+    def is_zero(self):
+        return not replicas.to_numpy(self.kernel_b).any()
 
     def initial_kernel_a(self):
         """NumPy array of shape `(d, rank)`, the first values of A."""

@@ -41,6 +41,9 @@ class AdapterConfig:
     adapter_class = None
     # What the method is called in messages.
     method_name = "A low-rank method"
+    # The fields that matter in training alone: an adapter that was trained
+    # with others can be loaded.
+    training_settings = ("seed",)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

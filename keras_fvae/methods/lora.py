@@ -71,6 +71,7 @@ class LoRAConfig(AdapterConfig):
 
     adapter_class = LoRAAdapter
     method_name = "LoRA"
+    training_settings = ("dropout", "seed")
     # Whether A trains, or stays as it was drawn.
     trains_a = True
 

@@ -52,6 +52,14 @@ class FactorAdapter(LowRankAdapter):
         # They take as much memory as the weights.
         vars(self).pop("factors", None)
 
+    @property
+    def is_zero(self):
+        arrays = self.get_arrays()
+        return all(
+            np.array_equal(arrays[name], arrays[f"initial_{name}"])
+            for name in ("kernel_a", "kernel_b")
+        )
+
     @functools.cached_property
     def factors(self):
         """Pair of NumPy arrays, A0 and B0."""

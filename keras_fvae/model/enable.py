@@ -1,63 +1,21 @@
 """Enabling: adapt layers of a model in place, and freeze the rest."""
 
-import dataclasses
-import math
+import warnings
 
 import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
-from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import check_config
 from keras_fvae.model.install import install
 from keras_fvae.model.lookup import check_built
+from keras_fvae.model.summary import frozen_but_new
+from keras_fvae.model.summary import summarize
 from keras_fvae.model.targets import find_targets
 from keras_fvae.model.targets import match_layers
 from keras_fvae.model.training import refuse_while_running
 from keras_fvae.model.tree import LayerTree
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterSummary:
-    """What `enable_adapter` did; `print` it to read it.
-
-    Args:
-        config: Config of the method.
-        layer_paths: Tuple of strings, the paths of the adapted layers.
-        base_parameters: Integer, the model's parameters without the adapters.
-        total_parameters: Integer, with the adapters.
-        trainable_parameters: Integer, the parameters that train.
-        inference_parameters: Integer, those of the adapters that inference
-            needs.
-    """
-
-    config: AdapterConfig
-    layer_paths: tuple
-    base_parameters: int
-    total_parameters: int
-    trainable_parameters: int
-    inference_parameters: int
-
-    def __str__(self):
-        def count(parameters):
-            percent = 100 * parameters / self.base_parameters
-            return f"{parameters:>15,}  ({percent:.2f} % of the base model)"
-
-        return "\n".join(
-            [
-                f"{self.config.method_name} of rank {self.config.rank} on "
-                f"{len(self.layer_paths)} layers:",
-                *(f"  {path}" for path in self.layer_paths),
-                "Parameters:",
-                f"  base model          {self.base_parameters:>15,}",
-                f"  with the adapters   {self.total_parameters:>15,}",
-                f"  trainable           {count(self.trainable_parameters)}",
-                f"  kept for inference  {count(self.inference_parameters)}",
-            ]
-        )
-
-    __repr__ = __str__
 
 
 def enable_adapter(
@@ -123,7 +81,10 @@ def enable_adapter(
     ]
     _refuse_loops(tree, targets, adapters)
     install(tree, targets, adapters, trainable_layers)
-    return summarize(model, config, targets)
+    summary = summarize(model)
+    if summary.fresh:
+        warnings.warn(frozen_but_new(summary.fresh), stacklevel=2)
+    return summary
 
 
 def refuse_if_adapted(tree):
@@ -162,25 +123,3 @@ def _refuse_loops(tree, targets, adapters):
                 "`unroll=True`, take a method that has neither, such as "
                 "`LoRAConfig()`, or choose other `target_layer_names`."
             )
-
-
-def summarize(model, config, targets):
-    adapter_ids = {
-        id(weight) for layer in targets for weight in layer.adapter.weights
-    }
-    return AdapterSummary(
-        config=config,
-        layer_paths=tuple(layer.path for layer in targets),
-        base_parameters=_count(
-            w for w in model.weights if id(w) not in adapter_ids
-        ),
-        total_parameters=_count(model.weights),
-        trainable_parameters=_count(model.trainable_weights),
-        inference_parameters=sum(
-            layer.adapter.num_inference_parameters for layer in targets
-        ),
-    )
-
-
-def _count(weights):
-    return sum(math.prod(weight.shape) for weight in weights)

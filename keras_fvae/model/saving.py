@@ -1,4 +1,8 @@
-"""Adapter files: what was trained, apart from the base model."""
+"""Adapters as values: taken from a model, put into one, on disk and back."""
+
+import dataclasses
+import warnings
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -6,35 +10,184 @@ from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.layers import fingerprint
+from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import inference_arrays
-from keras_fvae.layers.config import config_from_description
 from keras_fvae.layers.config import describe_config
+from keras_fvae.model import containers
 from keras_fvae.model import files
 from keras_fvae.model import lookup
+from keras_fvae.model import state as states
 from keras_fvae.model import training
 from keras_fvae.model.install import install
-from keras_fvae.model.record import build_recorded_adapter
+from keras_fvae.model.places import find_place
 from keras_fvae.model.record import describe_adapter
 from keras_fvae.model.record import paths_of
+from keras_fvae.model.state import AdapterState
+from keras_fvae.model.summary import summarize
 from keras_fvae.model.tree import LayerTree
 from keras_fvae.model.tree import is_adaptable
-from keras_fvae.model.tree import match_paths
 
-# What may differ between a file and the model that it is loaded into.
-FREE_SETTINGS = ("rematerialize", "seed")
+INCLUDED = ("all", "inference")
+PARTS = ("all", "adapter")
+
+
+def get_adapter(model, include="all"):
+    """The adapters of a model, and what else of it was trained, as a value.
+
+    It holds the weights by layer path and the adapters' settings, so that it
+    can be put onto the plain base model. With them are the other weights that
+    were chosen to train, frozen since or not, and state that training changes
+    without a gradient, such as moving averages. What is done to the model
+    later does not change it. If a model is spread over several processes of
+    JAX, all of them must call this.
+
+    Args:
+        model: `keras.Model` or layer with adapted layers.
+        include: `"all"` (default), or `"inference"` for only what inference
+            needs: a model that it is put onto is finalized.
+
+    Returns:
+        An `AdapterState`.
+
+    Raises:
+        ValueError: If no layer is adapted, or `include` is not allowed.
+        TypeError: If `model` is no Keras model.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(2))
+    >>> tasks = {"first": keras_fvae.get_adapter(model)}
+    >>> keras_fvae.set_adapter(model, tasks["first"])
+    """
+    lookup.require_adapted_layers(model)
+    check_include(include)
+    tree = LayerTree(model)
+    arrays, adapted = {}, {}
+    for path, layer in tree.layers.items():
+        if layer in tree.adapted:
+            adapted[path] = {
+                **describe_adapter(layer),
+                "precision": fingerprint.precision(layer),
+                "fingerprint": fingerprint.fingerprint(layer),
+            }
+            adapted[path]["finalized"] |= include == "inference"
+            if adapted[path]["finalized"]:
+                adapter_arrays = inference_arrays(layer)
+            else:
+                adapter_arrays = layer.adapter.get_arrays()
+            for name, array in adapter_arrays.items():
+                arrays[f"layers/{path}/{name}"] = np.array(array)
+    trained = training.trained_weights(tree)
+    state = training.changed_state(tree)
+    for path, weight in {**trained, **state}.items():
+        arrays[f"weights/{path}"] = np.array(_to_numpy(weight))
+    record = {
+        **paths_of(tree),
+        "adapted": adapted,
+        "trained": [*trained],
+        "trained_layers": [
+            path
+            for path, layer in tree.layers.items()
+            if training.is_chosen(layer)
+        ],
+        "state": [path for path in state if path not in trained],
+        "not_finite": [n for n, a in arrays.items() if not states.is_finite(a)],
+        "checkpoint": {},
+    }
+    return AdapterState(record, arrays)
+
+
+def set_adapter(
+    model, state, *, replace=False, only="all", strict=False, **settings
+):
+    """Puts an adapter into a model, in place.
+
+    A plain model is adapted first, as the state says, and what was chosen to
+    train then trains here. On an adapted one the adapted layers and the
+    settings that inference knows of must be the state's; then the weights are
+    assigned, and nothing is compiled anew. A state that was put into a model
+    once is put there again at once.
+
+    A state of a task fits its bare backbone with `only="adapter"`, and that of
+    a backbone fits every model with one such backbone inside: only that part
+    is frozen then, so that a new head trains.
+
+    Args:
+        model: `keras.Model` or layer, built.
+        state: `AdapterState`.
+        replace: Boolean. Whether adapters that are there and differ, in rank,
+            method or layers, give way to the state's. Steps are compiled once
+            more then. Defaults to `False`, which raises an error that names
+            the difference.
+        only: `"all"` (default), or `"adapter"` to leave what was trained
+            beside the adapters, such as a head, as it is here.
+        strict: Boolean. Whether it is an error if the base model is not the
+            one that the state was trained on, rather than a warning.
+        **settings: Settings of training alone, such as `elbo_weight`,
+            `dropout` or `seed`, that are to be others than the state's, in the
+            units of the config: an `elbo_weight` is that of the whole model.
+
+    Raises:
+        ValueError: If the state does not fit the model, a setting is none of
+            training alone or not allowed, or the base model is another one and
+            `strict`. The model is then as it was.
+        TypeError: If `model` is no Keras model, or `state` no `AdapterState`.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> state = keras_fvae.get_adapter(model)
+    >>> keras_fvae.remove_adapter(model)
+    >>> keras_fvae.set_adapter(model, state, elbo_weight=1e-2)
+    >>> model.layers[0].config.elbo_weight
+    0.01
+    """
+    if not isinstance(state, AdapterState):
+        raise TypeError(
+            "`state` must be an `AdapterState`, as `get_adapter` and "
+            f"`read_adapter` return it. Received: state={state!r} (of type "
+            f"{type(state)})"
+        )
+    lookup.check_built(model)
+    _set(model, state, "The adapter", replace, only, strict, settings)
+
+
+def _set(model, state, name, replace, only, strict, settings):
+    """As `set_adapter`; `name` is what errors call the state."""
+    _check_choice("only", only, PARTS)
+    if only == "all" and not settings and not strict:
+        known = state.known_variables.get(model)
+        if known is not None and known.is_current(model):
+            known.assign()
+            return
+    try:
+        plan = _plan(model, state, replace, only, settings)
+        _compare_bases(plan, state, strict)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} does not fit the model '{model.name}': {error}"
+        ) from error
+    # From here on nothing is refused.
+    _carry_out(plan, state)
+    if only == "all":
+        state.known_variables[model] = _KnownVariables.of(model, plan)
 
 
 def save_adapter(model, filepath, include="all"):
     """Saves a model's adapters, and what else of it was trained, to one file.
 
-    The file holds the weights by layer path and the adapters' settings, so
-    that it can be loaded onto the plain base model. With them are the other
-    weights that were chosen to train, frozen since or not, and state that
-    training changes without a gradient, such as moving averages. If a model is
-    spread over several processes of JAX, all of them must call this; the first
-    one writes.
+    As `get_adapter(model, include).save(filepath)`. If a model is spread over
+    several processes of JAX, all of them must call this; the first one writes.
 
     Args:
         model: `keras.Model` or layer with adapted layers.
@@ -58,62 +211,48 @@ def save_adapter(model, filepath, include="all"):
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
     >>> keras_fvae.save_adapter(model, "task.safetensors")
     """
-    lookup.require_adapted_layers(model)
-    filepath = files.check_filepath(filepath)
-    if include not in ("all", "inference"):
-        raise ValueError(
-            "`include` must be 'all' or 'inference'. "
-            f"Received: include={include!r}"
-        )
-    tree = LayerTree(model)
-    arrays, adapted = {}, {}
-    for path, layer in tree.layers.items():
-        if layer in tree.adapted:
-            adapted[path] = describe_adapter(layer)
-            adapted[path]["finalized"] |= include == "inference"
-            if adapted[path]["finalized"]:
-                adapter_arrays = inference_arrays(layer)
-            else:
-                adapter_arrays = layer.adapter.get_arrays()
-            for name, array in adapter_arrays.items():
-                arrays[f"layers/{path}/{name}"] = array
-    trained = training.trained_weights(tree)
-    state = training.changed_state(tree)
-    for path, weight in {**trained, **state}.items():
-        arrays[f"weights/{path}"] = _to_numpy(weight)
-    record = {
-        **paths_of(tree),
-        "adapted": adapted,
-        "trained": [*trained],
-        "trained_layers": [
-            path
-            for path, layer in tree.layers.items()
-            if training.is_chosen(layer)
-        ],
-        "state": [path for path in state if path not in trained],
-        "not_finite": [n for n, a in arrays.items() if not _is_finite(a)],
-    }
+    lookup.check_model(model)
+    files.check_filepath(filepath)
+    write(model, get_adapter(model, include), filepath)
+
+
+def write(model, state, filepath):
+    """Writes the state of a model, by the first of its processes.
+
+    Args:
+        model: `keras.Model` or layer.
+        state: `AdapterState`.
+        filepath: Path.
+    """
     if not replicas.spans_processes(model.variables) or (
         replicas.is_first_process()
     ):
-        files.write(filepath, record, arrays)
+        state.save(filepath)
 
 
-def load_adapter(model, filepath):
-    """Loads what `save_adapter` saved, onto the same architecture.
+def load_adapter(
+    model, filepath, *, replace=False, only="all", strict=False, **settings
+):
+    """Loads what `save_adapter` saved.
 
-    A plain model is adapted first, as the file says, and what was
-    chosen to train then trains here. On an adapted one, the adapted layers and
-    their settings must be the file's. If a model is spread over several
-    processes of JAX, all of them must call this; the first one reads the file
-    for all.
+    As `set_adapter(model, read_adapter(filepath), ...)`. If a model is spread
+    over several processes of JAX, all of them must call this; the first one
+    reads the file for all.
 
     The file is data alone: whatever it says is checked before the model is
     touched.
 
     Args:
-        model: `keras.Model` or layer, built, like the one that was saved.
+        model: `keras.Model` or layer, built, like the one that was saved, or
+            the backbone of such a task, or a task with such a backbone.
         filepath: String or path of the file.
+        replace: As in `set_adapter`.
+        only: As in `set_adapter`.
+        strict: As in `set_adapter`.
+        **settings: As in `set_adapter`.
+
+    Returns:
+        An `AdapterSummary`, as `adapter_summary(model)` returns it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -125,129 +264,290 @@ def load_adapter(model, filepath):
     Example:
 
     >>> def make_model():
-    ...     layer = keras.layers.Dense(3, name="query")
-    ...     return keras.Sequential([keras.Input((4,)), layer])
+    ...     query = keras.layers.Dense(3, "relu", name="query")
+    ...     query.build((None, 4))
+    ...     query.kernel.assign(np.ones((4, 3)))
+    ...     return keras.Sequential([keras.Input((4,)), query])
     >>> model = make_model()
     >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
     >>> keras_fvae.save_adapter(model, "task.safetensors")
-    >>> keras_fvae.load_adapter(make_model(), "task.safetensors")
+    >>> summary = keras_fvae.load_adapter(make_model(), "task.safetensors")
     """
     lookup.check_built(model)
     filepath = files.check_filepath(filepath)
-    if not lookup.adapted_layers(model):
-        training.refuse_while_running(keras_internals.flatten_layers(model))
-    record, arrays = files.parse(_content(model, filepath), filepath)
-    try:
-        _load(model, record, arrays)
-    except ValueError as error:
+    state = states.parse(_content(model, filepath), filepath)
+    name = f"The adapter file '{filepath}'"
+    _set(model, state, name, replace, only, strict, settings)
+    return summarize(model)
+
+
+class _Plan(NamedTuple):
+    """How a state goes into a model.
+
+    Attributes:
+        tree: `LayerTree` of the model, or of the part that the state is of.
+        layers: Dict of recorded path to the layer that is to be adapted.
+        configs: Dict of recorded path to config.
+        weights: Dict of recorded path to the weight that is to be set.
+        trained_layers: List of the layers that are to train besides.
+        trained_weights: List of the weights that are to train besides.
+        is_installed: Boolean, whether the layers have such adapters already.
+    """
+
+    tree: LayerTree
+    layers: dict
+    configs: dict
+    weights: dict
+    trained_layers: list
+    trained_weights: list
+    is_installed: bool
+
+
+def _plan(model, state, replace, only, settings):
+    """What is to be done; all that can be wrong raises a `ValueError`."""
+    record = state.record
+    place = find_place(model, record)
+    layers = _require(place.layers, record["adapted"], "layer", "adapted")
+    is_whole = only == "all"
+
+    def others(kind, entry):
+        objects = getattr(place, f"{kind}s")
+        if is_whole:
+            return _require(objects, record[entry], kind, "trained")
+        return {p: objects[p] for p in record[entry] if p in objects}
+
+    trained = others("weight", "trained")
+    weights = {**trained, **others("weight", "state")} if is_whole else {}
+    trained_layers = others("layer", "trained_layers")
+    configs = _with_settings(state, settings)
+    difference = _difference(place.tree, layers, configs, state, settings)
+    if difference and place.tree.adapted and not replace:
         raise ValueError(
-            f"The adapter file '{filepath}' does not fit the model: {error}"
-        ) from error
-
-
-def _load(model, record, arrays):
-    _check_record(record)
-    tree = LayerTree(model)
-    layers = _find(tree, record, "layer", "adapted")
-    trained = _find(tree, record, "weight", "trained")
-    weights = {**trained, **_find(tree, record, "weight", "state")}
-    trained_layers = _find(tree, record, "layer", "trained_layers")
-    configs = {
-        path: config_from_description(entry["config"])
-        for path, entry in record["adapted"].items()
-    }
-    if tree.adapted:
-        _check_same_adapters(tree, layers, configs, record)
-    else:
+            f"{difference} Pass `replace=True` to put the adapter in the place "
+            "of what is there."
+        )
+    if difference:
         for layer in layers.values():
-            check_adaptable(layer)
-    _check_arrays(arrays, _expected_arrays(layers, weights, configs, record))
-    _check_finite(arrays, record["not_finite"])
-    # From here on nothing is refused.
-    if not tree.adapted:
+            if not isinstance(layer, AdaptedLayer):
+                check_adaptable(layer)
+        training.refuse_while_running(
+            keras_internals.flatten_layers(place.tree.model)
+        )
+    _check_arrays(
+        state.arrays,
+        _expected_arrays(layers, weights, configs, state),
+        is_whole,
+    )
+    _check_finite(state.arrays, record["not_finite"])
+    return _Plan(
+        place.tree,
+        layers,
+        configs,
+        weights,
+        [*trained_layers.values()],
+        [*trained.values()],
+        is_installed=not difference,
+    )
+
+
+def _carry_out(plan, state):
+    """Puts a state into a model that it fits."""
+    if not plan.is_installed:
         adapters = [
-            build_recorded_adapter(layer, record["adapted"][path])
-            for path, layer in layers.items()
+            build_adapter(
+                layer,
+                plan.configs[path],
+                state.is_finalized(path),
+                starts_anew=False,
+            )
+            for path, layer in plan.layers.items()
         ]
+        tree = plan.tree
+        if tree.adapted:
+            containers.detach_adapters(tree.model, tree.adapted)
+            training.train_as_before(LayerTree(tree.model))
+            training.reset_training_state(tree.adapted, keep_optimizer=False)
+            tree = LayerTree(tree.model)
         install(
             tree,
-            layers.values(),
+            plan.layers.values(),
             adapters,
-            trained_layers.values(),
-            trained.values(),
+            plan.trained_layers,
+            plan.trained_weights,
         )
-    for path, layer in layers.items():
+    for path, layer in plan.layers.items():
         names = layer.adapter.array_shapes
         layer.adapter.set_arrays(
-            {name: arrays[f"layers/{path}/{name}"] for name in names}
+            {name: state.arrays[f"layers/{path}/{name}"] for name in names}
         )
-    for path, weight in weights.items():
-        weight.assign(arrays[f"weights/{path}"])
+    for path, weight in plan.weights.items():
+        weight.assign(state.arrays[f"weights/{path}"])
 
 
-def _find(tree, record, kind, entry):
-    """Dict of recorded path to the layer or weight that a model has for it.
+class _KnownVariables:
+    """The variables of a model that a state was put into, and their values.
 
     Args:
-        tree: `LayerTree` of the model.
-        record: Dict, the record of the file.
-        kind: `"layer"` or `"weight"`.
-        entry: String, the entry of the record that has the paths.
+        layers: List of the adapted layers of the model.
+        owners: List of pairs of the layer that a variable is in, and the
+            variable.
     """
-    objects = match_paths(
-        record[f"{kind}_paths"],
-        getattr(tree, f"{kind}s"),
-        tree.model.name,
-        record["name"],
-    )
-    for path in record[entry]:
+
+    def __init__(self, layers, owners):
+        self.layers = layers
+        self.adapters = [layer.adapter for layer in layers]
+        self.owners = owners
+        variables = [w for adapter in self.adapters for w in adapter.weights]
+        variables += [variable for _, variable in owners]
+        # A copy, since on some backends that is the variable's own memory.
+        self.values = [(v, np.array(replicas.to_numpy(v))) for v in variables]
+
+    @classmethod
+    def of(cls, model, plan):
+        """Those that a plan has set."""
+        weight_ids = {id(weight) for weight in plan.weights.values()}
+        owners = [
+            (layer, weight)
+            for _, layer, weight in plan.tree.owned_weights
+            if id(weight) in weight_ids
+        ]
+        return cls(lookup.adapted_layers(model), owners)
+
+    def is_current(self, model):
+        """Whether the model still has these variables, and no adapters else."""
+        layers = lookup.adapted_layers(model)
+        return (
+            len(layers) == len(self.layers)
+            and all(map(_is, layers, self.layers))
+            and all(
+                layer.adapter is adapter
+                for layer, adapter in zip(layers, self.adapters)
+            )
+            and all(
+                any(variable is weight for weight in layer.weights)
+                for layer, variable in self.owners
+            )
+        )
+
+    def assign(self):
+        for variable, value in self.values:
+            variable.assign(value)
+
+
+def check_include(include):
+    """Raises a `ValueError` if it is none of what a state can include."""
+    _check_choice("include", include, INCLUDED)
+
+
+def _is(one, other):
+    return one is other
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be {' or '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def _require(objects, paths, kind, has_been):
+    """Dict of those of the paths to what a model has there.
+
+    Args:
+        objects: Dict of recorded path to layer or weight.
+        paths: Iterable of recorded paths.
+        kind: String, what they are.
+        has_been: String, what they were when they were saved.
+    """
+    for path in paths:
         if path not in objects:
-            has_been = "adapted" if entry == "adapted" else "trained"
             there = [
                 path
                 for path, found in objects.items()
                 if kind == "weight" or is_adaptable(found)
             ]
+            advice = ""
+            if has_been == "trained":
+                advice = " Pass `only='adapter'` to leave what was trained "
+                advice += "beside the adapters."
             raise ValueError(
                 f"the {kind} '{path}' was {has_been} when it was saved. The "
-                f"model has no such {kind}, only these: {there}."
+                f"model has no such {kind}, only these: {there}.{advice}"
             )
-    return {path: objects[path] for path in record[entry]}
+    return {path: objects[path] for path in paths}
 
 
-def _check_same_adapters(tree, layers, configs, record):
-    """Raises a `ValueError` if a model is not adapted as a file says."""
+def _with_settings(state, settings):
+    """Dict of path to config, with settings of training in their place."""
+    configs = state.configs
+    for path, config in configs.items():
+        allowed = type(config).training_settings
+        unknown = {*settings} - {*allowed}
+        if unknown:
+            raise ValueError(
+                f"of {config.method_name} only settings of training can be "
+                f"others than in the state: {sorted(allowed)}. Received: "
+                f"{sorted(unknown)}."
+            )
+        if settings and state.is_finalized(path):
+            raise ValueError(
+                "it has only what inference needs, and no settings of "
+                f"training. Received: {sorted(settings)}."
+            )
+    if not settings:
+        return configs
+    changed = {}
+    for index, (path, config) in enumerate(configs.items()):
+        # The layer's share of each.
+        shared = dataclasses.replace(config, **settings).for_layer(
+            index, len(configs)
+        )
+        changed[path] = dataclasses.replace(
+            config, **{name: getattr(shared, name) for name in settings}
+        )
+    return changed
+
+
+def _difference(tree, layers, configs, state, settings):
+    """A sentence on what is adapted in another way; `""` if nothing is.
+
+    Args:
+        tree: `LayerTree` of the model.
+        layers: Dict of recorded path to layer.
+        configs: Dict of recorded path to config.
+        state: `AdapterState`.
+        settings: The settings of training that must be the same, too.
+    """
     for layer in tree.adapted:
         if not any(layer is recorded for recorded in layers.values()):
-            raise ValueError(
-                f"the layer '{layer.path}' is adapted only in the model."
-            )
+            return f"the layer '{layer.path}' is adapted only in the model."
     for path, layer in layers.items():
-        if layer not in tree.adapted:
-            raise ValueError(f"the layer '{path}' is adapted only in the file.")
-        saved = {
+        if not isinstance(layer, AdaptedLayer):
+            return f"the layer '{path}' is adapted only in the state."
+        theirs = {
             **describe_config(configs[path]),
-            "finalized": record["adapted"][path]["finalized"],
+            "finalized": state.is_finalized(path),
         }
         ours = {
             **describe_config(layer.config),
             "finalized": layer.adapter.finalized,
         }
-        for name in saved:
-            if name not in FREE_SETTINGS and saved[name] != ours[name]:
-                raise ValueError(
-                    f"for the layer '{path}' the file says "
-                    f"{name}={saved[name]!r}, the model {name}={ours[name]!r}."
+        free = {*type(configs[path]).training_settings} - {*settings}
+        for name, value in theirs.items():
+            if name not in free and value != ours.get(name):
+                return (
+                    f"for the layer '{path}' the state has {name}={value!r}, "
+                    f"the model {name}={ours.get(name)!r}."
                 )
+    return ""
 
 
-def _expected_arrays(layers, weights, configs, record):
-    """Dict of name to shape and dtypes, of what the file must have."""
+def _expected_arrays(layers, weights, configs, state):
+    """Dict of name to shape and dtypes, of what a state must have."""
     expected = {}
     for path, layer in layers.items():
-        shapes = adapter_shapes(
-            layer, configs[path], record["adapted"][path]["finalized"]
-        )
+        shapes = adapter_shapes(layer, configs[path], state.is_finalized(path))
         for name, shape in shapes.items():
             expected[f"layers/{path}/{name}"] = shape, ("float32",)
     for path, weight in weights.items():
@@ -259,10 +559,13 @@ def _expected_arrays(layers, weights, configs, record):
     return expected
 
 
-def _check_arrays(arrays, expected):
-    for name in [*expected, *arrays]:
+def _check_arrays(arrays, expected, is_whole):
+    names = [
+        name for name in arrays if is_whole or not name.startswith("weights/")
+    ]
+    for name in [*expected, *names]:
         if name not in expected or name not in arrays:
-            where = "file" if name in arrays else "model"
+            where = "state" if name in arrays else "model"
             raise ValueError(f"only the {where} has a weight '{name}'.")
         (shape, dtypes), array = expected[name], arrays[name]
         if array.shape != shape:
@@ -279,74 +582,39 @@ def _check_arrays(arrays, expected):
 
 def _check_finite(arrays, not_finite):
     for name, array in arrays.items():
-        if name not in not_finite and not _is_finite(array):
+        if name not in not_finite and not states.is_finite(array):
             raise ValueError(
                 f"the weight '{name}' has numbers that are not finite, which "
                 "it had not when it was saved."
             )
 
 
-# The type of each entry of a record, and of what is in it.
-RECORD_TYPES = {
-    "name": str,
-    "layer_paths": [str],
-    "weight_paths": [str],
-    "adapted": {"config": dict, "finalized": bool},
-    "trained": [str],
-    "trained_layers": [str],
-    "state": [str],
-    "not_finite": [str],
-}
-
-
-def _check_record(record):
-    """Raises a `ValueError` that names an entry of a record that is wrong."""
-
-    def check(is_right, where, wanted):
-        if not is_right:
-            raise ValueError(f"in its record, {where} must be {wanted}.")
-
-    check(isinstance(record, dict), "all", "one object")
-    check(
-        {*record} == {*RECORD_TYPES}, "the entries", f"these: {[*RECORD_TYPES]}"
+def _compare_bases(plan, state, strict):
+    """Says if the frozen kernels are others than those that were adapted."""
+    others = [
+        path
+        for path, layer in plan.layers.items()
+        if not fingerprint.are_alike(
+            fingerprint.fingerprint(layer),
+            state.record["adapted"][path]["fingerprint"],
+            fingerprint.precision(layer),
+            state.record["adapted"][path]["precision"],
+        )
+    ]
+    if not others:
+        return
+    message = (
+        f"it was trained on another base model: {len(others)} of "
+        f"{len(plan.layers)} adapted layers have other kernels here, such as "
+        f"'{others[0]}'. What it predicts here is not what it was trained for."
     )
-    for name, wanted in RECORD_TYPES.items():
-        value = record[name]
-        if isinstance(wanted, list):
-            is_right = isinstance(value, list) and all(
-                isinstance(path, str) for path in value
-            )
-            check(is_right, f"'{name}'", "a list of strings")
-            check(len({*value}) == len(value), f"'{name}'", "without repeats")
-        elif isinstance(wanted, dict):
-            check(isinstance(value, dict), f"'{name}'", "an object")
-            for path, entry in value.items():
-                is_right = (
-                    isinstance(entry, dict)
-                    and {*entry} == {*wanted}
-                    and all(
-                        isinstance(entry[key], type_)
-                        for key, type_ in wanted.items()
-                    )
-                )
-                check(is_right, f"'{name}/{path}'", f"an object of {wanted}")
-                _check_settings(path, entry["config"])
-        else:
-            check(isinstance(value, wanted), f"'{name}'", "a string")
-
-
-def _check_settings(path, settings):
-    """Raises a `ValueError` if settings are none of a config."""
-    try:
-        config_from_description(settings)
-    except ValueError as error:
-        raise ValueError(
-            f"in its record, the settings of '{path}' are wrong: {error}"
-        ) from error
-
-
-def _is_finite(array):
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    if strict:
+        raise ValueError(message)
+    warnings.warn(
+        f"The adapter fits the model '{plan.tree.model.name}' in shape, but "
+        f"{message} Load the base model's weights before the adapter.",
+        stacklevel=4,
+    )
 
 
 def _to_numpy(weight):
@@ -360,9 +628,7 @@ def _content(model, filepath):
     """The bytes of an adapter file."""
 
     def read():
-        if not filepath.exists():
-            raise FileNotFoundError(f"There is no adapter file '{filepath}'.")
-        return filepath.read_bytes()
+        return states.content(filepath)
 
     if replicas.spans_processes(model.variables):
         # The others may not see its files, or not yet.

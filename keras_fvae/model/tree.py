@@ -120,14 +120,19 @@ def match_paths(recorded_paths, objects, name="", recorded_name=""):
         Dict of recorded path to object; `objects`, if they are others.
     """
     if set(recorded_paths) != set(objects) and [
-        _bare(path, recorded_name) for path in recorded_paths
-    ] == [_bare(path, name) for path in objects]:
+        bare_path(path, recorded_name) for path in recorded_paths
+    ] == [bare_path(path, name) for path in objects]:
         return dict(zip(recorded_paths, objects.values()))
     return objects
 
 
-def _bare(path, name):
-    """A path without what may be another each time a model is made."""
+def bare_path(path, name=""):
+    """A path without what may be another each time a model is made.
+
+    Args:
+        path: String.
+        name: String, the name of the model.
+    """
 
     def bare(part):
         part = re.sub(r"_\d+", "", part)

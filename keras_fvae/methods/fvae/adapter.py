@@ -115,6 +115,16 @@ class FVAELoRAAdapter(LowRankAdapter):
         return self.config.sample_at_inference or self.is_drawn(training)
 
     @property
+    def is_zero(self):
+        arrays = self.get_arrays(finalized=True)
+        last = len(self.config.hidden_units)
+        has_mean = any(
+            arrays[f"encoder_{name}_{last}"].any()
+            for name in ("kernel", "bias")
+        )
+        return not (has_mean and arrays["kernel_b"].any())
+
+    @property
     def is_trainable(self):
         return bool(self.fvae.trainable_weights)
 

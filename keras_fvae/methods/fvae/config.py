@@ -113,6 +113,22 @@ class FVAELoRAConfig(AdapterConfig):
     zero_at_start: str = "z1_mean"
 
     method_name = "FVAE-LoRA"
+    training_settings = (
+        "dropout",
+        "prior_mean",
+        "prior_std",
+        "objective",
+        "reconstruction_weight",
+        "kl_weight",
+        "gamma_weight",
+        "gamma_estimator",
+        "elbo_weight",
+        "num_samples",
+        "rematerialize",
+        "initial_log_variance",
+        "zero_at_start",
+        "seed",
+    )
 
     def __post_init__(self):
         super().__post_init__()

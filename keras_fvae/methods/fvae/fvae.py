@@ -481,6 +481,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         terms = {
             **elbo.terms,
             "fvae_loss": elbo.loss,
+            "added_loss": self.coefficients.elbo_weight * elbo.loss,
             "wasserstein": token_mean(wasserstein, token_weights),
         }
         self.totals.add(terms, x, elbo.squared_error, q1, token_weights)

@@ -13,7 +13,7 @@ TERMS = (
     "gamma",
     "wasserstein",
 )
-# What `TermTotals.means` gives.
+# What `TermTotals.means` gives, beside what was added to the loss.
 NAMES = (*TERMS, "active_units", "signal_to_noise", "explained_variance")
 # From where on a latent unit counts as active: Burda et al., "Importance
 # Weighted Autoencoders" (2016), section 5.2.
@@ -33,7 +33,7 @@ class TermTotals:
     def __init__(self, rank):
         self.rank = rank
         self.variable = keras.Variable(
-            ops.zeros((len(TERMS) + 4 + 2 * rank,)),
+            ops.zeros((len(TERMS) + 5 + 2 * rank,)),
             trainable=False,
             autocast=False,
             aggregation="sum",
@@ -44,7 +44,8 @@ class TermTotals:
         """Adds a step.
 
         Args:
-            terms: Dict of scalar tensors with the names in `TERMS`.
+            terms: Dict of scalar tensors with the names in `TERMS`, and of
+                `added_loss`, what the layer adds to the model's loss.
             x: Tensor of shape `(tokens, d)`, what is reconstructed.
             squared_error: Tensor of shape `(d,)`, the mean over tokens.
             q1: `Posterior` of the tokens.
@@ -65,6 +66,7 @@ class TermTotals:
         variance = ops.sum(x_square - ops.square(x_mean))
         scalars = [terms[name] for name in TERMS]
         scalars += [
+            terms["added_loss"],
             ops.sum(squared_error),
             variance,
             ops.sum(z1_noise),
@@ -84,8 +86,9 @@ class TermTotals:
             Dict of floats: the means of the terms, `active_units`, how many
             units of z1 have a posterior mean that varies from token to token,
             `signal_to_noise`, by how much those means vary beside the noise
-            that is drawn, and `explained_variance`, the share of the variance
-            of x that the decoder reconstructs. `None` if there was no step.
+            that is drawn, `explained_variance`, the share of the variance
+            of x that the decoder reconstructs, and `added_loss`, what the
+            layer added to the model's loss. `None` if there was no step.
         """
         totals = ops.convert_to_numpy(self.variable).astype("float64")
         scalars, z1_total, z1_square = (
@@ -93,7 +96,7 @@ class TermTotals:
             totals[-2 * self.rank : -self.rank],
             totals[-self.rank :],
         )
-        *terms, squared_error, variance, noise, num_steps = scalars
+        *terms, added, squared_error, variance, noise, num_steps = scalars
         if num_steps == 0:
             return None
         z1_variance = z1_square / num_steps - (z1_total / num_steps) ** 2
@@ -104,4 +107,5 @@ class TermTotals:
             "explained_variance": (
                 1 - squared_error / variance if variance > 0 else 0.0
             ),
+            "added_loss": added / num_steps,
         }

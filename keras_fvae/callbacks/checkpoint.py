@@ -1,0 +1,162 @@
+"""Adapters on disk while `fit` runs."""
+
+import math
+import os
+
+import keras
+
+from keras_fvae.model import files
+from keras_fvae.model import saving
+from keras_fvae.model.lookup import require_adapted_layers
+from keras_fvae.model.state import AdapterState
+from keras_fvae.model.state import read_adapter
+
+MODES = ("auto", "min", "max")
+# What is in the name of what should be small, and of what should be large.
+SMALL_WORDS = ("loss", "error", "perplexity", "_nll", "kl_")
+LARGE_WORDS = ("acc", "auc", "f1", "precision", "recall", "iou", "bleu")
+
+
+class AdapterCheckpoint(keras.callbacks.Callback):
+    """Saves the adapters at the end of each epoch, and what else trains.
+
+    As `keras.callbacks.ModelCheckpoint` saves a model, in files as
+    `save_adapter` writes them: without the base model, and so in a small part
+    of its size. Together with `keras.callbacks.BackupAndRestore` a run that
+    was killed goes on, and with `resume=True` it keeps the best that it had.
+
+    Args:
+        filepath: String or path that ends in `.safetensors`. It may name the
+            epoch and what is in the logs, such as
+            `"task-{epoch:02d}-{val_loss:.3f}.safetensors"`. Folders are made.
+        monitor: String, the entry of the logs by which an epoch is judged.
+            Defaults to `"val_loss"`.
+        save_best_only: Boolean. Whether to save only after epochs that are
+            better than all before them. Defaults to `False`.
+        mode: `"min"` or `"max"`, what of `monitor` is better; `"auto"`
+            (default) to tell by its name.
+        include: As in `save_adapter`. Defaults to `"all"`.
+        resume: Boolean. Whether a file that is there at the start of `fit`
+            holds the best so far, so that only a better epoch replaces it.
+            Defaults to `False`.
+
+    Raises:
+        ValueError: If an argument is not allowed; in `fit`, if no layer of the
+            model is adapted, or `monitor` is not in the logs.
+        TypeError: If `filepath` is no path.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(2))
+    >>> model.compile("adamw", "mse")
+    >>> checkpoint = keras_fvae.AdapterCheckpoint(
+    ...     "best.safetensors", monitor="loss", save_best_only=True
+    ... )
+    >>> history = model.fit(
+    ...     np.ones((8, 4)), np.ones((8, 3)), callbacks=[checkpoint], verbose=0
+    ... )
+    >>> summary = keras_fvae.load_adapter(model, "best.safetensors")
+    """
+
+    def __init__(
+        self,
+        filepath,
+        monitor="val_loss",
+        save_best_only=False,
+        mode="auto",
+        include="all",
+        resume=False,
+    ):
+        super().__init__()
+        files.check_filepath(filepath)
+        if mode not in MODES:
+            raise ValueError(
+                f"`mode` must be one of {MODES}. Received: mode={mode!r}"
+            )
+        saving.check_include(include)
+        self.filepath = os.fspath(filepath)
+        if resume and self.filepath != self.filepath.format_map(_AnyName()):
+            raise ValueError(
+                "With `resume=True` all epochs must be saved under one name. "
+                f"Received: filepath={self.filepath!r}"
+            )
+        self.monitor = monitor
+        self.save_best_only = save_best_only
+        self.sign = _sign(monitor, mode) if save_best_only or resume else None
+        self.include = include
+        self.resume = resume
+        self.best = None
+
+    def on_train_begin(self, logs=None):
+        require_adapted_layers(self.model)
+        if self.resume and self.best is None and os.path.exists(self.filepath):
+            self.best = self._value_of(read_adapter(self.filepath))
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = logs or {}
+        value = logs.get(self.monitor)
+        if self.save_best_only:
+            if value is None:
+                raise ValueError(
+                    f"`monitor` must be one of what is logged: {[*logs]}. "
+                    f"Received: monitor={self.monitor!r}"
+                )
+            if not self._is_better(value):
+                return
+            self.best = float(value)
+        checkpoint = {}
+        if value is not None and math.isfinite(value):
+            checkpoint = {
+                "monitor": self.monitor,
+                "value": float(value),
+                "epoch": epoch + 1,
+            }
+        filepath = self.filepath.format(epoch=epoch + 1, **logs)
+        os.makedirs(os.path.dirname(filepath) or ".", exist_ok=True)
+        state = saving.get_adapter(self.model, self.include)
+        state = AdapterState(
+            {**state.record, "checkpoint": checkpoint}, state.arrays
+        )
+        saving.write(self.model, state, filepath)
+
+    def _is_better(self, value):
+        if math.isnan(value):
+            return False
+        return self.best is None or self.sign * value > self.sign * self.best
+
+    def _value_of(self, state):
+        """What a file that is there was saved with."""
+        checkpoint = state.record["checkpoint"]
+        if checkpoint.get("monitor") != self.monitor:
+            raise ValueError(
+                f"The file '{self.filepath}' was not saved by "
+                f"'{self.monitor}', but with {checkpoint}, so that nobody "
+                "knows whether an epoch is better. Delete "
+                "it, choose another name, or pass `resume=False`."
+            )
+        return checkpoint["value"]
+
+
+class _AnyName(dict):
+    """What any placeholder of a name is replaced by."""
+
+    def __missing__(self, name):
+        return 0
+
+
+def _sign(monitor, mode):
+    """1 if a larger value of what is monitored is better, else -1."""
+    if mode == "auto":
+        name = monitor.lower()
+        is_small = any(word in name for word in SMALL_WORDS)
+        if is_small == any(word in name for word in LARGE_WORDS):
+            raise ValueError(
+                "The name says not whether a larger or a smaller value is "
+                f"better. Received: monitor={monitor!r}. Pass `mode='max'` or "
+                "`mode='min'`."
+            )
+        return -1 if is_small else 1
+    return 1 if mode == "max" else -1
