@@ -32,6 +32,7 @@ from keras_fvae.methods.pissa import OLoRAConfig
 from keras_fvae.methods.pissa import PiSSAConfig
 from keras_fvae.model.enable import enable_adapter
 from keras_fvae.model.inference import adapter_disabled
+from keras_fvae.model.inference import adapter_scale
 from keras_fvae.model.inference import finalize_adapter
 from keras_fvae.model.inference import merge_adapter
 from keras_fvae.model.inference import remove_adapter
@@ -78,6 +79,7 @@ __all__ = [
     "adapter_disabled",
     "adapter_layout_map",
     "adapter_sampling",
+    "adapter_scale",
     "adapter_summary",
     "enable_adapter",
     "enable_fvae_lora",

@@ -131,9 +131,7 @@ def test_the_task_loss_is_what_is_left_of_the_loss(xy, rng):
     schedule = keras_fvae.FVAELoRASchedule(
         elbo_weight=lambda step: 0.1 * (1 + step)
     )
-    history = fit(
-        model, xy, [schedule, keras_fvae.FVAELoRAMonitor()], epochs=2
-    )
+    history = fit(model, xy, [schedule, keras_fvae.FVAELoRAMonitor()], epochs=2)
     task = np.square(model.predict(xy[0], verbose=0) - xy[1]).mean()
     np.testing.assert_allclose(history["task_loss"], task, rtol=1e-3)
     assert np.abs(np.array(history["loss"]) - task).min() > 0.1

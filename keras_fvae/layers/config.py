@@ -62,6 +62,20 @@ class AdapterConfig:
         """Float, the factor of the update."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def scaled(self, factor):
+        """A config whose updates weigh more by a factor, a positive float.
+
+        Raises:
+            ValueError: If the method has no `alpha`.
+        """
+        if "alpha" not in self.get_config():
+            raise ValueError(
+                f"{self.method_name} has no `alpha`, so that its updates "
+                "cannot weigh more or less."
+            )
+        alpha = self.rank if self.alpha is None else self.alpha
+        return dataclasses.replace(self, alpha=factor * alpha)
+
     def for_layer(self, index, num_layers):
         """The config of one of several adapted layers: its share, its seed.
 

@@ -125,38 +125,69 @@ def inside_record():
     return _is_inside_record.set_to(True)
 
 
+def _steps_of(model, name):
+    """Dict of what is switched, and of scales, to a compiled step."""
+    return vars(model).setdefault(f"{name}s_by_what_is_switched", {})
+
+
 def _by_what_is_switched(name):
     """A property that holds a compiled step, one for each set of adapters.
 
-    Of those that are off or sample: a step that was traced without an adapter
-    knows nothing of it.
+    Of those that are off or sample, and for each set of scales: a step that
+    was traced without an adapter knows nothing of it.
     """
 
-    def steps_of(model):
-        return vars(model).setdefault(f"{name}s_by_what_is_switched", {})
-
     def key_of(model):
-        if not switching.is_switched():
-            return frozenset()
-        return switching.ids_switched(adapted_layers(model))
+        ids = frozenset()
+        if switching.is_switched():
+            ids = switching.ids_switched(adapted_layers(model))
+        return ids, model.adapter_scales
 
     def get(model):
-        return steps_of(model).get(key_of(model))
+        return _steps_of(model, name).get(key_of(model))
 
     def set(model, step):
         if step is None:
             # Whatever is new, it is new for all.
-            steps_of(model).clear()
+            _steps_of(model, name).clear()
         else:
-            steps_of(model)[key_of(model)] = step
+            _steps_of(model, name)[key_of(model)] = step
 
     return property(get, set)
+
+
+def set_configs(layers, configs):
+    """Gives adapters other scales, each of which has compiled steps.
+
+    Args:
+        layers: List of adapted layers.
+        configs: List of configs, which differ from theirs in `alpha` alone.
+    """
+    models = training.known_models_with(layers)
+    for model in models:
+        if model.adapter_scales is None:
+            # What was compiled so far was so for these scales.
+            scales = _scales_of(model)
+            for name in STEPS:
+                steps = _steps_of(model, name)
+                for ids, _ in [*steps]:
+                    steps[ids, scales] = steps.pop((ids, None))
+    for layer, config in zip(layers, configs):
+        layer.adapter.config = config
+    for model in models:
+        model.adapter_scales = _scales_of(model)
+
+
+def _scales_of(model):
+    return tuple(layer.config.scale for layer in adapted_layers(model))
 
 
 class AdaptedModel(AdaptedContainer):
     """A `keras.Model` with adapted layers inside it."""
 
     knows_outer_masks = False
+    # Those of the adapted layers, as soon as one of them was changed.
+    adapter_scales = None
 
     def __call__(self, *args, **kwargs):
         training = kwargs.get("training")

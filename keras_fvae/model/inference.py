@@ -2,6 +2,7 @@
 
 from keras_fvae.layers import attach
 from keras_fvae.layers import switching
+from keras_fvae.layers.config import is_finite
 from keras_fvae.model import containers
 from keras_fvae.model import lookup
 from keras_fvae.model import training
@@ -154,6 +155,72 @@ def adapter_disabled(model):
     ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
     """
     return switching.switched_off(lookup.require_adapted_layers(model))
+
+
+def adapter_scale(model, factor):
+    """Makes the updates of all adapters weigh more, or less.
+
+    For good, or inside a `with` block: `alpha` of each adapter is multiplied
+    by the factor, so that what is saved, finalized or merged has it, too.
+    Steps are compiled once for each factor, and kept.
+
+    Args:
+        model: `keras.Model` or layer with adapted layers, changed in place.
+        factor: Positive float. 1 leaves the updates as they are; two factors
+            one after the other multiply.
+
+    Returns:
+        A context manager, after whose block the updates weigh what they did.
+
+    Raises:
+        ValueError: If no layer is adapted, `factor` is not positive, or the
+            method has no `alpha`, such as HiRA.
+        TypeError: If `model` is no Keras model or layer.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_fvae_lora(model, rank=2)
+    >>> with keras_fvae.adapter_scale(model, 0.5):
+    ...     predictions = model.predict(np.ones((1, 4)), verbose=0)
+    >>> layer_scale = keras_fvae.adapter_scale(model, 2.0)
+    >>> model.layers[0].config.scale
+    2.0
+    """
+    layers = lookup.require_adapted_layers(model)
+    if not is_finite(factor) or factor <= 0:
+        raise ValueError(
+            "`factor` must be a positive number. Received: "
+            f"factor={factor!r}. To do without the adapters, use "
+            "`adapter_disabled`."
+        )
+    training.refuse_while_running(layers)
+    return _Scaled(layers, factor)
+
+
+class _Scaled:
+    """What `adapter_scale` returns: the block ends with the former configs."""
+
+    def __init__(self, layers, factor):
+        self._layers = layers
+        self._previous = [(layer.adapter, layer.config) for layer in layers]
+        containers.set_configs(
+            layers, [config.scaled(factor) for _, config in self._previous]
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        # Adapters may have been removed or replaced inside the block.
+        pairs = [
+            (layer, config)
+            for layer, (adapter, config) in zip(self._layers, self._previous)
+            if getattr(layer, "adapter", None) is adapter
+        ]
+        containers.set_configs(*zip(*pairs) if pairs else ([], []))
 
 
 def _named_refusals(what, layer):

@@ -35,8 +35,11 @@ class LayerSummary:
 
     @property
     def method(self):
-        """String, the method and the rank."""
-        return f"{self.config.method_name} of rank {self.config.rank}"
+        """String, the method, the rank, and the scale if it is not 1."""
+        method = f"{self.config.method_name} of rank {self.config.rank}"
+        if self.config.scale != 1:
+            method += f", scale {self.config.scale:g}"
+        return method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,6 +182,19 @@ def remember_training(model):
         choose(weight)
 
 
+def known_models_with(layers):
+    """List of the models with adapters that hold one of the layers."""
+    layer_ids = {id(layer) for layer in layers}
+    return [
+        model
+        for model in known_models
+        if any(
+            id(layer) in layer_ids
+            for layer in keras_internals.flatten_layers(model)
+        )
+    ]
+
+
 def living_models_with(layers):
     """Every model that holds one of the layers, such as a backbone's task.
 
