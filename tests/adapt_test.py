@@ -213,7 +213,9 @@ def test_a_shared_layer_is_adapted_once(rng):
 def test_one_objective_and_one_seed_for_each_layer(bert):
     bert.backbone.enable_fvae_lora(elbo_weight=0.4, seed=10, **SMALL)
     configs = [layer.config for layer in adapted_layers(bert)]
-    assert [c.elbo_weight for c in configs] == [0.1] * 4
+    assert [c.elbo_weight for c in configs] == [0.4] * 4
+    weights = [la.adapter.fvae.loss_weight for la in adapted_layers(bert)]
+    np.testing.assert_allclose([float(w) for w in weights], [0.1] * 4)
     assert [c.seed for c in configs] == [10, 11, 12, 13]
     kernels = [to_numpy(lyr.adapter.kernel_b) for lyr in adapted_layers(bert)]
     assert not np.allclose(kernels[0], kernels[1])
@@ -240,7 +242,7 @@ def test_summary_counts_parameters():
     assert summary.base_parameters == 768 * 768 + 768
     assert summary.total_parameters == summary.base_parameters + adapter
     text = str(summary)
-    assert "FVAE-LoRA of rank 16 on 1 layers" in text
+    assert "FVAE-LoRA of rank 16 on 1 layer, as made" in text
     assert "  query\n" in text
     assert "24,864  (4.21 % of the base model)" in text
 
@@ -280,7 +282,10 @@ def with_equation():
 
 
 class Custom(keras.layers.Dense):
-    """Not exactly a Dense: it may compute anything."""
+    """Not exactly a Dense: it computes something else."""
+
+    def call(self, inputs, training=None):
+        return super().call(2 * inputs, training)
 
 
 def with_custom():

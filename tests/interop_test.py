@@ -76,7 +76,7 @@ def test_settings_of_the_authors_code(vit):
         dropout=0.0,
         gamma_weight=(0.25, 0.25),
         gamma_estimator="monte_carlo",
-        elbo_weight=1e-3 / 6,
+        elbo_weight=1e-3,
     )
 
 

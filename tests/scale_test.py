@@ -120,7 +120,9 @@ def test_summaries_show_the_scale(rng):
     model, _ = make_model(rng, CONFIGS["rslora"])
     keras_fvae.adapter_scale(model, 0.5)
     text = str(keras_fvae.adapter_summary(model))
-    assert text.startswith("rsLoRA of rank 2, scale 0.707107, trained, on 1")
+    assert text.startswith(
+        "rsLoRA of rank 2, scale 0.707107 on 1 layer, trained"
+    )
 
 
 def test_methods_without_an_alpha(rng):

@@ -68,8 +68,7 @@ def test_the_loss_follows_the_schedules(jit_compile, xy, rng):
                 + 0.5 * log_p1
             )
     assert history["fvae_loss"][1] == pytest.approx(np.mean(losses), rel=2e-3)
-    # Two layers share the weight.
-    np.testing.assert_allclose(weights_of(model), [[0.1, 3.0, 0.5, 0.0]] * 2)
+    np.testing.assert_allclose(weights_of(model), [[0.2, 3.0, 0.5, 0.0]] * 2)
 
 
 class CountTraces(keras.layers.Layer):

@@ -210,19 +210,18 @@ def test_settings_of_training(rng, x, tmp_path):
         model, tmp_path / FILE, elbo_weight=4e-3, dropout=0.2, seed=7
     )
     layers = lookup.adapted_layers(model)
-    # In the units that `enable_adapter` takes.
-    assert [layer.config.elbo_weight for layer in layers] == [2e-3, 2e-3]
+    assert [layer.config.elbo_weight for layer in layers] == [4e-3, 4e-3]
     assert [layer.config.seed for layer in layers] == [7, 8]
     assert {layer.config.dropout for layer in layers} == {0.2}
     np.testing.assert_array_equal(predict(model, x), expected)
     # A model that is adapted with others keeps them.
     keras_fvae.load_adapter(model, tmp_path / FILE)
-    assert [layer.config.elbo_weight for layer in layers] == [2e-3, 2e-3]
-    with pytest.raises(ValueError, match="elbo_weight=0.5.*replace=True"):
+    assert [layer.config.elbo_weight for layer in layers] == [4e-3, 4e-3]
+    with pytest.raises(ValueError, match="elbo_weight=1.0.*replace=True"):
         keras_fvae.set_adapter(model, state, elbo_weight=1.0)
     keras_fvae.set_adapter(model, state, replace=True, elbo_weight=1.0)
     layers = lookup.adapted_layers(model)
-    assert [layer.config.elbo_weight for layer in layers] == [0.5, 0.5]
+    assert [layer.config.elbo_weight for layer in layers] == [1.0, 1.0]
     np.testing.assert_array_equal(predict(model, x), expected)
 
 
@@ -463,7 +462,7 @@ def test_summaries(rng):
         trainable_layer_names=["head"],
     )  # fmt: skip
     lines = str(summary).splitlines()
-    assert lines[0] == "FVAE-LoRA of rank 2, as made, on 2 layers:"
+    assert lines[0] == "FVAE-LoRA of rank 2 on 2 layers, as made:"
     assert [line.split("/")[-1] for line in lines[1:3]] == ["query", "value"]
     assert lines[3:7] == [
         "Train besides:",
@@ -474,7 +473,7 @@ def test_summaries(rng):
     move_adapters(model, rng)
     with keras_fvae.adapter_disabled(model):
         text = str(keras_fvae.adapter_summary(model))
-    assert "of rank 2, trained, on 2 layers" in text
+    assert "of rank 2 on 2 layers, trained" in text
     assert text.count("(off)") == 2
     keras_fvae.finalize_adapter(model)
     assert "finalized" in str(keras_fvae.adapter_summary(model))

@@ -325,3 +325,56 @@ def test_torch_sees_every_trainable_weight_as_a_parameter(
         parameters = {id(parameter) for parameter in model.parameters()}
         for weight in model.trainable_weights:
             assert id(weight.value) in parameters, weight.path
+
+
+def make_tower(name):
+    return keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(8, name="query")], name=name
+    )
+
+
+def around(layers):
+    inputs = keras.Input((8,))
+    x = inputs
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+def loss_weights(model):
+    return [
+        float(layer.adapter.fvae.loss_weight) for layer in adapted_layers(model)
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind", ["at once", "by parts", "by parts, before", "as layers"]
+)
+def test_layers_share_the_weight_however_they_were_adapted(kind, rng):
+    options = {"elbo_weight": 0.6, **SMALL}
+    towers = [make_tower(name) for name in "abc"]
+    if kind == "as layers":
+        config = keras_fvae.FVAELoRAConfig(**options)
+        towers = [keras_fvae.FVAELoRADense(8, config=config) for _ in "abc"]
+    if kind == "by parts, before":
+        for tower in towers:
+            keras_fvae.enable_fvae_lora(tower, **options)
+    model = around(towers)
+    if kind == "at once":
+        keras_fvae.enable_fvae_lora(model, **options)
+    if kind == "by parts":
+        for tower in towers:
+            keras_fvae.enable_fvae_lora(tower, **options)
+    x = rng.normal(size=(4, 8)).astype("float32")
+    # As in a loop of one's own.
+    model(x, training=True)
+    assert loss_weights(model) == pytest.approx([0.2] * 3)
+    model.compile("sgd", "mse")
+    model.fit(x, np.zeros((4, 3)), verbose=0)
+    assert loss_weights(model) == pytest.approx([0.2] * 3)
+    if kind != "as layers":
+        # What trains by itself has the whole weight.
+        towers[0].compile("sgd", "mse")
+        towers[0].fit(x, x, verbose=0)
+        assert loss_weights(towers[0]) == pytest.approx([0.6])
+        model.fit(x, np.zeros((4, 3)), verbose=0)

@@ -32,8 +32,8 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
     put it before such callbacks in the list. All are means over the steps of
     the epoch and over the adapted layers, with latents drawn as in training:
 
-    - `fvae_loss`: the negated objective, of which `elbo_weight` times this is
-      part of `loss`.
+    - `fvae_loss`: the negated objective, `elbo_weight` times which is part of
+      `loss`.
     - `negative_log_likelihood`, `kl_z1`, `gamma`: its terms.
     - `wasserstein`: the squared 2-Wasserstein distance of q1 and q2.
     - `active_units`: how many units of z1 vary from token to token (the
@@ -245,7 +245,7 @@ def _health(layer, terms):
 def _constant(layer):
     """What log 2 pi, which pulls at nothing, is of what a layer adds."""
     fvae, config = layer.adapter.fvae, layer.config
-    weight = float(ops.convert_to_numpy(fvae.coefficients.elbo_weight))
+    weight = float(ops.convert_to_numpy(fvae.loss_weight))
     is_weighted = config.objective == "fvae"
     reconstruction_weight = config.reconstruction_weight if is_weighted else 1.0
     width = fvae.feature_weights.shape[0]

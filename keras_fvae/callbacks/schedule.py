@@ -22,7 +22,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
         elbo_weight: Optional
             `keras.optimizers.schedules.LearningRateSchedule`, or function
             that takes the step, an integer, and returns a number: the
-            `elbo_weight` of the model, which its layers share.
+            `elbo_weight`.
         kl_weight: Optional schedule or function for the `kl_weight`.
         gamma_weight: Optional schedule or function for the `gamma_weight`;
             a function may also return a pair of numbers.
@@ -91,8 +91,6 @@ class FVAELoRASchedule(keras.callbacks.Callback):
         if values == self._values:
             return
         self._values = dict(values)
-        if "elbo_weight" in values:
-            values["elbo_weight"] /= len(self._layers)
         try:
             configs = [
                 dataclasses.replace(layer.config, **values)

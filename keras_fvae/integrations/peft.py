@@ -219,9 +219,7 @@ def load_peft_adapter(model, directory):
     training.refuse_while_running(layers.values())
     head = _match_head(model, architecture, head_tensors)
     adapters = [
-        build_adapter(
-            layer, config.for_layer(index, len(layers)), starts_anew=False
-        )
+        build_adapter(layer, config.for_layer(index), starts_anew=False)
         for index, layer in enumerate(layers.values())
     ]
     # From here on nothing is refused.
@@ -404,7 +402,7 @@ def config_to_peft(configs):
         "lambda_z2_l2": _rounded(
             config.gamma_weights[1] * rank / 2 / config.prior_std**2
         ),
-        "lambda_downstream": _rounded(1 / (config.elbo_weight * len(configs))),
+        "lambda_downstream": _rounded(1 / config.elbo_weight),
         "num_of_z_sampled": config.num_samples,
         "scalar_decoder_std": True,
     }

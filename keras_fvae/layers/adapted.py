@@ -1,6 +1,7 @@
 """Dense layers with an adapter: frozen, and with what a method adds to them."""
 
 import functools
+import inspect
 import types
 
 import keras
@@ -262,11 +263,103 @@ def in_place_class(adapted_class):
     )
 
 
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class AdaptedSubclass(AdaptedLayer):
+    """A layer of a class that derives from Keras's, with an adapter.
+
+    What it is without the adapter is saved as that, by whatever name the class
+    is known.
+    """
+
+    plain_class = None
+
+    def get_config(self):
+        adapted_class = type(self)
+        self.__class__ = self.plain_class
+        try:
+            layer = keras.saving.serialize_keras_object(self)
+        finally:
+            self.__class__ = adapted_class
+        # What is loaded is built by the config of this layer.
+        layer.pop("build_config", None)
+        return {
+            "layer": layer,
+            "config": keras.saving.serialize_keras_object(self.config),
+            "finalized": self.adapter.finalized,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        # For its class, which may be known by a name of the user's.
+        plain = keras.saving.deserialize_keras_object(config["layer"])
+        # Made so, because Keras binds `build` when a layer is made.
+        layer = type(plain).from_config.__func__(
+            adapted_class_of(type(plain)), config["layer"]["config"]
+        )
+        layer._init_adapter(
+            keras.saving.deserialize_keras_object(config["config"])
+        )
+        layer.adapter.finalized = config["finalized"]
+        return layer
+
+
 # By the class of a plain layer.
 ADAPTED_CLASSES = {
     keras.layers.Dense: in_place_class(AdaptedDense),
     keras.layers.EinsumDense: in_place_class(AdaptedEinsumDense),
 }
+# What a class may not compute in another way than the one it derives from.
+COMPUTATIONS = ("__call__", "call", "quantized_call", "kernel")
+
+
+@functools.cache
+def adapted_class_of(plain_class):
+    """The class of layers of a class that have an adapter.
+
+    Args:
+        plain_class: Class, such as `keras.layers.Dense`, or one that derives
+            from it and computes the same.
+
+    Returns:
+        Class that derives from `AdaptedLayer` and from `plain_class`; `None`
+        if there is none.
+    """
+    if plain_class in ADAPTED_CLASSES:
+        return ADAPTED_CLASSES[plain_class]
+    computes_the_same = any(
+        issubclass(plain_class, base)
+        and all(
+            inspect.getattr_static(plain_class, name)
+            is inspect.getattr_static(base, name)
+            for name in COMPUTATIONS
+        )
+        for base in ADAPTED_CLASSES
+    )
+    if not computes_the_same or issubclass(plain_class, AdaptedLayer):
+        return None
+    adapted_class = type(
+        plain_class.__name__,
+        (AdaptedSubclass, plain_class),
+        {
+            "__module__": AdaptedSubclass.__module__,
+            "is_in_place": True,
+            "plain_class": plain_class,
+        },
+    )
+    # One name stands for all such classes, and for the one that loads them.
+    name = "AdaptedSubclass"
+    register = keras.saving.register_keras_serializable("keras_fvae", name)
+    register(adapted_class)
+    registered_name = keras.saving.get_registered_name(adapted_class)
+    keras.saving.get_custom_objects()[registered_name] = AdaptedSubclass
+    return adapted_class
+
+
+def plain_class_of(layer):
+    """The class of which an adapted layer is without its adapter."""
+    if isinstance(layer, AdaptedSubclass):
+        return layer.plain_class
+    return next(base for base in ADAPTED_CLASSES if isinstance(layer, base))
 
 
 def new_adapter(layer, config, finalized=False):

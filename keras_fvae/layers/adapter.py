@@ -43,6 +43,8 @@ class Adapter(keras.Layer):
 
     # What `FVAELoRAMonitor` has seen of it last, in a word.
     health = None
+    # Whether it adds a loss in training.
+    adds_loss = False
 
     # By the name of a weight, for each of its axes, which axes of the kernel
     # it has: "input" (contracted), "output" (carried) or `None`. On a mesh of
@@ -109,6 +111,13 @@ class Adapter(keras.Layer):
         Neither gets out of a function that the backend transforms.
         """
         return False
+
+    def share_loss(self, num_adapters):
+        """Says among how many adapters of a model the loss is shared.
+
+        Args:
+            num_adapters: Positive integer, how many add one.
+        """
 
     def is_drawn(self, training):
         """Whether what is random in the update is drawn: also to sample it."""

@@ -12,9 +12,11 @@ from keras_fvae.backend import replicas
 from keras_fvae.layers import sharding
 from keras_fvae.layers.adapted import ADAPTED_CLASSES
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import adapted_class_of
 from keras_fvae.layers.adapted import contraction_of
 from keras_fvae.layers.adapted import input_rank_of
 from keras_fvae.layers.adapted import new_adapter
+from keras_fvae.layers.adapted import plain_class_of
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.adapted import shard_like_kernel
 
@@ -38,17 +40,18 @@ def check_adaptable(layer):
         raise ValueError(
             f"The {what} is adapted by {layer.config.method_name} already."
         )
-    if type(layer) not in ADAPTED_CLASSES:
+    if adapted_class_of(type(layer)) is None:
         kind = f"of class `{type(layer).__name__}`"
         for base in ADAPTED_CLASSES:
             if isinstance(layer, base):
                 kind += (
-                    f", which derives from `{base.__name__}` and may compute "
+                    f", which derives from `{base.__name__}` and computes "
                     "something else"
                 )
         raise ValueError(
-            "Adapters fit layers of the classes `Dense` and `EinsumDense` "
-            f"themselves. The {what} is {kind}."
+            "Adapters fit layers of the classes `Dense` and `EinsumDense`, and "
+            f"of those that derive from them and keep their `call`. The {what} "
+            f"is {kind}."
         )
     if not layer.built:
         raise ValueError(
@@ -160,7 +163,7 @@ def attach_adapter(layer, adapter):
     """
     with keras_internals.unlocked(layer):
         layer.adapter = adapter
-    layer.__class__ = ADAPTED_CLASSES[type(layer)]
+    layer.__class__ = adapted_class_of(type(layer))
     layer.freeze_base()
 
 
@@ -172,9 +175,7 @@ def detach_adapter(layer):
     """
     keras_internals.untrack(layer, layer.adapter)
     del layer.adapter
-    layer.__class__ = next(
-        base for base in ADAPTED_CLASSES if isinstance(layer, base)
-    )
+    layer.__class__ = plain_class_of(layer)
 
 
 def merged_weights(layer):

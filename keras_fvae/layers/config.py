@@ -76,12 +76,11 @@ class AdapterConfig:
         alpha = self.rank if self.alpha is None else self.alpha
         return dataclasses.replace(self, alpha=factor * alpha)
 
-    def for_layer(self, index, num_layers):
-        """The config of one of several adapted layers: its share, its seed.
+    def for_layer(self, index):
+        """The config of one of several adapted layers, with a seed of its own.
 
         Args:
             index: Integer, which of the layers it is.
-            num_layers: Integer, how many there are.
 
         Returns:
             A config of the same class.

@@ -265,6 +265,7 @@ class AdaptedModel(AdaptedContainer):
 
     def make_train_function(self, *args, **kwargs):
         join_distribution(self)
+        training.share_losses(adapted_layers(self))
         training.remember_training(self)
         with _another_function(self, "train_step"):
             return super().make_train_function(*args, **kwargs)
@@ -482,10 +483,16 @@ def make_containers(model, layers):
     The layers inside the model, the model, and models that it is in.
     """
     containers = _ancestors(model, layers)
-    for container in containers:
+    # The largest model says the last word.
+    for container in sorted(containers, key=_num_layers):
         make_container(container)
+        training.share_losses(adapted_layers(container))
     for layer in [*layers, *containers]:
         keras_internals.publish_weights(layer)
+
+
+def _num_layers(layer):
+    return len(keras_internals.flatten_layers(layer))
 
 
 def _ancestors(model, layers):
@@ -562,4 +569,9 @@ def _signature(method):
     return signature.replace(parameters=parameters)
 
 
-call_context.on_unknown_container(make_container)
+def _make_unknown_container(model):
+    make_container(model)
+    training.share_losses(adapted_layers(model))
+
+
+call_context.on_unknown_container(_make_unknown_container)

@@ -76,7 +76,7 @@ def enable_adapter(
         "trainable_layer_names",
     )
     adapters = [
-        build_adapter(layer, config.for_layer(index, len(targets)))
+        build_adapter(layer, config.for_layer(index))
         for index, layer in enumerate(targets)
     ]
     _refuse_loops(tree, targets, adapters)

@@ -4,8 +4,8 @@ import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers import switching
-from keras_fvae.layers.adapted import ADAPTED_CLASSES
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import adapted_class_of
 
 
 def check_model(model):
@@ -91,5 +91,5 @@ def adaptable_layers(model):
     return [
         layer
         for layer in keras_internals.flatten_layers(model)
-        if type(layer) in ADAPTED_CLASSES
+        if adapted_class_of(type(layer)) is not None
     ]

@@ -16,7 +16,7 @@ from keras_fvae.model.tree import match_paths
 
 # Where the config of a model has the record.
 CONFIG_KEY = "keras_fvae"
-VERSION = 3
+VERSION = 4
 
 
 def describe(model):

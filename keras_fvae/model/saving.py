@@ -131,8 +131,7 @@ def set_adapter(
         strict: Boolean. Whether it is an error if the base model is not the
             one that the state was trained on, rather than a warning.
         **settings: Settings of training alone, such as `elbo_weight`,
-            `dropout` or `seed`, that are to be others than the state's, in the
-            units of the config: an `elbo_weight` is that of the whole model.
+            `dropout` or `seed`, that are to be others than the state's.
 
     Raises:
         ValueError: If the state does not fit the model, a setting is none of
@@ -497,16 +496,12 @@ def _with_settings(state, settings):
             )
     if not settings:
         return configs
-    changed = {}
-    for index, (path, config) in enumerate(configs.items()):
-        # The layer's share of each.
-        shared = dataclasses.replace(config, **settings).for_layer(
-            index, len(configs)
-        )
-        changed[path] = dataclasses.replace(
-            config, **{name: getattr(shared, name) for name in settings}
-        )
-    return changed
+    return {
+        path: dataclasses.replace(config, **settings).for_layer(index)
+        if "seed" in settings
+        else dataclasses.replace(config, **settings)
+        for index, (path, config) in enumerate(configs.items())
+    }
 
 
 def _difference(tree, layers, configs, state, settings):

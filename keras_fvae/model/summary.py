@@ -19,7 +19,7 @@ class LayerSummary:
 
     Args:
         path: String, the path of the layer.
-        config: Config of its adapter. An `elbo_weight` is the layer's share.
+        config: Config of its adapter.
         state: `"as made"`, when the update is 0 as it is at the start,
             `"trained"` or `"finalized"`.
         is_on: Boolean. `False` inside an `adapter_disabled` block.
@@ -91,9 +91,10 @@ class AdapterSummary:
         states = {layer.state for layer in self.layers}
         heading = methods.pop() if len(methods) == 1 else "Adapters"
         # What all have in common is said once.
+        heading += f" on {_plural(len(self.layers), 'layer')}"
         if len(states) == 1:
-            heading += f", {states.pop()},"
-        lines = [f"{heading} on {_plural(len(self.layers), 'layer')}:"]
+            heading += f", {states.pop()}"
+        lines = [f"{heading}:"]
         for layer in self.layers:
             words = [layer.method] if methods else []
             words += [layer.state] if states else []
@@ -154,7 +155,7 @@ def adapter_summary(model):
     ... )
     >>> summary = keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(2))
     >>> keras_fvae.adapter_summary(model)
-    LoRA of rank 2, as made, on 1 layer:
+    LoRA of rank 2 on 1 layer, as made:
       sequential/query
     Parameters:
       base model                       15

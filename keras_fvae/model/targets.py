@@ -195,6 +195,6 @@ def _list_derived(model):
     if not derived:
         return ""
     return (
-        " Not adapted are layers of classes that derive from those two, which "
-        f"may compute something else: {', '.join(derived)}."
+        " Not adapted are layers of classes that derive from those two and "
+        f"compute something else: {', '.join(derived)}."
     )

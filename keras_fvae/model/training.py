@@ -176,6 +176,17 @@ def _digest(weight):
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
+def share_losses(layers):
+    """Has the adapters of a model that add a loss share its weight.
+
+    Args:
+        layers: List of all adapted layers of the model.
+    """
+    adapters = [layer.adapter for layer in layers if layer.adapter.adds_loss]
+    for adapter in adapters:
+        adapter.share_loss(len(adapters))
+
+
 def remember_training(model):
     """Remembers what trains in a model, when it is about to train."""
     for weight in model.trainable_weights:

@@ -5,8 +5,8 @@ import functools
 import re
 
 from keras_fvae.backend import keras_internals
-from keras_fvae.layers.adapted import ADAPTED_CLASSES
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import adapted_class_of
 
 
 class LayerTree:
@@ -99,7 +99,10 @@ class LayerTree:
 
 def is_adaptable(layer):
     """Whether a layer is adapted, or of a class that can be."""
-    return isinstance(layer, AdaptedLayer) or type(layer) in ADAPTED_CLASSES
+    return (
+        isinstance(layer, AdaptedLayer)
+        or adapted_class_of(type(layer)) is not None
+    )
 
 
 def match_paths(recorded_paths, objects, name="", recorded_name=""):

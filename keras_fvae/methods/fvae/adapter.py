@@ -46,6 +46,7 @@ class FVAELoRAAdapter(LowRankAdapter):
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
+    adds_loss = True
     weight_axes = {
         "kernel_b": (None, "output"),
         "feature_weights": ("input", None),
@@ -114,6 +115,9 @@ class FVAELoRAAdapter(LowRankAdapter):
     def changes_state(self, training):
         return self.config.sample_at_inference or self.is_drawn(training)
 
+    def share_loss(self, num_adapters):
+        self.fvae.num_sharing = num_adapters
+
     @property
     def is_zero(self):
         arrays = self.get_arrays(finalized=True)
@@ -158,8 +162,7 @@ class FVAELoRAAdapter(LowRankAdapter):
         x = ops.reshape(x, (-1, x.shape[-1]))
         mask = masking.flatten_mask(frozen.find_mask(), frozen.token_shape)
         elbo = self.fvae.elbo(x, training=True, mask=mask)
-        elbo_weight = self.fvae.coefficients.elbo_weight
-        self._add_to_mean_loss(elbo_weight * elbo.loss)
+        self._add_to_mean_loss(self.fvae.loss_weight * elbo.loss)
         z1, _ = ops.unstack(elbo.z, 2, axis=-2)
         return z1
 

@@ -62,7 +62,8 @@ class FVAELoRAConfig(AdapterConfig):
         gamma_estimator: `"closed_form"` (exact) or `"monte_carlo"` (from the
             drawn latents). Defaults to `"closed_form"`.
         elbo_weight: Non-negative float. Weight of the objective in the
-            model's loss, shared among the adapted layers. Defaults to `1e-3`.
+            model's loss: of its mean over the layers of the model that trains
+            which have one, however they were adapted. Defaults to `1e-3`.
         num_samples: Positive integer. Draws of the latents per token in
             training. Defaults to `1`.
         rematerialize: Boolean. Whether training keeps little of the FVAE for
@@ -162,16 +163,6 @@ class FVAELoRAConfig(AdapterConfig):
         from keras_fvae.methods.fvae.adapter import FVAELoRAAdapter
 
         return FVAELoRAAdapter
-
-    def for_layer(self, index, num_layers):
-        """The config of one of several adapted layers, as in the base class.
-
-        The `elbo_weight` is shared among them.
-        """
-        return dataclasses.replace(
-            super().for_layer(index, num_layers),
-            elbo_weight=self.elbo_weight / num_layers,
-        )
 
     @property
     def hidden_units(self):

@@ -138,6 +138,8 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         self._initial_seed = choose_seed(self.config.seed)
         self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
         self.coefficients = None
+        # Among how many FVAEs of a model the weight of the ELBO is shared.
+        self.num_sharing = 1
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
         self.totals = None
 
@@ -283,6 +285,11 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
                 token_weights,
             )
         return elbo
+
+    @property
+    def loss_weight(self):
+        """Scalar tensor, the FVAE's share of the weight of the ELBO."""
+        return self.coefficients.elbo_weight / self.num_sharing
 
     @property
     def variables(self):
@@ -481,7 +488,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         terms = {
             **elbo.terms,
             "fvae_loss": elbo.loss,
-            "added_loss": self.coefficients.elbo_weight * elbo.loss,
+            "added_loss": self.loss_weight * elbo.loss,
             "wasserstein": token_mean(wasserstein, token_weights),
         }
         self.totals.add(terms, x, elbo.squared_error, q1, token_weights)
