@@ -11,6 +11,7 @@ def enable_fvae_lora(
     target_layer_names=None,
     *,
     trainable_layer_names=(),
+    exclude_layer_names=(),
     config=None,
     **config_options,
 ):
@@ -24,20 +25,17 @@ def enable_fvae_lora(
         model: `keras.Model` (or layer) that is built. Every `Dense` and
             `EinsumDense` layer inside it, at any depth, can be adapted.
         rank: Positive integer, width of the latents. Defaults to `16`.
-        target_layer_names: Which layers to adapt: a layer name (for a
-            layer without one, the name of the attribute that holds it), a
-            compiled regular expression that is searched for in `layer.path`, a
-            function that takes a layer and returns a boolean, or a list of
-            such. `None` (default) means the query and value projections of
-            attention, whatever they are called in KerasHub, and what a
-            backbone's `default_lora_layer_names()` says.
-        trainable_layer_names: Layers to train as well, in the same forms.
-            Everything else in `model` is frozen.
+        target_layer_names: Which layers to adapt, as in
+            `keras_fvae.enable_adapter`: names, expressions, functions,
+            `"all-linear"`, or a dict of such to ranks. `None` (default) means
+            the query and value projections of attention.
+        trainable_layer_names: Layers to train as well, as a name, expression,
+            function, or a list of such. Everything else in `model` is frozen.
+        exclude_layer_names: Layers not to adapt, in the same forms.
         config: Optional `keras_fvae.FVAELoRAConfig` with all settings, whose
             `rank` then counts.
         **config_options: Single fields of `keras_fvae.FVAELoRAConfig`, such
-            as `dropout=0.0`. The `elbo_weight` is shared among the adapted
-            layers; a `seed` is counted up from layer to layer.
+            as `dropout=0.0`. A `seed` is counted up from layer to layer.
 
     Returns:
         An `AdapterSummary`: the adapted layers and the parameter counts.
@@ -67,4 +65,5 @@ def enable_fvae_lora(
         resolve_config(rank, config, **config_options),
         target_layer_names,
         trainable_layer_names=trainable_layer_names,
+        exclude_layer_names=exclude_layer_names,
     )

@@ -204,7 +204,7 @@ def test_a_dense_layer_of_a_convolutional_model_can_be_named():
     model = keras_hub.models.ResNetImageClassifier(
         make("ResNetBackbone"), num_classes=3, preprocessor=None
     )
-    with pytest.raises(ValueError, match=r"can name are: \['predictions'\]"):
+    with pytest.raises(ValueError, match=r"can name are: \['predictions"):
         keras_fvae.enable_fvae_lora(model)
     summary = keras_fvae.enable_fvae_lora(
         model, target_layer_names="predictions"

@@ -143,6 +143,18 @@ def _print_epoch_without(on_epoch_end, prefixes, epoch, logs=None):
     on_epoch_end(epoch, shown)
 
 
+def output_layers(model):
+    """List of the layers that give the outputs of a model, where it says so.
+
+    A model that is a subclass does not.
+    """
+    within = model_within(model) or model
+    if not isinstance(within, Functional):
+        return []
+    tensors = keras.tree.flatten(within.outputs)
+    return [tensor._keras_history.operation for tensor in tensors]
+
+
 def model_within(model):
     """The functional model that a `keras.Sequential` makes of its layers.
 

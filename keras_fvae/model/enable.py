@@ -19,7 +19,12 @@ from keras_fvae.model.tree import LayerTree
 
 
 def enable_adapter(
-    model, config, target_layer_names=None, *, trainable_layer_names=()
+    model,
+    config,
+    target_layer_names=None,
+    *,
+    trainable_layer_names=(),
+    exclude_layer_names=(),
 ):
     """Adapts a model by a low-rank method, in place, and freezes all the rest.
 
@@ -35,19 +40,25 @@ def enable_adapter(
             layer without one, the name of the attribute that holds it), a
             compiled regular expression that is searched for in `layer.path`, a
             function that takes a layer and returns a boolean, or a list of
-            such. `None` (default) means the query and value projections of
-            attention, whatever they are called in KerasHub, and what a
-            backbone's `default_lora_layer_names()` says.
-        trainable_layer_names: Layers to train as well, in the same forms.
-            Everything else in `model` is frozen.
+            such. `"all-linear"` means all that can be adapted but the layers
+            that give the outputs of a task. A dict says besides how, for each
+            name, expression or function: by a rank, by fields of the config
+            such as `{"rank": 4, "alpha": 8}`, or by a config. `None` (default)
+            means the query and value projections of attention, whatever they
+            are called in KerasHub, and what a backbone's
+            `default_lora_layer_names()` says.
+        trainable_layer_names: Layers to train as well, as a name, expression,
+            function, or a list of such. Everything else in `model` is frozen.
+        exclude_layer_names: Layers not to adapt, in the same forms.
 
     Returns:
         An `AdapterSummary`: the adapted layers and the parameter counts.
 
     Raises:
-        ValueError: If nothing matches a name or expression, a layer that
-            matches cannot be adapted by the method, or the model is adapted
-            already. The model is then as it was.
+        ValueError: If nothing matches a name or expression, two entries of a
+            dict match one layer, a layer that matches cannot be adapted by the
+            method, or the model is adapted already. The model is then as it
+            was.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -60,12 +71,30 @@ def enable_adapter(
     ... )
     >>> [path.split("/")[-1] for path in summary.layer_paths]
     ['query', 'value']
+
+    In some blocks only, with a larger rank for the values:
+
+    >>> import re
+    >>> import keras_hub
+    >>> backbone = keras_hub.models.BertBackbone(
+    ...     50, num_layers=4, num_heads=2, hidden_dim=8, intermediate_dim=16
+    ... )
+    >>> summary = backbone.enable_adapter(
+    ...     keras_fvae.LoRAConfig(4),
+    ...     {
+    ...         re.compile("transformer_layer_[23]/.*/query"): 4,
+    ...         re.compile("transformer_layer_[23]/.*/value"): 8,
+    ...     },
+    ... )
+    >>> [layer.config.rank for layer in summary.layers]
+    [4, 8, 4, 8]
     """
     check_built(model)
     check_config(config)
     tree = LayerTree(model)
     refuse_if_adapted(tree)
-    targets = find_targets(model, target_layer_names)
+    pairs = find_targets(model, config, target_layer_names, exclude_layer_names)
+    targets = [layer for layer, _ in pairs]
     for layer in targets:
         check_adaptable(layer)
     refuse_while_running(targets)
@@ -76,8 +105,8 @@ def enable_adapter(
         "trainable_layer_names",
     )
     adapters = [
-        build_adapter(layer, config.for_layer(index))
-        for index, layer in enumerate(targets)
+        build_adapter(layer, layer_config.for_layer(index))
+        for index, (layer, layer_config) in enumerate(pairs)
     ]
     _refuse_loops(tree, targets, adapters)
     install(tree, targets, adapters, trainable_layers)

@@ -1,10 +1,14 @@
 """Which layers of a model to adapt: by name, expression, function, default."""
 
+import dataclasses
 import re
 
 import keras
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.config import check_config
+from keras_fvae.layers.config import is_integer
 from keras_fvae.model.lookup import adaptable_layers
 from keras_fvae.model.tree import is_adaptable
 
@@ -41,19 +45,26 @@ QUERY_AND_VALUE_NAMES = (
 )
 
 
-def find_targets(model, target_layer_names):
-    """The layers to adapt.
+# Every layer that can be adapted, but for the head.
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model, config, target_layer_names, exclude_layer_names=()):
+    """The layers to adapt, and how.
 
     Args:
         model: `keras.Model` or layer.
-        target_layer_names: As `keras_fvae.enable_fvae_lora` takes it.
+        config: Config of the method.
+        target_layer_names: As `keras_fvae.enable_adapter` takes it.
+        exclude_layer_names: The same.
 
     Returns:
-        List of layers, in their order in the model.
+        List of pairs of a layer and the config for it, in the order of the
+        layers in the model.
 
     Raises:
         ValueError: If there are none; the message lists what there is.
-        TypeError: If `target_layer_names` is of the wrong type.
+        TypeError: If an argument is of the wrong type.
     """
     candidates = adaptable_layers(model)
     if not candidates:
@@ -61,21 +72,94 @@ def find_targets(model, target_layer_names):
             f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
             f"adapt.{_list_derived(model)}"
         )
+    without = "nothing to adapt"
     if target_layer_names is None:
-        targets = _default_targets(model, candidates)
+        pairs = [(c, config) for c in _default_targets(model, candidates)]
         without = "no query or value projections by a name that is known"
+    elif isinstance(target_layer_names, dict):
+        pairs = _by_pattern(model, config, target_layer_names, candidates)
     else:
-        targets = match_layers(
-            model, target_layer_names, candidates, "target_layer_names"
-        )
-        without = "nothing to adapt"
+        if isinstance(target_layer_names, str) and (
+            target_layer_names == ALL_LINEAR
+        ):
+            layers = _all_but_the_head(model, candidates)
+        else:
+            layers = match_layers(
+                model, target_layer_names, candidates, "target_layer_names"
+            )
+        pairs = [(layer, config) for layer in layers]
+    excluded = match_layers(
+        model, exclude_layer_names, candidates, "exclude_layer_names"
+    )
+    excluded_ids = {id(layer) for layer in excluded}
+    targets = [pair for pair in pairs if id(pair[0]) not in excluded_ids]
     if not targets:
         raise ValueError(
             f"Model '{model.name}' has {without}. Received: "
-            f"target_layer_names={target_layer_names!r}. "
-            f"{_list_names(model, candidates)}"
+            f"target_layer_names={target_layer_names!r}, exclude_layer_names="
+            f"{exclude_layer_names!r}. {_list_names(model, candidates)}"
         )
     return targets
+
+
+def _by_pattern(model, config, patterns, candidates):
+    """Pairs of a layer and its config, by what a dict says of each pattern."""
+    chosen = {}
+    for pattern, changes in patterns.items():
+        layers = match_layers(
+            model, [pattern], candidates, "target_layer_names"
+        )
+        changed = _changed_config(config, pattern, changes)
+        for layer in layers:
+            if id(layer) in chosen:
+                other, _ = chosen[id(layer)]
+                raise ValueError(
+                    "In `target_layer_names` two patterns match the layer "
+                    f"'{layer.path}': {other!r} and {pattern!r}. Make them "
+                    "such that each layer has one."
+                )
+            chosen[id(layer)] = pattern, changed
+    return [
+        (layer, chosen[id(layer)][1])
+        for layer in candidates
+        if id(layer) in chosen
+    ]
+
+
+def _changed_config(config, pattern, changes):
+    """The config for the layers of a pattern."""
+    if isinstance(changes, AdapterConfig):
+        check_config(changes)
+        return changes
+    if is_integer(changes):
+        changes = {"rank": changes}
+    if not isinstance(changes, dict):
+        raise TypeError(
+            f"In `target_layer_names` the value of {pattern!r} must be a rank, "
+            "a config, or a dict of fields of the config, such as "
+            f"{{'rank': 4, 'alpha': 8}}. Received: {changes!r} (of type "
+            f"{type(changes)})"
+        )
+    try:
+        return dataclasses.replace(config, **changes)
+    except TypeError as error:
+        fields = sorted(config.get_config())
+        raise TypeError(
+            f"In `target_layer_names` the value of {pattern!r} may have these "
+            f"fields of `{type(config).__name__}`: {fields}. Received: "
+            f"{changes!r}"
+        ) from error
+
+
+def _all_but_the_head(model, candidates):
+    """The candidates that do not give the outputs of a task.
+
+    A backbone has no head: what gives its outputs is adapted.
+    """
+    if hasattr(model, "default_lora_layer_names"):
+        return candidates
+    head_ids = {id(layer) for layer in keras_internals.output_layers(model)}
+    return [layer for layer in candidates if id(layer) not in head_ids]
 
 
 def match_layers(model, choices, candidates, argument):
@@ -172,12 +256,15 @@ def _list_names(model, candidates):
         for name, value in keras_internals.attributes_of(holder).items()
         if isinstance(value, keras.Layer)
     }
-    names = {
-        attributes.get(id(layer), layer.name)
-        if _is_unnamed(layer)
-        else layer.name
-        for layer in candidates
-    }
+    names = set()
+    for layer in candidates:
+        attribute = attributes.get(id(layer), layer.name)
+        if _is_unnamed(layer):
+            names.add(attribute)
+        elif attribute in (layer.name, f"_{layer.name}"):
+            names.add(layer.name)
+        else:
+            names.add(f"{layer.name} (held as `{attribute}`)")
     return (
         f"The layers that it can name are: {sorted(names)}."
         f"{_list_derived(model)}"
