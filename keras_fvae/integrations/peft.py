@@ -113,7 +113,9 @@ def load_peft_adapter(model, directory):
     return summarize(backbone)
 
 
-def save_peft_adapter(model, directory, *, as_lora=False):
+def save_peft_adapter(
+    model, directory, *, as_lora=False, transformers_version=4
+):
     """Saves adapters, and the head, as PEFT reads them.
 
     FVAE-LoRA as the authors' fork of PEFT reads it; LoRA, rsLoRA, FFA-LoRA,
@@ -127,11 +129,15 @@ def save_peft_adapter(model, directory, *, as_lora=False):
             the plain LoRA that it is at inference, which PEFT itself reads,
             and what serves PEFT's adapters. The offset of its update becomes a
             bias of B (`lora_bias`). Defaults to `False`.
+        transformers_version: `4` (default) or `5`, the version of transformers
+            whose names the layers get. They differ for ViT and DINOv2, and
+            PEFT says that no module was targeted if they are the other's.
 
     Raises:
         ValueError: If no layer is adapted, the architecture or an adapted
-            layer has no name there, the layers have several methods, or the
-            method or its settings have no counterpart there.
+            layer has no name there, the layers have several methods, the
+            method or its settings have no counterpart there, or an argument
+            is not allowed.
 
     Example:
 
@@ -147,10 +153,17 @@ def save_peft_adapter(model, directory, *, as_lora=False):
     """
     lookup.check_model(model)
     directory = check_local(directory, "directory")
+    if transformers_version not in (4, 5):
+        raise ValueError(
+            "`transformers_version` must be 4 or 5. Received: "
+            f"transformers_version={transformers_version!r}"
+        )
     backbone = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     adapted = lookup.require_adapted_layers(backbone)
-    modules = modules_of(LayerTree(backbone), architecture)
+    modules = modules_of(
+        LayerTree(backbone), architecture, newer=transformers_version == 5
+    )
     chosen = _modules_with(adapted, modules)
     root = "" if backbone is model else architecture.roots[0]
     is_fvae = isinstance(adapted[0].config, FVAELoRAConfig) and not as_lora
