@@ -242,7 +242,7 @@ def test_summary_counts_parameters():
     assert summary.base_parameters == 768 * 768 + 768
     assert summary.total_parameters == summary.base_parameters + adapter
     text = str(summary)
-    assert "FVAE-LoRA of rank 16 on 1 layer, as made" in text
+    assert "FVAE-LoRA of rank 16 on 1 layers, as made" in text
     assert "  query\n" in text
     assert "24,864  (4.21 % of the base model)" in text
 

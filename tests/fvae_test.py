@@ -12,7 +12,7 @@ from helpers import value_and_gradients
 from keras import ops
 
 import keras_fvae
-from keras_fvae.integrations.peft import config_from_peft
+from keras_fvae.integrations.peft_fvae import config_from_peft
 from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.layout import REFERENCE_STD
 from keras_fvae.methods.fvae.layout import reference_views

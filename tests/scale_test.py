@@ -121,7 +121,7 @@ def test_summaries_show_the_scale(rng):
     keras_fvae.adapter_scale(model, 0.5)
     text = str(keras_fvae.adapter_summary(model))
     assert text.startswith(
-        "rsLoRA of rank 2, scale 0.707107 on 1 layer, trained"
+        "rsLoRA of rank 2, scale 0.707107 on 1 layers, trained"
     )
 
 

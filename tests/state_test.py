@@ -522,7 +522,7 @@ def test_the_summary_has_the_word_of_the_monitor(rng, x):
 
 
 def fit(model, x, callbacks, **options):
-    model.compile(keras.optimizers.SGD(0.01), "mse")
+    model.compile(keras.optimizers.SGD(0.001), "mse")
     return model.fit(
         x, np.ones((4, 3)), validation_data=(x, np.ones((4, 3))), verbose=0,
         callbacks=callbacks, **options,
@@ -536,6 +536,7 @@ def test_checkpoints_of_each_epoch(rng, x, tmp_path):
         tmp_path / "made" / "{epoch:02d}-{val_loss:.2f}.safetensors"
     )
     history = fit(model, x, [checkpoint], epochs=3)
+    assert np.isfinite(history["loss"]).all()
     names = sorted(path.name for path in (tmp_path / "made").iterdir())
     assert names == [
         f"{epoch:02d}-{loss:.2f}.safetensors"

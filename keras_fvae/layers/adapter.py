@@ -125,8 +125,8 @@ class Adapter(keras.Layer):
 
     @property
     def is_zero(self):
-        """Boolean, whether the update is 0, as it is at the start."""
-        raise NotImplementedError
+        """Boolean, whether the update is known to be 0, as at the start."""
+        return False
 
     @property
     def is_trainable(self):

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 SUFFIX = ".safetensors"
 FORMAT = "keras_fvae.adapter"
-VERSION = 2
+VERSION = 1
 # How safetensors calls what a file may hold. Narrow floats are widened.
 DTYPES = ("F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 DTYPES += ("BOOL",)

@@ -91,7 +91,7 @@ class AdapterSummary:
         states = {layer.state for layer in self.layers}
         heading = methods.pop() if len(methods) == 1 else "Adapters"
         # What all have in common is said once.
-        heading += f" on {_plural(len(self.layers), 'layer')}"
+        heading += f" on {len(self.layers)} layers"
         if len(states) == 1:
             heading += f", {states.pop()}"
         lines = [f"{heading}:"]
@@ -155,7 +155,7 @@ def adapter_summary(model):
     ... )
     >>> summary = keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(2))
     >>> keras_fvae.adapter_summary(model)
-    LoRA of rank 2 on 1 layer, as made:
+    LoRA of rank 2 on 1 layers, as made:
       sequential/query
     Parameters:
       base model                       15
@@ -227,10 +227,6 @@ def _summarize_layer(layer):
         not switching.is_off(layer),
         adapter.health,
     )
-
-
-def _plural(number, noun):
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _count(weights):
