@@ -1,6 +1,7 @@
 """Low-rank adapters for Keras 3: FVAE-LoRA and the family around it."""
 
 import importlib
+import importlib.metadata
 
 from keras_fvae.analysis.groups import WorstGroupAccuracy
 from keras_fvae.analysis.groups import evaluate_groups
@@ -12,6 +13,8 @@ from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
 from keras_fvae.fvae_lora import enable_fvae_lora
 from keras_fvae.integrations import keras_hub
+from keras_fvae.integrations.hub import download_adapter
+from keras_fvae.integrations.hub import upload_adapter
 from keras_fvae.integrations.imports import when_imported
 from keras_fvae.integrations.peft import load_peft_adapter
 from keras_fvae.integrations.peft import save_peft_adapter
@@ -53,7 +56,13 @@ def __getattr__(name):
     # Only when it is asked for, since it takes matplotlib.
     if name == "plots":
         return importlib.import_module("keras_fvae.analysis.plots")
+    if name == "__version__":
+        return importlib.metadata.version("keras-fvae")
     raise AttributeError(f"module 'keras_fvae' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted([*__all__, "__version__", "plots"])
 
 
 __all__ = [
@@ -81,6 +90,7 @@ __all__ = [
     "adapter_sampling",
     "adapter_scale",
     "adapter_summary",
+    "download_adapter",
     "enable_adapter",
     "enable_fvae_lora",
     "evaluate_groups",
@@ -98,4 +108,5 @@ __all__ = [
     "save_adapter",
     "save_peft_adapter",
     "set_adapter",
+    "upload_adapter",
 ]

@@ -108,3 +108,11 @@ def test_only_the_backend_floor_asks_for_the_backend(private):
     for module, path in MODULES.items():
         if room(module) != "backend":
             assert private not in path.read_text(), module
+
+
+@pytest.mark.always_one_backend
+def test_dir_shows_the_public_names_alone():
+    shown = {*dir(keras_fvae)}
+    assert shown == {*keras_fvae.__all__, "__version__", "plots"}
+    assert all(hasattr(keras_fvae, name) for name in shown)
+    assert keras_fvae.__version__.count(".") == 2
