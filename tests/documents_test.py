@@ -41,7 +41,7 @@ def test_python_of_the_readme(example, tmp_path, monkeypatch):
 
 @pytest.mark.always_one_backend
 def test_the_readme_has_examples():
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 6
     assert "model.backbone.enable_fvae_lora(rank=16)" in blocks("python")[0]
 
 

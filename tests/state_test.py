@@ -1,6 +1,8 @@
 """Adapters as values: several on one base, put where they fit."""
 
+import copy
 import pathlib
+import pickle
 import re
 import time
 
@@ -448,6 +450,32 @@ def test_a_state_says_what_it_is(rng, tmp_path):
     assert "for inference alone" in str(inference)
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_state_is_a_value(method, rng, x):
+    model = make_model(rng)
+    adapt(model, rng, CONFIGS[method])
+    state, expected = keras_fvae.get_adapter(model), predict(model, x)
+    keras_fvae.set_adapter(model, state)
+    with pytest.raises(TypeError):
+        state.arrays["layers/query/kernel_b"] = None
+    with pytest.raises(ValueError, match="read-only"):
+        state.arrays["layers/query/kernel_b"][:] = 0
+    keras_fvae.remove_adapter(model)
+    for copied in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        keras_fvae.set_adapter(model, copied, replace=True)
+        np.testing.assert_array_equal(predict(model, x), expected)
+
+
+def test_a_known_state_does_not_pass_over_a_scale(rng):
+    model = make_model(rng)
+    adapt(model, rng)
+    state = keras_fvae.get_adapter(model)
+    keras_fvae.set_adapter(model, state)
+    keras_fvae.adapter_scale(model, 0.5)
+    with pytest.raises(ValueError, match="alpha=None, the model alpha=1.0"):
+        keras_fvae.set_adapter(model, state)
+
+
 @pytest.mark.one_backend
 @pytest.mark.parametrize("state", [None, "task.safetensors", {}, 3])
 def test_what_is_no_state(state, rng):
@@ -636,6 +664,9 @@ def test_checkpoints_of_models_that_have_none(rng, x, tmp_path):
         path, "val_accuracy", save_best_only=True
     )
     with pytest.raises(ValueError, match="one of what is logged.*'val_loss'"):
+        fit(model, x, [checkpoint])
+    checkpoint = keras_fvae.AdapterCheckpoint("{nothing}.safetensors")
+    with pytest.raises(ValueError, match="names 'nothing'.*'val_loss'"):
         fit(model, x, [checkpoint])
     keras_fvae.save_adapter(model, path)
     checkpoint = keras_fvae.AdapterCheckpoint(path, resume=True)

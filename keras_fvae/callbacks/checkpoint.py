@@ -42,7 +42,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is not allowed; in `fit`, if no layer of the
-            model is adapted, or `monitor` is not in the logs.
+            model is adapted, or what `monitor` or `filepath` names is not in
+            the logs.
         TypeError: If `filepath` is no path.
 
     Example:
@@ -114,13 +115,22 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 "value": float(value),
                 "epoch": epoch + 1,
             }
-        filepath = self.filepath.format(epoch=epoch + 1, **logs)
+        filepath = self._name(epoch, logs)
         os.makedirs(os.path.dirname(filepath) or ".", exist_ok=True)
         state = saving.get_adapter(self.model, self.include)
         state = AdapterState(
             {**state.record, "checkpoint": checkpoint}, state.arrays
         )
         saving.write(self.model, state, filepath)
+
+    def _name(self, epoch, logs):
+        try:
+            return self.filepath.format(epoch=epoch + 1, **logs)
+        except KeyError as error:
+            raise ValueError(
+                f"`filepath` names {error}, which is none of what is logged: "
+                f"{[*logs]}. Received: filepath={self.filepath!r}"
+            ) from error
 
     def _is_better(self, value):
         if math.isnan(value):

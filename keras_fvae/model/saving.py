@@ -395,6 +395,8 @@ class _KnownVariables:
     def __init__(self, layers, owners):
         self.layers = layers
         self.adapters = [layer.adapter for layer in layers]
+        # `adapter_scale` changes them.
+        self.configs = [layer.config for layer in layers]
         self.owners = owners
         variables = [w for adapter in self.adapters for w in adapter.weights]
         variables += [variable for _, variable in owners]
@@ -419,8 +421,10 @@ class _KnownVariables:
             len(layers) == len(self.layers)
             and all(map(_is, layers, self.layers))
             and all(
-                layer.adapter is adapter
-                for layer, adapter in zip(layers, self.adapters)
+                layer.adapter is adapter and layer.config is config
+                for layer, adapter, config in zip(
+                    layers, self.adapters, self.configs
+                )
             )
             and all(
                 any(variable is weight for weight in layer.weights)

@@ -1,5 +1,6 @@
 """An adapter as a value: what was trained, apart from the base model."""
 
+import types
 import weakref
 
 import numpy as np
@@ -37,10 +38,15 @@ class AdapterState:
 
     def __init__(self, record, arrays):
         check_record(record)
+        for array in arrays.values():
+            array.flags.writeable = False
         self.record = record
-        self.arrays = arrays
+        self.arrays = types.MappingProxyType({**arrays})
         # By model, the variables that it was set into and their values.
         self.known_variables = weakref.WeakKeyDictionary()
+
+    def __reduce__(self):
+        return AdapterState, (self.record, {**self.arrays})
 
     @property
     def configs(self):
