@@ -378,3 +378,27 @@ def test_layers_share_the_weight_however_they_were_adapted(kind, rng):
         towers[0].fit(x, x, verbose=0)
         assert loss_weights(towers[0]) == pytest.approx([0.6])
         model.fit(x, np.zeros((4, 3)), verbose=0)
+
+
+@pytest.mark.parametrize("samples_at_inference", [False, True])
+def test_several_draws_a_token_of_sequences(samples_at_inference, rng):
+    """Of layers whose tokens have more than one axis, as in attention."""
+    inputs = keras.Input((5, 8))
+    x = keras.layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    keras_fvae.enable_fvae_lora(
+        model,
+        num_samples=3,
+        sample_at_inference=samples_at_inference,
+        trainable_layer_names="head",
+        **{**SMALL, "dropout": 0.0},
+    )
+    move_adapters(model, rng)
+    remove_latent_noise(model)
+    x = rng.normal(size=(4, 5, 8)).astype("float32")
+    # Without noise each draw is the mean, and so is theirs.
+    outputs = to_numpy(model(x, training=True))
+    np.testing.assert_allclose(outputs, to_numpy(model(x)), atol=3e-4)
+    model.compile("sgd", "mse", jit_compile=BACKEND == "jax")
+    history = model.fit(x, np.zeros((4, 5, 3)), verbose=0).history
+    assert np.isfinite(history["loss"]).all()

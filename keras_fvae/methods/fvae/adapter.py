@@ -86,8 +86,8 @@ class FVAELoRAAdapter(LowRankAdapter):
         elif self.changes_state(training):
             z1 = self.fvae.sample_z1(x)
         else:
-            z1 = self.fvae.posterior_mean(x)
-        if len(z1.shape) > len(x.shape):
+            return self.fvae.posterior_mean(x)
+        if self.config.num_samples > 1:
             # The update is linear in z1: the mean of the draws is enough.
             z1 = ops.mean(z1, axis=0)
         return z1
