@@ -144,10 +144,12 @@ ARCHITECTURES = [
     ("BertBackbone", ENCODER, "bert"),
     ("RobertaBackbone", ENCODER, "roberta"),
     ("XLMRobertaBackbone", ENCODER, "xlm_roberta"),
+    ("DistilBertBackbone", ENCODER, "distilbert"),
     ("ViTBackbone", VIT, "vit"),
     ("Llama3Backbone", DECODER, "llama3"),
     ("MistralBackbone", DECODER, "mistral"),
     ("QwenBackbone", DECODER, "qwen"),
+    ("Qwen3Backbone", {**DECODER, "head_dim": 4}, "qwen3"),
     ("GemmaBackbone", {**DECODER, "head_dim": 4}, "gemma"),
 ]
 
@@ -188,6 +190,8 @@ def test_round_trip_of_a_backbone(name, options, converter, tmp_path, rng):
     expected = (
         ["query", "value"] if "num_heads" in options else ["q_proj", "v_proj"]
     )
+    if converter == "distilbert":
+        expected = ["q_lin", "v_lin"]
     assert settings["target_modules"] == expected
 
 

@@ -23,6 +23,9 @@ from peft_test import pictures
 
 import keras_fvae
 from benchmarks.beside_peft import make_environment
+from keras_fvae.integrations.hugging_face import architecture_of
+from keras_fvae.integrations.hugging_face import modules_of
+from keras_fvae.model.tree import LayerTree
 
 pytestmark = LONG_ON_ONE_BACKEND
 LINEAR = keras_fvae.FVAELoRAConfig(2, encoder_units=(), alpha=3)
@@ -127,3 +130,97 @@ def test_modules_that_are_several_layers_here(python, tmp_path, rng):
         training=False,
     )
     np.testing.assert_allclose(run(python, [job])[0], to_numpy(ours), atol=1e-3)
+
+
+# By KerasHub's backbone, a class of transformers and its smallest config.
+SMALL = {
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 16,
+}
+TEXT = {**SMALL, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {**TEXT, "num_key_value_heads": 1, "pad_token_id": 0}
+PICTURES = {**SMALL, "image_size": 16, "patch_size": 8}
+TOWERS = {"text_config": TEXT, "vision_config": PICTURES}
+PEERS = {
+    "BertBackbone": ("BertForSequenceClassification", TEXT),
+    "CLIPBackbone": ("CLIPModel", TOWERS),
+    "DINOV2Backbone": ("Dinov2ForImageClassification", PICTURES),
+    "DebertaV3Backbone": ("DebertaV2ForSequenceClassification", TEXT),
+    "DistilBertBackbone": (
+        "DistilBertForSequenceClassification",
+        {"dim": 8, "n_heads": 2, "n_layers": 2, "hidden_dim": 16},
+    ),
+    "GPT2Backbone": (
+        "GPT2LMHeadModel",
+        {"n_embd": 8, "n_head": 2, "n_layer": 2},
+    ),
+    "GemmaBackbone": ("Gemma2ForCausalLM", {**DECODER, "head_dim": 4}),
+    "LlamaBackbone": ("LlamaForCausalLM", DECODER),
+    "MistralBackbone": ("MistralForCausalLM", DECODER),
+    "Phi3Backbone": ("Phi3ForCausalLM", DECODER),
+    "Qwen3Backbone": ("Qwen3ForCausalLM", DECODER),
+    "QwenBackbone": ("Qwen2ForCausalLM", DECODER),
+    "RobertaBackbone": ("RobertaForSequenceClassification", TEXT),
+    "SigLIPBackbone": ("SiglipModel", TOWERS),
+    "T5Backbone": (
+        "T5ForConditionalGeneration",
+        {
+            "d_model": 8,
+            "d_kv": 4,
+            "num_heads": 2,
+            "num_layers": 2,
+            "d_ff": 16,
+            "feed_forward_proj": "gated-gelu",
+        },
+    ),
+    "ViTBackbone": ("ViTForImageClassification", PICTURES),
+    "WhisperBackbone": (
+        "WhisperForConditionalGeneration",
+        {
+            "d_model": 8,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+    ),
+}
+NAMES = """
+import json, sys
+import torch, transformers
+
+names = {}
+for backbone, (name, options) in json.loads(sys.stdin.read()).items():
+    make = getattr(transformers, name)
+    model = make(make.config_class(**options))
+    names[backbone] = [
+        module
+        for module, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        or type(layer).__name__ == "Conv1D"
+    ]
+print(json.dumps(names))
+"""
+
+
+def test_names_are_those_of_transformers(python):
+    result = subprocess.run(
+        [python, "-c", NAMES],
+        input=json.dumps(PEERS),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    for name, theirs in json.loads(result.stdout.splitlines()[-1]).items():
+        backbone = BACKBONES[name]()
+        architecture = architecture_of(backbone)
+        ours = modules_of(LayerTree(backbone), architecture, newer=True)
+        assert ours
+        missing = [
+            f"{architecture.roots[0]}{module}"
+            for module in ours
+            if f"{architecture.roots[0]}{module}" not in theirs
+        ]
+        assert not missing, name
