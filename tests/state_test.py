@@ -129,7 +129,7 @@ def test_a_switch_compiles_nothing(rng, x):
     "config", [keras_fvae.FVAELoRAConfig(16), keras_fvae.LoRAConfig(16)]
 )
 def test_a_switch_is_quick(config, rng):
-    """24 layers of ViT-B/16: 10 ms on an idle machine, which no test is on."""
+    """24 layers of ViT-B/16, beside what their assignments alone take."""
     model = keras.Sequential(
         [
             keras.Input((768,)),
@@ -146,12 +146,25 @@ def test_a_switch_is_quick(config, rng):
         move_adapters(model, rng)
         states.append(keras_fvae.get_adapter(model))
         keras_fvae.set_adapter(model, states[-1])
-    seconds = []
-    for index in range(8):
-        began = time.perf_counter()
+    weights = [w for la in model.layers for w in la.adapter.weights]
+    values = [np.array(to_numpy(weight)) for weight in weights]
+
+    def assign(_):
+        for weight, value in zip(weights, values):
+            weight.assign(value)
+
+    def switch(index):
         keras_fvae.set_adapter(model, states[index % 2])
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.02, seconds
+
+    def shortest(function):
+        seconds = []
+        for index in range(8):
+            began = time.perf_counter()
+            function(index)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    assert shortest(switch) < 2 * shortest(assign) + 2e-3
 
 
 def test_others_replace_what_is_there(rng, x):
