@@ -338,6 +338,26 @@ REFUSALS = [
     (lambda d: edit(d, use_dora=True), r"should have.*lora_magnitude_vector"),
     (lambda d: edit(d, lora_alpha=-1), "lora_alpha=-1"),
     (lambda d: edit(d, lora_alpha=None), "lora_alpha=None"),
+    (lambda d: edit(d, peft_type=["LORA"]), r"peft_type=\['LORA'\]"),
+    (lambda d: edit(d, init_lora_weights=["x"]), "init_lora_weights"),
+    (lambda d: edit(d, alpha_pattern={"(": 3}), "no regular expression"),
+    (lambda d: edit(d, alpha_pattern=["a"]), "must be an object"),
+    (lambda d: edit(d, alpha_pattern={"value": "3"}), "no positive number"),
+    (lambda d: edit(d, use_rslora="no"), "must be true or false"),
+    (lambda d: edit(d, peft_type="ADALORA"), "init_r=None"),
+    (
+        lambda d: change(
+            d, lambda t: t.pop("base_model.model.classifier.bias")
+        ),
+        r"lacks \['classifier.bias'\]",
+    ),
+    (
+        lambda d: change(
+            d,
+            lambda t: [t.pop(n) for n in [*t] if "classifier" in n],
+        ),
+        r"lacks \['classifier'\]",
+    ),
     (lambda d: edit(d, trainable_token_indices=[1]), "trainable_token_indices"),
     (
         lambda d: change(d, lambda t: t.pop(first(t, "lora_A"))),
@@ -432,3 +452,99 @@ def test_layers_of_another_tower_are_no_layers_of_this(tmp_path):
     )
     with pytest.raises(ValueError, match="vision_tower.*does not have"):
         keras_fvae.load_peft_adapter(load_llama(), directory)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "name, part, shape",
+    [("adalora", "lora_E", (7, 1)), ("adalora", "lora_E", (1, 1)),
+     ("dora", "magnitude", (31,))],
+)  # fmt: skip
+def test_vectors_of_another_length(name, part, shape, tmp_path):
+    directory = pathlib.Path(shutil.copytree(PEFT / name, tmp_path / "it"))
+
+    def damage(tensors):
+        key = next(n for n in tensors if part in n and tensors[n].size)
+        tensors[key] = np.ones(shape, "float32")
+
+    change(directory, damage)
+    vit = load_vit()
+    before = snapshot(vit)
+    with pytest.raises(ValueError, match=f"{part}.*must have shape"):
+        keras_fvae.load_peft_adapter(vit, directory)
+    assert snapshot(vit) == before
+
+
+def test_what_is_trained_and_not_written_is_refused(tmp_path):
+    def refuse(model, message):
+        with pytest.raises(ValueError, match=message):
+            keras_fvae.save_peft_adapter(model, tmp_path / "it")
+        assert not (tmp_path / "it").exists()
+
+    bert = make_bert()
+    keras_fvae.enable_adapter(bert, CONFIGS["lora"], ["query", "logits"])
+    refuse(bert, "has trained .*'.*logits'")
+    bert = make_bert()
+    keras_fvae.enable_adapter(
+        bert, CONFIGS["lora"], "query",
+        trainable_layer_names=["logits", "embeddings_layer_norm"],
+    )  # fmt: skip
+    refuse(bert, "embeddings_layer_norm/gamma")
+    model = keras_hub.models.BertMaskedLM(
+        BACKBONES["BertBackbone"](), preprocessor=None
+    )
+    model.backbone.enable_adapter(CONFIGS["lora"])
+    refuse(model, "mlm_head")
+
+
+def make_bert():
+    return keras_hub.models.BertTextClassifier(
+        BACKBONES["BertBackbone"](), num_classes=3, preprocessor=None
+    )
+
+
+def test_quantized_heads(tmp_path, rng):
+    bert = make_bert()
+    kernel = rng.normal(size=bert.get_layer("logits").kernel.shape)
+    bert.get_layer("logits").kernel.assign(kernel)
+    bert.quantize("int8")
+    bert.backbone.enable_adapter(CONFIGS["lora"])
+    keras_fvae.save_peft_adapter(bert, tmp_path)
+    _, tensors = read(tmp_path)
+    np.testing.assert_allclose(
+        tensors["base_model.model.classifier.weight"].T, kernel, atol=0.05
+    )
+    for mode in ("int8", "int4"):
+        other = make_bert()
+        other.quantize(mode)
+        before = snapshot(other)
+        with pytest.raises(ValueError, match="'logits' is quantized"):
+            keras_fvae.load_peft_adapter(other, tmp_path)
+        assert snapshot(other) == before
+
+
+def test_a_frozen_head_that_was_loaded_is_saved():
+    vit = load_vit()
+    vit.get_layer("predictions").trainable = False
+    keras_fvae.load_peft_adapter(vit, PEFT / "lora")
+    state, expected = keras_fvae.get_adapter(vit), predict(vit, pictures())
+    other = load_vit()
+    keras_fvae.set_adapter(other, state)
+    np.testing.assert_allclose(predict(other, pictures()), expected, atol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_names_of_gemma_3_with_pictures():
+    backbone = BACKBONES["Gemma3Backbone"]()
+    assert backbone.vision_encoder is not None
+    names = {
+        newer: [*modules_of(
+            LayerTree(backbone), architecture_of(backbone), newer
+        )]
+        for newer in (False, True)
+    }  # fmt: skip
+    for found in names.values():
+        assert "language_model.layers.0.self_attn.q_proj" in found
+    tower = "vision_tower{}.encoder.layers.0.self_attn.q_proj"
+    assert tower.format(".vision_model") in names[False]
+    assert tower.format("") in names[True]

@@ -141,3 +141,30 @@ def test_factors_that_are_refused(factor, rng):
     with pytest.raises(ValueError, match="`factor` must be a positive number"):
         keras_fvae.adapter_scale(model, factor)
     assert snapshot(model) == before
+
+
+def test_new_adapters_have_steps_of_their_own(rng, x):
+    model, _ = make_model(rng, CONFIGS["lora"])
+    model.compile("sgd", "mse", jit_compile=BACKEND == "jax")
+    keras_fvae.adapter_scale(model, 2.0)
+    model.predict(x, verbose=0)
+    keras_fvae.remove_adapter(model)
+    keras_fvae.enable_adapter(model, CONFIGS["lora"])
+    move_adapters(model, rng)
+    for factor in (1.0, 2.0):
+        with keras_fvae.adapter_scale(model, factor):
+            np.testing.assert_allclose(
+                model.predict(x, verbose=0), predict(model, x), atol=1e-4
+            )
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0), predict(model, x), atol=1e-4
+        )
+
+
+def test_a_finalized_dora_is_not_scaled(rng):
+    model, _ = make_model(rng, keras_fvae.DoRAConfig(2))
+    keras_fvae.finalize_adapter(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot be scaled.*Scale it before"):
+        keras_fvae.adapter_scale(model, 2.0)
+    assert snapshot(model) == before

@@ -1,10 +1,12 @@
 """Adapters as values: several on one base, put where they fit."""
 
 import copy
+import gc
 import pathlib
 import pickle
 import re
 import time
+import weakref
 
 import keras
 import keras_hub
@@ -659,7 +661,18 @@ def test_a_run_goes_on_with_its_best(rng, x, tmp_path):
         ({"mode": "best"}, "`mode` must be one of"),
         ({"include": "some"}, "`include` must be"),
         ({"monitor": "score", "save_best_only": True}, "Pass `mode='max'`"),
-        ({"filepath": "{epoch}.safetensors", "resume": True}, "one name"),
+        (
+            {
+                "filepath": "{epoch}.safetensors",
+                "resume": True,
+                "save_best_only": True,
+            },
+            "one name",
+        ),
+        ({"resume": True}, "goes with `save_best_only=True`"),
+        ({"filepath": "t-{}.safetensors"}, "entries of the logs"),
+        ({"filepath": "t-{epoch.safetensors"}, "entries of the logs"),
+        ({"monitor": None, "save_best_only": True}, "`monitor` must be"),
     ],
 )
 def test_checkpoints_that_are_refused(options, message):
@@ -682,7 +695,242 @@ def test_checkpoints_of_models_that_have_none(rng, x, tmp_path):
     with pytest.raises(ValueError, match="names 'nothing'.*'val_loss'"):
         fit(model, x, [checkpoint])
     keras_fvae.save_adapter(model, path)
-    checkpoint = keras_fvae.AdapterCheckpoint(path, resume=True)
+    checkpoint = keras_fvae.AdapterCheckpoint(
+        path, save_best_only=True, resume=True
+    )
     with pytest.raises(ValueError, match="was not saved by"):
         fit(model, x, [checkpoint])
     assert pathlib.Path(path).exists()
+
+
+def train(model, rng, names, targets=("query", "value")):
+    """Adapts a model, and moves the adapters and what else trains."""
+    keras_fvae.enable_adapter(
+        model, CONFIGS["lora"], [*targets], trainable_layer_names=[*names]
+    )
+    move_adapters(model, rng)
+    for weight in model.trainable_weights:
+        weight.assign(to_numpy(weight) + rng.normal(size=weight.shape))
+    return keras_fvae.get_adapter(model)
+
+
+def test_states_that_train_other_layers(rng, x):
+    model = make_model(rng, ("query", "value", "between"))
+    narrow = train(model, rng, ["head"])
+    keras_fvae.remove_adapter(model)
+    wide = train(model, rng, ["head", "between"])
+    expected = predict(model, x)
+    with pytest.raises(ValueError, match="'between/.*only in the model"):
+        keras_fvae.set_adapter(model, narrow)
+    with pytest.warns(UserWarning, match=r"'between/kernel'.*stay as they are"):
+        keras_fvae.set_adapter(model, narrow, replace=True)
+    assert not model.get_layer("between").trainable_weights
+    with pytest.raises(ValueError, match="'between/.*only in the state"):
+        keras_fvae.set_adapter(model, wide)
+    keras_fvae.set_adapter(model, wide, replace=True)
+    np.testing.assert_array_equal(predict(model, x), expected)
+    # And it trains, and is saved.
+    assert model.get_layer("between").trainable_weights
+    again = keras_fvae.get_adapter(model)
+    assert again.record["trained"] == wide.record["trained"]
+    # Nor is it forgotten when the adapters are removed.
+    keras_fvae.remove_adapter(model)
+    with pytest.warns(UserWarning, match="'between/kernel'.*stay as they are"):
+        keras_fvae.set_adapter(model, narrow)
+
+
+def test_moving_averages_are_not_forgotten(rng, x):
+    def make():
+        return keras.Sequential(
+            [
+                keras.Input((5,)),
+                keras.layers.Dense(6, name="query"),
+                keras.layers.BatchNormalization(name="norm"),
+                keras.layers.Dense(3, name="head"),
+            ]
+        )
+
+    base = make()
+    set_values(base, np.random.default_rng(2))
+    model = make()
+    model.set_weights(base.get_weights())
+    train(model, rng, ["norm", "head"], ["query"])
+    mean = model.get_layer("norm").moving_mean
+    mean.assign(to_numpy(mean) + 1)
+    keras_fvae.remove_adapter(model)
+    state = train(model, rng, ["head"], ["query"])
+    assert "norm/moving_mean" in state.record["state"]
+
+
+@pytest.mark.one_backend
+def test_what_samples_is_not_saved_for_inference(rng, tmp_path):
+    model = make_model(rng)
+    keras_fvae.enable_fvae_lora(
+        model, sample_at_inference=True, **FVAE, target_layer_names="query"
+    )
+    for call in (
+        lambda: keras_fvae.get_adapter(model, "inference"),
+        lambda: keras_fvae.save_adapter(model, tmp_path / FILE, "inference"),
+    ):
+        with pytest.raises(ValueError, match="saved for inference alone.*samp"):
+            call()
+    assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.one_backend
+def test_a_head_does_not_go_into_a_layer_of_the_backbone(rng):
+    def make_backbone():
+        return make_model(np.random.default_rng(1), ("query",))
+
+    inputs = keras.Input((5,))
+    head = keras.layers.Dense(5, name="head")
+    task = keras.Model(inputs, head(make_backbone()(inputs)))
+    keras_fvae.enable_adapter(
+        task, CONFIGS["lora"], "query",
+        trainable_layer_names=lambda layer: layer is head,
+    )  # fmt: skip
+    state = keras_fvae.get_adapter(task)
+    bare = make_backbone()
+    before = snapshot(bare)
+    with pytest.raises(ValueError, match="only='adapter'"):
+        keras_fvae.set_adapter(bare, state)
+    assert snapshot(bare) == before
+    keras_fvae.set_adapter(bare, state, only="adapter")
+    assert not bare.get_layer("head").trainable_weights
+
+
+@pytest.mark.one_backend
+def test_flags_of_what_was_never_adapted_stay(rng):
+    task = make_task(make_backbone(rng))
+    task.get_layer("logits").trainable = False
+    task.backbone.enable_adapter(CONFIGS["lora"])
+    keras_fvae.remove_adapter(task)
+    assert not task.get_layer("logits").trainable
+    # Two parts, one after the other: the first one's notes stay.
+    state_of = make_backbone(rng)
+    state_of.set_weights(task.backbone.get_weights())
+    state_of.enable_adapter(CONFIGS["lora"])
+    state = keras_fvae.get_adapter(state_of)
+    task = make_task(task.backbone)
+    keras_fvae.enable_adapter(task, CONFIGS["lora"], ["logits"])
+    keras_fvae.set_adapter(task, state)
+    keras_fvae.remove_adapter(task)
+    assert all(weight.trainable for weight in task.weights)
+
+
+@pytest.mark.one_backend
+def test_a_known_state_leaves_other_adapters(rng):
+    values = make_backbone(rng)
+    values.enable_adapter(CONFIGS["lora"])
+    move_adapters(values, rng)
+    state = keras_fvae.get_adapter(values)
+    other = make_backbone(rng)
+    for ours, theirs in zip(
+        other.weights,
+        [w for w in values.weights if "adapter" not in w.path],
+        strict=True,
+    ):
+        ours.assign(theirs)
+    task = make_task(other)
+    keras_fvae.enable_adapter(task, CONFIGS["lora"], ["logits"])
+    keras_fvae.set_adapter(task, state)
+    kernel_b = task.get_layer("logits").adapter.kernel_b
+    kernel_b.assign(np.full(kernel_b.shape, 7.0))
+    keras_fvae.set_adapter(task, state)
+    assert to_numpy(kernel_b).min() == 7
+
+
+@pytest.mark.one_backend
+def test_a_state_does_not_keep_a_model_alive(rng):
+    layer = keras.layers.Dense(6, name="query")
+    layer.build((None, 5))
+    keras_fvae.enable_adapter(layer, CONFIGS["lora"], "query")
+    state = keras_fvae.get_adapter(layer)
+    keras_fvae.set_adapter(layer, state)
+    reference = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert reference() is None
+    assert "on 1 layer," in str(state)
+
+
+@pytest.mark.one_backend
+def test_another_head_that_does_not_train_is_told(rng):
+    model = make_model(rng, ("query", "value"))
+    state = train(model, rng, ["head"])
+    other = keras.Sequential(
+        [
+            keras.Input((5,)),
+            *(keras.layers.Dense(6, name=n) for n in ("query", "value")),
+            keras.layers.Dense(2, name="another"),
+        ]
+    )
+    for layer, theirs in zip(other.layers[:2], model.layers):
+        layer.kernel.assign(theirs.kernel)
+        layer.bias.assign(theirs.bias)
+    with pytest.warns(UserWarning, match="'another' looks new and does not tr"):
+        keras_fvae.set_adapter(other, state, only="adapter")
+
+
+@pytest.mark.one_backend
+def test_layers_in_another_order(rng, x):
+    class Two(keras.Model):
+        def __init__(self, names):
+            super().__init__(name="two")
+            for name in names:
+                setattr(self, name, keras.layers.Dense(5, name=name))
+
+        def call(self, x):
+            return self.b_2(self.b_1(x))
+
+    first, second = Two(["b_1", "b_2"]), Two(["b_2", "b_1"])
+    for model in (first, second):
+        model(x)
+        for name in ("b_1", "b_2"):
+            weights = np.random.default_rng(int(name[-1])).normal(size=(5, 5))
+            getattr(model, name).kernel.assign(weights)
+    inputs = keras.Input((5,))
+    task = keras.Model(
+        inputs, keras.layers.Dense(2, name="head")(first(inputs))
+    )
+    keras_fvae.enable_adapter(task, CONFIGS["lora"], ["b_1", "b_2"])
+    move_adapters(task, rng)
+    state, expected = keras_fvae.get_adapter(task), predict(first, x)
+    keras_fvae.set_adapter(second, state, only="adapter", strict=True)
+    np.testing.assert_allclose(predict(second, x), expected, atol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_a_loss_in_a_loop_is_refused(rng):
+    def make(unroll):
+        model = keras.Sequential(
+            [
+                keras.Input((3, 4)),
+                keras.layers.RNN(Cell(), unroll=unroll, name="loop"),
+            ]
+        )
+        for weight in model.weights:
+            weight.assign(np.ones(weight.shape))
+        return model
+
+    class Cell(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.state_size = 4
+            self.query = keras.layers.Dense(4, name="query")
+
+        def build(self, input_shape):
+            self.query.build(input_shape)
+
+        def call(self, x, states):
+            y = self.query(x + states[0])
+            return y, [y]
+
+    model = make(True)
+    keras_fvae.enable_fvae_lora(model, target_layer_names="query", **FVAE)
+    state = keras_fvae.get_adapter(model)
+    other = make(False)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="in the loop of the recurrent layer"):
+        keras_fvae.set_adapter(other, state)
+    assert snapshot(other) == before

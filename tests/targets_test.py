@@ -169,3 +169,49 @@ def test_errors_name_attributes():
         keras_fvae.enable_adapter(model, LORA, "q")
     assert "projection_of_queries (held as `to_q`)" in str(caught.value)
     assert "'to_v'" in str(caught.value)
+
+
+def test_the_head_may_be_behind_other_layers():
+    def names(layers, **options):
+        model = keras.Sequential([keras.Input((5,)), *layers])
+        summary = keras_fvae.enable_adapter(
+            model, LORA, "all-linear", **options
+        )
+        return {*adapted(summary)}
+
+    def dense(name):
+        return keras.layers.Dense(4, name=name)
+
+    last = [keras.layers.Dropout(0.1), keras.layers.Softmax()]
+    assert names([dense("a"), dense("head"), *last]) == {"a"}
+    nested = keras.Sequential([keras.Input((4,)), dense("b"), dense("head")])
+    assert names([dense("a"), nested]) == {"a", "b"}
+    # What trains is not adapted, whatever it is.
+    found = names(
+        [dense("a"), dense("b"), dense("head")], trainable_layer_names="b"
+    )
+    assert found == {"a"}
+
+
+def test_a_subclass_does_not_say_what_its_head_is():
+    model = Attention()
+    model(np.ones((1, 2)))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="is a subclass.*`exclude_layer_nam"):
+        keras_fvae.enable_adapter(model, LORA, "all-linear")
+    assert snapshot(model) == before
+    summary = keras_fvae.enable_adapter(
+        model, LORA, "all-linear", trainable_layer_names="to_v"
+    )
+    assert {*adapted(summary)} == {"projection_of_queries"}
+
+
+def test_a_layer_is_no_name_of_one():
+    model = make_model()
+    for layers in (model.layers[0], [model.layers[0]]):
+        with pytest.raises(TypeError, match="and no layers.*Pass its name"):
+            keras_fvae.enable_adapter(model, LORA, layers)
+    with pytest.raises(TypeError, match="value of 'a' may have these"):
+        keras_fvae.enable_adapter(
+            model, keras_fvae.HiRAConfig(2), {"a": {"alpha": 3}}
+        )

@@ -144,15 +144,33 @@ def _print_epoch_without(on_epoch_end, prefixes, epoch, logs=None):
 
 
 def output_layers(model):
-    """List of the layers that give the outputs of a model, where it says so.
+    """List of the last layers with weights before the outputs of a model.
 
-    A model that is a subclass does not.
+    `None` if it is a subclass, which does not say what it calls.
     """
     within = model_within(model) or model
     if not isinstance(within, Functional):
-        return []
-    tensors = keras.tree.flatten(within.outputs)
-    return [tensor._keras_history.operation for tensor in tensors]
+        return None
+    found, seen_ids = [], set()
+    waiting = keras.tree.flatten(within.outputs)
+    while waiting:
+        tensor = waiting.pop()
+        operation, node_index, _ = tensor._keras_history
+        if id(tensor) in seen_ids:
+            continue
+        seen_ids.add(id(tensor))
+        if not getattr(operation, "weights", ()):
+            if node_index < len(operation._inbound_nodes):
+                node = operation._inbound_nodes[node_index]
+                waiting += keras.tree.flatten(node.input_tensors)
+        elif isinstance(operation, (Functional, keras.Sequential)) and not (
+            # A backbone is no head.
+            hasattr(operation, "default_lora_layer_names")
+        ):
+            found += output_layers(operation)
+        else:
+            found.append(operation)
+    return found
 
 
 def model_within(model):

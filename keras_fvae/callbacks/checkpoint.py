@@ -36,9 +36,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         mode: `"min"` or `"max"`, what of `monitor` is better; `"auto"`
             (default) to tell by its name.
         include: As in `save_adapter`. Defaults to `"all"`.
-        resume: Boolean. Whether a file that is there at the start of `fit`
-            holds the best so far, so that only a better epoch replaces it.
-            Defaults to `False`.
+        resume: Boolean. With `save_best_only`, whether a file that is there
+            at the start of `fit` holds the best so far, so that only a better
+            epoch replaces it. Defaults to `False`.
 
     Raises:
         ValueError: If an argument is not allowed; in `fit`, if no layer of the
@@ -78,15 +78,29 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 f"`mode` must be one of {MODES}. Received: mode={mode!r}"
             )
         saving.check_include(include)
-        self.filepath = os.fspath(filepath)
-        if resume and self.filepath != self.filepath.format_map(_AnyName()):
+        if not isinstance(monitor, str):
             raise ValueError(
-                "With `resume=True` all epochs must be saved under one name. "
-                f"Received: filepath={self.filepath!r}"
+                "`monitor` must be the name of an entry of the logs. "
+                f"Received: monitor={monitor!r}"
+            )
+        self.filepath = os.fspath(filepath)
+        try:
+            is_one_name = self.filepath == self.filepath.format_map(_AnyName())
+        except (ValueError, IndexError, AttributeError) as error:
+            raise ValueError(
+                "`filepath` may name `{epoch}` and entries of the logs, such "
+                f"as `{{val_loss:.3f}}`. Received: filepath={self.filepath!r} "
+                f"({error})"
+            ) from error
+        if resume and not (save_best_only and is_one_name):
+            raise ValueError(
+                "`resume=True` goes with `save_best_only=True`, and with one "
+                f"name for all epochs. Received: save_best_only="
+                f"{save_best_only!r}, filepath={self.filepath!r}"
             )
         self.monitor = monitor
         self.save_best_only = save_best_only
-        self.sign = _sign(monitor, mode) if save_best_only or resume else None
+        self.sign = _sign(monitor, mode) if save_best_only else None
         self.include = include
         self.resume = resume
         self.best = None
@@ -130,6 +144,11 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             raise ValueError(
                 f"`filepath` names {error}, which is none of what is logged: "
                 f"{[*logs]}. Received: filepath={self.filepath!r}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"`filepath` cannot be filled with the logs: {error}. "
+                f"Received: filepath={self.filepath!r}"
             ) from error
 
     def _is_better(self, value):

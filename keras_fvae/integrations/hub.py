@@ -52,7 +52,7 @@ def upload_adapter(model, uri, *, base_model=None, include="all"):
     Raises:
         ValueError: If no layer is adapted, or `uri` or `include` is not
             allowed.
-        TypeError: If `model` is no Keras model.
+        TypeError: If `model` is no Keras model, or `base_model` no string.
         ImportError: If `huggingface_hub` is not installed.
         OSError: If the hub cannot be reached, or refuses.
 
@@ -66,6 +66,11 @@ def upload_adapter(model, uri, *, base_model=None, include="all"):
     """
     lookup.require_adapted_layers(model)
     repository = _repository(uri)
+    if base_model is not None and not isinstance(base_model, str):
+        raise TypeError(
+            "`base_model` must be what the base model is called, a string. "
+            f"Received: base_model={base_model!r}"
+        )
     huggingface_hub = _client()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -76,7 +81,8 @@ def upload_adapter(model, uri, *, base_model=None, include="all"):
             ).repo_id
             has_card = huggingface_hub.file_exists(repository, CARD_FILE)
         if not has_card:
-            (folder / CARD_FILE).write_text(_card(model, uri, base_model))
+            card = _card(model, PREFIX + repository, base_model)
+            (folder / CARD_FILE).write_text(card)
         with _reached(uri):
             huggingface_hub.upload_folder(
                 repo_id=repository,

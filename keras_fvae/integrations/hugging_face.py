@@ -309,24 +309,33 @@ _GEMMA_BLOCKS = _LLAMA_BLOCKS._replace(
         "mlp.down_proj": "ffw_linear",
     },
 )
-_GEMMA3 = Architecture(
-    roots=("model.", "language_model.model.", "model.language_model.", ""),
-    blocks=(
-        _GEMMA_BLOCKS,
-        Blocks(
-            path="gemma3_vision_encoder/image_encoder/encoder_block_{}/",
-            name="vision_tower.vision_model.encoder.layers.{}.",
-            layers={
-                "self_attn.q_proj": "multi_head_attention/query_proj",
-                "self_attn.k_proj": "multi_head_attention/key_proj",
-                "self_attn.v_proj": "multi_head_attention/value_proj",
-                "self_attn.out_proj": "multi_head_attention/out_proj",
-                "mlp.fc1": "mlp_dense_1",
-                "mlp.fc2": "mlp_dense_2",
-            },
-        ),
-    ),
-)
+
+
+def _gemma3(backbone):
+    """Gemma 3's, which are called otherwise where there are pictures."""
+    if backbone.vision_encoder is None:
+        return Architecture(roots=("model.", ""), blocks=(_GEMMA_BLOCKS,))
+    texts = _GEMMA_BLOCKS._replace(name="language_model.layers.{}.")
+    pictures = Blocks(
+        path="gemma3_vision_encoder/image_encoder/encoder_block_{}/",
+        name="vision_tower.vision_model.encoder.layers.{}.",
+        layers={
+            "self_attn.q_proj": "multi_head_attention/query_proj",
+            "self_attn.k_proj": "multi_head_attention/key_proj",
+            "self_attn.v_proj": "multi_head_attention/value_proj",
+            "self_attn.out_proj": "multi_head_attention/out_proj",
+            "mlp.fc1": "mlp_dense_1",
+            "mlp.fc2": "mlp_dense_2",
+        },
+    )
+    newer = pictures._replace(name="vision_tower.encoder.layers.{}.")
+    return Architecture(
+        roots=("model.", ""),
+        blocks=(texts, pictures),
+        newer_blocks=(texts, newer),
+    )
+
+
 _GPT2 = Architecture(
     roots=("transformer.", ""),
     blocks=(
@@ -447,7 +456,7 @@ ARCHITECTURES = {
     "DebertaV3Backbone": _DEBERTA,
     "DistilBertBackbone": _DISTILBERT,
     "GPT2Backbone": _GPT2,
-    "Gemma3Backbone": _GEMMA3,
+    "Gemma3Backbone": _gemma3,
     "GemmaBackbone": _LLAMA._replace(blocks=(_GEMMA_BLOCKS,)),
     "LlamaBackbone": _LLAMA,
     "MistralBackbone": _LLAMA,

@@ -2,9 +2,9 @@
 
 import re
 
-import numpy as np
 from keras import ops
 
+from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
 from keras_fvae.integrations import peft_files
 from keras_fvae.integrations import peft_fvae
@@ -21,6 +21,7 @@ from keras_fvae.model import training
 from keras_fvae.model.enable import refuse_if_adapted
 from keras_fvae.model.files import check_local
 from keras_fvae.model.install import install
+from keras_fvae.model.install import refuse_loops
 from keras_fvae.model.summary import summarize
 from keras_fvae.model.tree import LayerTree
 
@@ -76,7 +77,7 @@ def load_peft_adapter(model, directory):
     refuse_if_adapted(tree)
     settings, tensors = peft_files.read(check_local(directory, "directory"))
     kind = settings.get("peft_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(
             f"`{CONFIG_FILE}` says peft_type={kind!r}. What can be loaded is "
             f"one of {[*READERS]}."
@@ -95,7 +96,8 @@ def load_peft_adapter(model, directory):
     if not loaded:
         raise ValueError(f"`{WEIGHTS_FILE}` has no adapter of a rank above 0.")
     training.refuse_while_running([adapter.layer for adapter in loaded])
-    head = _match_head(model, architecture, head_tensors)
+    heads = _heads(model, architecture)
+    head = _match_head(heads, head_tensors, settings)
     adapters = [
         build_adapter(
             one.layer,
@@ -104,12 +106,14 @@ def load_peft_adapter(model, directory):
         )
         for index, one in enumerate(loaded)
     ]
+    refuse_loops(tree, [one.layer for one in loaded], adapters)
     # From here on nothing is refused.
     for one, adapter in zip(loaded, adapters):
         one.set_weights(adapter)
     install(tree, [one.layer for one in loaded], adapters)
     for weight, value in head:
         weight.assign(value)
+        training.choose(weight)
     return summarize(backbone)
 
 
@@ -176,12 +180,32 @@ def save_peft_adapter(
     settings["target_modules"] = _target_modules(chosen, modules)
     if architecture.is_transposed:
         settings["fan_in_fan_out"] = True
-    head = _head_weights(model, architecture)
-    for name, (weight, transpose) in head.items():
-        tensors[ROOT + name] = transpose(_to_numpy(weight))
-    saved_modules = sorted({name.split(".")[0] for name in head})
+    heads = _heads(model, architecture)
+    _refuse_leftovers(model, backbone, heads)
+    for name, array in _head_tensors(heads).items():
+        tensors[ROOT + name] = array
+    saved_modules = sorted({name.split(".")[0] for name in heads})
     settings["modules_to_save"] = saved_modules or None
     peft_files.write(directory, settings, tensors)
+
+
+def _refuse_leftovers(model, backbone, heads):
+    """Raises a `ValueError` if something trained would not be written."""
+    whole = LayerTree(model)
+    inside_ids = {id(la) for la in lookup.adapted_layers(backbone)}
+    left = [la.path for la in whole.adapted if id(la) not in inside_ids]
+    written_ids = {id(w) for layer in heads.values() for w in layer.weights}
+    trained = {
+        **training.trained_weights(whole),
+        **training.changed_state(whole, if_noted=True),
+    }
+    left += [p for p, w in trained.items() if id(w) not in written_ids]
+    if left:
+        raise ValueError(
+            "PEFT's format, as this writes it, has room for the adapters of a "
+            f"backbone and for a head that is known: {[*heads]}. The model "
+            f"has trained {left} as well. Save it by `save_adapter`."
+        )
 
 
 def _modules_with(adapted, modules):
@@ -271,21 +295,47 @@ def _find_layers(modules, tree, architecture):
     return found
 
 
-def _head_weights(model, architecture):
-    """Dict of tensor name to weight of the head and what turns it around."""
-    weights = {}
-    for module, layer_name in architecture.heads.items():
-        layers = [la for la in model.layers if la.name == layer_name]
-        if layers and layers[0] is not model:
-            weights[f"{module}.weight"] = layers[0].kernel, np.transpose
-            weights[f"{module}.bias"] = layers[0].bias, np.asarray
-    return weights
+def _heads(model, architecture):
+    """Dict of a head's module in Hugging Face to its layer in the model."""
+    return {
+        module: layer
+        for module, name in architecture.heads.items()
+        for layer in model.layers
+        if layer.name == name and layer is not model
+    }
 
 
-def _match_head(model, architecture, tensors):
-    """Pairs of a weight of the head and its value."""
-    weights = _head_weights(model, architecture)
-    pairs = []
+def _head_tensors(heads):
+    """Dict of name to array, of the weights of a head."""
+    tensors = {}
+    for module, layer in heads.items():
+        kernel = keras_internals.float_kernel(layer, full_precision=True)
+        tensors[f"{module}.weight"] = _to_numpy(kernel).T
+        tensors[f"{module}.bias"] = _to_numpy(layer.bias)
+    return tensors
+
+
+def _match_head(heads, tensors, settings):
+    """Pairs of a weight of the head and its value.
+
+    Args:
+        heads: What `_heads` returned.
+        tensors: Dict of name to array, of all in a file but the adapters.
+        settings: Dict, the content of `adapter_config.json`.
+
+    Raises:
+        ValueError: If it is not all of a head that the model has, or nothing.
+    """
+    weights = {
+        f"{module}.{name}": weight
+        for module, layer in heads.items()
+        for name, weight in (("weight", layer.kernel), ("bias", layer.bias))
+    }
+    said = settings.get("modules_to_save") or []
+    present = {name.split(".")[0] for name in tensors}
+    missing = [name for name in said if name not in present]
+    if tensors:
+        missing += [name for name in weights if name not in tensors]
     for name, array in tensors.items():
         if name not in weights:
             raise ValueError(
@@ -293,15 +343,26 @@ def _match_head(model, architecture, tensors):
                 f"place. Of its head it has: {list(weights)}. Load a trained "
                 "head onto the task that it is the head of."
             )
-        weight, transpose = weights[name]
-        value = transpose(array)
-        if value.shape != tuple(weight.shape):
+        shape = tuple(weights[name].shape)
+        shape = shape[::-1] if name.endswith(".weight") else shape
+        if array.shape != shape:
             raise ValueError(
                 f"'{name}' in `{WEIGHTS_FILE}` has shape {array.shape}, and "
-                f"the model's '{weight.path}' has shape {tuple(weight.shape)}."
+                f"for this model it must have shape {shape}."
             )
-        pairs.append((weight, value))
-    return pairs
+    if missing:
+        raise ValueError(
+            f"`{WEIGHTS_FILE}` lacks {missing}: it must have all of a trained "
+            "head, or none of it and no `modules_to_save`."
+        )
+    for module, layer in heads.items():
+        if tensors and layer.quantization_mode is not None:
+            raise ValueError(
+                f"The layer '{layer.name}' is quantized, and `{WEIGHTS_FILE}` "
+                f"has trained weights for it, '{module}'. Quantize the "
+                "backbone alone."
+            )
+    return [(weights[name], array.T) for name, array in tensors.items()]
 
 
 def _to_numpy(weight):

@@ -90,21 +90,45 @@ class LoRAReader:
                     f"counterpart here. Only {allowed[0]!r} can be loaded."
                 )
         start = settings.get("init_lora_weights", True)
-        self.config_class = FACTORED_STARTS.get(start)
-        if self.config_class is None and start not in PLAIN_STARTS:
+        is_known = isinstance(start, (str, bool)) and (
+            start in PLAIN_STARTS or start in FACTORED_STARTS
+        )
+        self.config_class = FACTORED_STARTS.get(start) if is_known else None
+        if not is_known:
             raise ValueError(
                 f"`{CONFIG_FILE}` says init_lora_weights={start!r}: the base "
                 "model was changed, in a way that cannot be repeated here. "
                 "Save it in PEFT with `path_initial_model_for_weight_"
                 "conversion`, which makes a LoRA of it."
             )
-        for name in ("r", "lora_alpha", "init_r"):
-            value = settings.get(name, 1)
-            if not isinstance(value, (int, float)) or value <= 0:
+        names = ["r", "lora_alpha"]
+        if settings["peft_type"] == "ADALORA":
+            names.append("init_r")
+        if settings["peft_type"] == "HIRA":
+            names.remove("lora_alpha")
+        for name in names:
+            _check_positive(name, settings.get(name))
+        for name in ("use_dora", "use_rslora"):
+            if not isinstance(settings.get(name, False), bool):
                 raise ValueError(
-                    f"`{CONFIG_FILE}` says {name}={value!r}, which is no "
-                    "positive number."
+                    f"`{CONFIG_FILE}` says {name}={settings[name]!r}, which "
+                    "must be true or false."
                 )
+        patterns = settings.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(
+                f"`{CONFIG_FILE}` says alpha_pattern={patterns!r}, which must "
+                "be an object."
+            )
+        for pattern, value in patterns.items():
+            _check_positive(f"alpha_pattern[{pattern!r}]", value)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"`{CONFIG_FILE}` has the alpha_pattern {pattern!r}, which "
+                    f"is no regular expression: {error}."
+                ) from error
 
     def read(self, module, tensors, layers):
         """As `peft_fvae.FVAEReader.read`."""
@@ -128,6 +152,15 @@ class LoRAReader:
         rank = len(a)
         if rank == 0:
             return []
+        for name, shape in (
+            ("lora_E", (rank, 1)),
+            ("lora_magnitude_vector", (len(b),)),
+        ):
+            if name in matrices and matrices[name].size != math.prod(shape):
+                raise ValueError(
+                    f"'{module}.{name}' must have shape {shape} for this "
+                    f"model. Received: {matrices[name].shape}."
+                )
         if "lora_E" in matrices:
             a = a * matrices["lora_E"].reshape(-1, 1)
         config = self._config(module, rank)
@@ -207,6 +240,15 @@ class LoRAReader:
                 "this method has not here. It counts in training alone.",
                 stacklevel=5,
             )
+
+
+def _check_positive(name, value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not value > 0:
+        raise ValueError(
+            f"`{CONFIG_FILE}` says {name}={value!r}, which is no positive "
+            "number."
+        )
 
 
 def _setter(arrays):

@@ -296,6 +296,12 @@ class AdaptedSubclass(AdaptedLayer):
         layer = type(plain).from_config.__func__(
             adapted_class_of(type(plain)), config["layer"]["config"]
         )
+        if not isinstance(layer, AdaptedSubclass):
+            raise ValueError(
+                f"`from_config` of `{type(plain).__name__}` makes a layer of "
+                "that class whatever class it is called on, so that it cannot "
+                "be loaded with an adapter. Have it return `cls(**config)`."
+            )
         layer._init_adapter(
             keras.saving.deserialize_keras_object(config["config"])
         )

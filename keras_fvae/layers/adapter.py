@@ -136,6 +136,9 @@ class Adapter(keras.Layer):
     def check_can_finalize(self):
         """Raises a `ValueError` if inference needs all that training does."""
 
+    def check_can_scale(self):
+        """Raises a `ValueError` if its update cannot weigh more or less."""
+
     def get_arrays(self, finalized=False, read_kernel=None):
         """The weights as NumPy arrays.
 

@@ -86,6 +86,13 @@ class DoRAAdapter(LowRankAdapter):
         # The bias is not of the direction.
         return outputs * ratio + bias * (1 - ratio)
 
+    def check_can_scale(self):
+        if self.finalized:
+            raise ValueError(
+                "it is finalized, and its norms were taken at the scale that "
+                "it had. Scale it before"
+            )
+
     def merge(self, kernel, bias):
         direction, bias = super().merge(kernel, bias)
         return direction * self._final_ratio(direction), bias

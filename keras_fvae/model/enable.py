@@ -2,13 +2,12 @@
 
 import warnings
 
-import keras
-
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.config import check_config
 from keras_fvae.model.install import install
+from keras_fvae.model.install import refuse_loops
 from keras_fvae.model.lookup import check_built
 from keras_fvae.model.summary import frozen_but_new
 from keras_fvae.model.summary import summarize
@@ -40,13 +39,13 @@ def enable_adapter(
             layer without one, the name of the attribute that holds it), a
             compiled regular expression that is searched for in `layer.path`, a
             function that takes a layer and returns a boolean, or a list of
-            such. `"all-linear"` means all that can be adapted but the layers
-            that give the outputs of a task. A dict says besides how, for each
-            name, expression or function: by a rank, by fields of the config
-            such as `{"rank": 4, "alpha": 8}`, or by a config. `None` (default)
-            means the query and value projections of attention, whatever they
-            are called in KerasHub, and what a backbone's
-            `default_lora_layer_names()` says.
+            such. `"all-linear"` means all that can be adapted but those that
+            train and the layers that give the outputs of a task. A dict says
+            besides how, for each name, expression or function: by a rank, by
+            fields of the config such as `{"rank": 4, "alpha": 8}`, or by a
+            config. `None` (default) means the query and value projections of
+            attention, whatever they are called in KerasHub, and what a
+            backbone's `default_lora_layer_names()` says.
         trainable_layer_names: Layers to train as well, as a name, expression,
             function, or a list of such. Everything else in `model` is frozen.
         exclude_layer_names: Layers not to adapt, in the same forms.
@@ -93,22 +92,28 @@ def enable_adapter(
     check_config(config)
     tree = LayerTree(model)
     refuse_if_adapted(tree)
-    pairs = find_targets(model, config, target_layer_names, exclude_layer_names)
-    targets = [layer for layer, _ in pairs]
-    for layer in targets:
-        check_adaptable(layer)
-    refuse_while_running(targets)
     trainable_layers = match_layers(
         model,
         trainable_layer_names,
         keras_internals.flatten_layers(model)[1:],
         "trainable_layer_names",
     )
+    pairs = find_targets(
+        model,
+        config,
+        target_layer_names,
+        exclude_layer_names,
+        trainable_layers,
+    )
+    targets = [layer for layer, _ in pairs]
+    for layer in targets:
+        check_adaptable(layer)
+    refuse_while_running(targets)
     adapters = [
         build_adapter(layer, layer_config.for_layer(index))
         for index, (layer, layer_config) in enumerate(pairs)
     ]
-    _refuse_loops(tree, targets, adapters)
+    refuse_loops(tree, targets, adapters)
     install(tree, targets, adapters, trainable_layers)
     summary = summarize(model)
     if summary.fresh:
@@ -127,28 +132,3 @@ def refuse_if_adapted(tree):
             "`keras_fvae.remove_adapter(model)` first, which makes it the "
             "plain model again."
         )
-
-
-def _refuse_loops(tree, targets, adapters):
-    """Refuses layers in a loop, out of which TensorFlow and JAX let no loss.
-
-    Nor do random numbers get out; what has neither trains there.
-    """
-    layers = [
-        layer
-        for layer, adapter in zip(targets, adapters)
-        if adapter.changes_state(training=True)
-    ]
-    for holder in tree.ancestors(layers):
-        if isinstance(holder, keras.layers.RNN) and not holder.unroll:
-            inner_ids = {
-                id(inner) for inner in keras_internals.flatten_layers(holder)
-            }
-            layer = next(t for t in layers if id(t) in inner_ids)
-            raise ValueError(
-                f"The layer '{layer.path}' is in the loop of the recurrent "
-                f"layer '{holder.name}', out of which neither a loss nor "
-                "random numbers of an adapter come. Make that layer with "
-                "`unroll=True`, take a method that has neither, such as "
-                "`LoRAConfig()`, or choose other `target_layer_names`."
-            )

@@ -174,7 +174,7 @@ def adapter_scale(model, factor):
 
     Raises:
         ValueError: If no layer is adapted, `factor` is not positive, or the
-            method has no `alpha`, such as HiRA.
+            method has no `alpha`, such as HiRA, or is DoRA and finalized.
         TypeError: If `model` is no Keras model or layer.
 
     Example:
@@ -196,6 +196,9 @@ def adapter_scale(model, factor):
             f"factor={factor!r}. To do without the adapters, use "
             "`adapter_disabled`."
         )
+    for layer in layers:
+        with _named_refusals("scaled", layer):
+            layer.adapter.check_can_scale()
     training.refuse_while_running(layers)
     return _Scaled(layers, factor)
 

@@ -1,5 +1,8 @@
 """Putting adapters into a model: what every way to adapt one ends with."""
 
+import keras
+
+from keras_fvae.backend import keras_internals
 from keras_fvae.layers import sharding
 from keras_fvae.layers.attach import attach_adapter
 from keras_fvae.model import training
@@ -31,3 +34,28 @@ def install(tree, layers, adapters, trainable_layers=(), trainable_weights=()):
     ]
     training.train_only(model, trainable_layers, [*trained, *trainable_weights])
     training.reset_training_state(layers)
+
+
+def refuse_loops(tree, targets, adapters):
+    """Refuses layers in a loop, out of which TensorFlow and JAX let no loss.
+
+    Nor do random numbers get out; what has neither trains there.
+    """
+    layers = [
+        layer
+        for layer, adapter in zip(targets, adapters)
+        if adapter.changes_state(training=True)
+    ]
+    for holder in tree.ancestors(layers):
+        if isinstance(holder, keras.layers.RNN) and not holder.unroll:
+            inner_ids = {
+                id(inner) for inner in keras_internals.flatten_layers(holder)
+            }
+            layer = next(t for t in layers if id(t) in inner_ids)
+            raise ValueError(
+                f"The layer '{layer.path}' is in the loop of the recurrent "
+                f"layer '{holder.name}', out of which neither a loss nor "
+                "random numbers of an adapter come. Make that layer with "
+                "`unroll=True`, take a method that has neither, such as "
+                "`LoRAConfig()`, or choose other `target_layer_names`."
+            )

@@ -114,10 +114,14 @@ def _fits(tree, root, record, recorded_root):
 
 def _shifted(recorded_paths, objects, recorded_root, root):
     """Dict of recorded path to object: below the roots, and all around."""
+    # What is below the root here was below the other one there.
+    below = {*_below(objects, root).values()}
     around = {
         path: objects[path]
         for path in recorded_paths
-        if path in objects and not path.startswith(f"{recorded_root}/")
+        if path in objects
+        and path not in below
+        and not path.startswith(f"{recorded_root}/")
     }
     return {
         **around,
@@ -135,7 +139,9 @@ def _below_both(recorded_paths, objects, recorded_root, root):
         _below(recorded_paths, recorded_root),
         _below(objects, root),
     )
-    if [*map(bare_path, recorded)] == [*map(bare_path, there)]:
+    if {*recorded} != {*there} and (
+        [*map(bare_path, recorded)] == [*map(bare_path, there)]
+    ):
         pairs = zip(recorded.values(), there.values())
     else:
         pairs = [

@@ -58,9 +58,11 @@ def describe(model):
         "trainable": [path for path, weight in weights if weight.trainable],
         "chosen_layers": [p for p, la in layers if training.is_chosen(la)],
         "chosen": [p for p, w in weights if training.is_chosen(w)],
-        "trained_before": [p for p, w in weights if training.trained_before(w)],
+        "trained_before": [
+            p for p, w in weights if training.trained_before(w) is not False
+        ],
         "trained_layers_before": [
-            p for p, la in layers if training.trained_before(la)
+            p for p, la in layers if training.trained_before(la) is not False
         ],
         "state": training.noted_state(tree),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+import weakref
 from typing import NamedTuple
 
 import keras
@@ -16,6 +17,7 @@ from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import inference_arrays
+from keras_fvae.layers.attach import refusals_after
 from keras_fvae.layers.config import describe_config
 from keras_fvae.model import containers
 from keras_fvae.model import files
@@ -23,10 +25,13 @@ from keras_fvae.model import lookup
 from keras_fvae.model import state as states
 from keras_fvae.model import training
 from keras_fvae.model.install import install
+from keras_fvae.model.install import refuse_loops
 from keras_fvae.model.places import find_place
 from keras_fvae.model.record import describe_adapter
 from keras_fvae.model.record import paths_of
 from keras_fvae.model.state import AdapterState
+from keras_fvae.model.summary import frozen_but_new
+from keras_fvae.model.summary import frozen_new_layers
 from keras_fvae.model.summary import summarize
 from keras_fvae.model.tree import LayerTree
 from keras_fvae.model.tree import is_adaptable
@@ -69,6 +74,13 @@ def get_adapter(model, include="all"):
     lookup.require_adapted_layers(model)
     check_include(include)
     tree = LayerTree(model)
+    if include == "inference":
+        for layer in tree.adapted:
+            with refusals_after(
+                f"The adapter of layer '{layer.path}' cannot be saved for "
+                "inference alone"
+            ):
+                layer.adapter.check_can_finalize()
     arrays, adapted = {}, {}
     for path, layer in tree.layers.items():
         if layer in tree.adapted:
@@ -166,7 +178,7 @@ def _set(model, state, name, replace, only, strict, settings):
     _check_choice("only", only, PARTS)
     if only == "all" and not settings and not strict:
         known = state.known_variables.get(model)
-        if known is not None and known.is_current(model):
+        if known is not None and known.is_current():
             known.assign()
             return
     try:
@@ -179,7 +191,7 @@ def _set(model, state, name, replace, only, strict, settings):
     # From here on nothing is refused.
     _carry_out(plan, state)
     if only == "all":
-        state.known_variables[model] = _KnownVariables.of(model, plan)
+        state.known_variables[model] = _KnownVariables(plan)
 
 
 def save_adapter(model, filepath, include="all"):
@@ -290,7 +302,8 @@ class _Plan(NamedTuple):
         weights: Dict of recorded path to the weight that is to be set.
         trained_layers: List of the layers that are to train besides.
         trained_weights: List of the weights that are to train besides.
-        is_installed: Boolean, whether the layers have such adapters already.
+        adapters: List of the adapters to install; empty if the layers have
+            such adapters already.
     """
 
     tree: LayerTree
@@ -299,7 +312,7 @@ class _Plan(NamedTuple):
     weights: dict
     trained_layers: list
     trained_weights: list
-    is_installed: bool
+    adapters: list
 
 
 def _plan(model, state, replace, only, settings):
@@ -320,6 +333,8 @@ def _plan(model, state, replace, only, settings):
     trained_layers = others("layer", "trained_layers")
     configs = _with_settings(state, settings)
     difference = _difference(place.tree, layers, configs, state, settings)
+    if not difference and is_whole:
+        difference = _difference_in_training(place.tree, weights)
     if difference and place.tree.adapted and not replace:
         raise ValueError(
             f"{difference} Pass `replace=True` to put the adapter in the place "
@@ -338,6 +353,18 @@ def _plan(model, state, replace, only, settings):
         is_whole,
     )
     _check_finite(state.arrays, record["not_finite"])
+    adapters = []
+    if difference:
+        adapters = [
+            build_adapter(
+                layer,
+                configs[path],
+                state.is_finalized(path),
+                starts_anew=False,
+            )
+            for path, layer in layers.items()
+        ]
+        refuse_loops(place.tree, [*layers.values()], adapters)
     return _Plan(
         place.tree,
         layers,
@@ -345,23 +372,15 @@ def _plan(model, state, replace, only, settings):
         weights,
         [*trained_layers.values()],
         [*trained.values()],
-        is_installed=not difference,
+        adapters,
     )
 
 
 def _carry_out(plan, state):
     """Puts a state into a model that it fits."""
-    if not plan.is_installed:
-        adapters = [
-            build_adapter(
-                layer,
-                plan.configs[path],
-                state.is_finalized(path),
-                starts_anew=False,
-            )
-            for path, layer in plan.layers.items()
-        ]
-        tree = plan.tree
+    tree = plan.tree
+    if plan.adapters:
+        _tell_what_stays(tree, plan.weights)
         if tree.adapted:
             containers.detach_adapters(tree.model, tree.adapted)
             training.train_as_before(LayerTree(tree.model))
@@ -370,7 +389,7 @@ def _carry_out(plan, state):
         install(
             tree,
             plan.layers.values(),
-            adapters,
+            plan.adapters,
             plan.trained_layers,
             plan.trained_weights,
         )
@@ -381,53 +400,75 @@ def _carry_out(plan, state):
         )
     for path, weight in plan.weights.items():
         weight.assign(state.arrays[f"weights/{path}"])
+    if plan.adapters and (fresh := frozen_new_layers(LayerTree(tree.model))):
+        warnings.warn(frozen_but_new(fresh), stacklevel=4)
+
+
+def _tell_what_stays(tree, weights):
+    """Warns of weights that were trained beside other adapters.
+
+    Args:
+        tree: `LayerTree` of the model.
+        weights: Dict of recorded path to the weight that will be set.
+    """
+    set_ids = {id(weight) for weight in weights.values()}
+    trained = {
+        **training.once_trained_weights(tree),
+        **training.changed_state(tree, if_noted=True),
+    }
+    staying = [path for path, w in trained.items() if id(w) not in set_ids]
+    if staying:
+        warnings.warn(
+            f"The weights {staying} were trained beside other adapters, and "
+            "are not in this one: they stay as they are, and may not be what "
+            "it was trained with. Load the base model's weights to be sure.",
+            stacklevel=5,
+        )
 
 
 class _KnownVariables:
     """The variables of a model that a state was put into, and their values.
 
     Args:
-        layers: List of the adapted layers of the model.
-        owners: List of pairs of the layer that a variable is in, and the
-            variable.
+        plan: `_Plan` that was carried out.
     """
 
-    def __init__(self, layers, owners):
-        self.layers = layers
-        self.adapters = [layer.adapter for layer in layers]
-        # `adapter_scale` changes them.
-        self.configs = [layer.config for layer in layers]
-        self.owners = owners
-        variables = [w for adapter in self.adapters for w in adapter.weights]
-        variables += [variable for _, variable in owners]
-        # A copy, since on some backends that is the variable's own memory.
-        self.values = [(v, np.array(replicas.to_numpy(v))) for v in variables]
-
-    @classmethod
-    def of(cls, model, plan):
-        """Those that a plan has set."""
+    def __init__(self, plan):
+        layers = [*plan.layers.values()]
         weight_ids = {id(weight) for weight in plan.weights.values()}
         owners = [
             (layer, weight)
             for _, layer, weight in plan.tree.owned_weights
             if id(weight) in weight_ids
         ]
-        return cls(lookup.adapted_layers(model), owners)
+        # The model may be one of the layers, and must not be kept alive.
+        self.part = weakref.ref(plan.tree.model)
+        self.layers = [weakref.ref(layer) for layer in layers]
+        self.adapters = [weakref.ref(layer.adapter) for layer in layers]
+        # `adapter_scale` changes them.
+        self.configs = [layer.config for layer in layers]
+        self.owners = [(weakref.ref(layer), w) for layer, w in owners]
+        variables = [w for layer in layers for w in layer.adapter.weights]
+        variables += [variable for _, variable in owners]
+        # A copy, since on some backends that is the variable's own memory.
+        self.values = [(v, np.array(replicas.to_numpy(v))) for v in variables]
 
-    def is_current(self, model):
+    def is_current(self):
         """Whether the model still has these variables, and no adapters else."""
-        layers = lookup.adapted_layers(model)
+        part, layers = self.part(), [layer() for layer in self.layers]
+        if part is None or None in layers:
+            return False
+        adapted_ids = {id(layer) for layer in lookup.adapted_layers(part)}
         return (
-            len(layers) == len(self.layers)
-            and all(map(_is, layers, self.layers))
+            adapted_ids == {id(layer) for layer in layers}
             and all(
-                layer.adapter is adapter and layer.config is config
+                layer.adapter is adapter() and layer.config is config
                 for layer, adapter, config in zip(
                     layers, self.adapters, self.configs
                 )
             )
             and all(
-                any(variable is weight for weight in layer.weights)
+                any(variable is weight for weight in layer().weights)
                 for layer, variable in self.owners
             )
         )
@@ -440,10 +481,6 @@ class _KnownVariables:
 def check_include(include):
     """Raises a `ValueError` if it is none of what a state can include."""
     _check_choice("include", include, INCLUDED)
-
-
-def _is(one, other):
-    return one is other
 
 
 def _check_choice(name, value, choices):
@@ -539,6 +576,28 @@ def _difference(tree, layers, configs, state, settings):
                     f"for the layer '{path}' the state has {name}={value!r}, "
                     f"the model {name}={ours.get(name)!r}."
                 )
+    return ""
+
+
+def _difference_in_training(tree, weights):
+    """A sentence on what is trained in one and not in the other; or `""`.
+
+    Args:
+        tree: `LayerTree` of the model.
+        weights: Dict of recorded path to the weight that the state has for it.
+    """
+    ours = {
+        **training.trained_weights(tree),
+        **training.changed_state(tree, if_noted=True),
+    }
+    our_ids = {id(weight) for weight in ours.values()}
+    for path, weight in weights.items():
+        if id(weight) not in our_ids and not training.is_state(tree, weight):
+            return f"the weight '{path}' was trained only in the state."
+    their_ids = {id(weight) for weight in weights.values()}
+    for path, weight in ours.items():
+        if id(weight) not in their_ids:
+            return f"the weight '{path}' was trained only in the model."
     return ""
 
 

@@ -49,7 +49,13 @@ QUERY_AND_VALUE_NAMES = (
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model, config, target_layer_names, exclude_layer_names=()):
+def find_targets(
+    model,
+    config,
+    target_layer_names,
+    exclude_layer_names=(),
+    trainable_layers=(),
+):
     """The layers to adapt, and how.
 
     Args:
@@ -57,6 +63,7 @@ def find_targets(model, config, target_layer_names, exclude_layer_names=()):
         config: Config of the method.
         target_layer_names: As `keras_fvae.enable_adapter` takes it.
         exclude_layer_names: The same.
+        trainable_layers: List of layers that train as they are.
 
     Returns:
         List of pairs of a layer and the config for it, in the order of the
@@ -73,6 +80,9 @@ def find_targets(model, config, target_layer_names, exclude_layer_names=()):
             f"adapt.{_list_derived(model)}"
         )
     without = "nothing to adapt"
+    excluded = match_layers(
+        model, exclude_layer_names, candidates, "exclude_layer_names"
+    )
     if target_layer_names is None:
         pairs = [(c, config) for c in _default_targets(model, candidates)]
         without = "no query or value projections by a name that is known"
@@ -82,15 +92,14 @@ def find_targets(model, config, target_layer_names, exclude_layer_names=()):
         if isinstance(target_layer_names, str) and (
             target_layer_names == ALL_LINEAR
         ):
-            layers = _all_but_the_head(model, candidates)
+            layers = _all_but_the_head(
+                model, candidates, [*excluded, *trainable_layers]
+            )
         else:
             layers = match_layers(
                 model, target_layer_names, candidates, "target_layer_names"
             )
         pairs = [(layer, config) for layer in layers]
-    excluded = match_layers(
-        model, exclude_layer_names, candidates, "exclude_layer_names"
-    )
     excluded_ids = {id(layer) for layer in excluded}
     targets = [pair for pair in pairs if id(pair[0]) not in excluded_ids]
     if not targets:
@@ -133,6 +142,7 @@ def _changed_config(config, pattern, changes):
         return changes
     if is_integer(changes):
         changes = {"rank": changes}
+    fields = config.get_config()
     if not isinstance(changes, dict):
         raise TypeError(
             f"In `target_layer_names` the value of {pattern!r} must be a rank, "
@@ -140,26 +150,43 @@ def _changed_config(config, pattern, changes):
             f"{{'rank': 4, 'alpha': 8}}. Received: {changes!r} (of type "
             f"{type(changes)})"
         )
-    try:
-        return dataclasses.replace(config, **changes)
-    except TypeError as error:
-        fields = sorted(config.get_config())
+    if not {*changes} <= {*fields}:
         raise TypeError(
             f"In `target_layer_names` the value of {pattern!r} may have these "
-            f"fields of `{type(config).__name__}`: {fields}. Received: "
+            f"fields of `{type(config).__name__}`: {sorted(fields)}. Received: "
             f"{changes!r}"
-        ) from error
+        )
+    return dataclasses.replace(config, **changes)
 
 
-def _all_but_the_head(model, candidates):
+def _all_but_the_head(model, candidates, others):
     """The candidates that do not give the outputs of a task.
 
     A backbone has no head: what gives its outputs is adapted.
+
+    Args:
+        model: `keras.Model` or layer.
+        candidates: List of layers.
+        others: List of layers that are named to train or to be left out.
     """
     if hasattr(model, "default_lora_layer_names"):
         return candidates
-    head_ids = {id(layer) for layer in keras_internals.output_layers(model)}
-    return [layer for layer in candidates if id(layer) not in head_ids]
+    heads = keras_internals.output_layers(model)
+    if heads is None:
+        if isinstance(model, keras.Model) and not others:
+            raise ValueError(
+                f"Model '{model.name}' is a subclass, which does not say which "
+                "of its layers is its head. Name it in `trainable_layer_names` "
+                "or `exclude_layer_names`, beside "
+                "target_layer_names='all-linear'."
+            )
+        heads = []
+    other_ids = {
+        id(inner)
+        for layer in [*heads, *others]
+        for inner in keras_internals.flatten_layers(layer)
+    }
+    return [layer for layer in candidates if id(layer) not in other_ids]
 
 
 def match_layers(model, choices, candidates, argument):
@@ -179,6 +206,7 @@ def match_layers(model, choices, candidates, argument):
         TypeError: If `choices` or one of them is of the wrong type.
     """
     if isinstance(choices, (str, re.Pattern)) or callable(choices):
+        # A layer is callable, too, and refused below.
         choices = [choices]
     if not isinstance(choices, (list, tuple, set)):
         raise TypeError(
@@ -199,6 +227,12 @@ def match_layers(model, choices, candidates, argument):
 
 
 def _choose(model, choice, candidates, argument):
+    if isinstance(choice, keras.Layer):
+        raise TypeError(
+            f"`{argument}` takes layer names, compiled regular expressions and "
+            f"functions of a layer, and no layers. Received: {choice!r}. Pass "
+            "its name."
+        )
     if isinstance(choice, str):
         return _called(model, [choice], candidates)
     if isinstance(choice, re.Pattern):

@@ -51,7 +51,9 @@ def note_flags(tree):
         tree: `LayerTree` of the model.
     """
     for layer_or_weight in [*tree.all_layers, *tree.model.weights]:
-        note_flag(layer_or_weight, layer_or_weight.trainable)
+        # What other adapters have frozen is noted already.
+        if trained_before(layer_or_weight) is None:
+            note_flag(layer_or_weight, layer_or_weight.trainable)
 
 
 def note_flag(layer_or_weight, value):
@@ -60,8 +62,8 @@ def note_flag(layer_or_weight, value):
 
 
 def trained_before(layer_or_weight):
-    """Whether it trained before the model was adapted."""
-    return getattr(layer_or_weight, "trained_before", True)
+    """Whether it trained before the model was adapted; `None` if not noted."""
+    return getattr(layer_or_weight, "trained_before", None)
 
 
 def train_as_before(tree):
@@ -70,13 +72,18 @@ def train_as_before(tree):
     Args:
         tree: `LayerTree` of a model that is adapted no longer.
     """
-    # What holds a layer comes before it, and sets it, too.
-    for layer in tree.all_layers:
-        layer.trainable = trained_before(layer)
-    for weight in tree.model.weights:
-        weight.trainable = trained_before(weight)
-    for layer_or_weight in [*tree.all_layers, *tree.model.weights]:
-        choose(layer_or_weight, False)
+    for weight in trained_weights(tree).values():
+        weight.was_trained = True
+    parts = [*tree.all_layers, *tree.model.weights]
+    # Before the first is set, since what holds a layer sets that, too.
+    flags = [
+        part.trainable if trained_before(part) is None else trained_before(part)
+        for part in parts
+    ]
+    for part, trainable in zip(parts, flags):
+        part.trainable = trainable
+        choose(part, False)
+        note_flag(part, None)
 
 
 def choose(layer_or_weight, value=True):
@@ -109,21 +116,44 @@ def trained_weights(tree):
     }
 
 
-def changed_state(tree):
+def once_trained_weights(tree):
+    """Dict of path to weight, of what was trained beside any adapters.
+
+    Of those that are there, and of those that were removed.
+    """
+    return {
+        **(trained_weights(tree) if tree.adapted else {}),
+        **{
+            path: weight
+            for path, weight in tree.weights.items()
+            if getattr(weight, "was_trained", False)
+        },
+    }
+
+
+def changed_state(tree, if_noted=False):
     """Dict of path to weight, of what layers changed without a gradient.
 
     Such as moving averages: where it is not what it was when the model was
-    adapted, or nobody knows.
+    first adapted, or nobody knows.
 
     Args:
-        tree: `LayerTree` of a model with adapted layers.
+        tree: `LayerTree` of a model.
+        if_noted: Boolean. Whether to leave out what nobody knows of.
     """
     state_ids = _state_ids(tree)
     return {
         path: weight
         for path, weight in tree.weights.items()
-        if id(weight) in state_ids and _has_changed(weight)
+        if id(weight) in state_ids
+        and not (if_noted and _noted_digest(weight) is None)
+        and _has_changed(weight)
     }
+
+
+def is_state(tree, weight):
+    """Whether a layer may change a weight without a gradient."""
+    return id(weight) in _state_ids(tree)
 
 
 def note_state(tree):
@@ -134,7 +164,8 @@ def note_state(tree):
     """
     state_ids = _state_ids(tree)
     for weight in tree.weights.values():
-        if id(weight) in state_ids and keras_internals.has_value(weight):
+        is_new = id(weight) in state_ids and _noted_digest(weight) is None
+        if is_new and keras_internals.has_value(weight):
             note_digest(weight, _digest(weight))
 
 
@@ -146,9 +177,9 @@ def note_digest(weight, digest):
 def noted_state(tree):
     """Dict of path to digest, of what `note_state` remembers."""
     return {
-        path: weight.noted_digest
+        path: _noted_digest(weight)
         for path, weight in tree.weights.items()
-        if getattr(weight, "noted_digest", None) is not None
+        if _noted_digest(weight) is not None
     }
 
 
@@ -167,8 +198,12 @@ def _state_ids(tree):
 
 
 def _has_changed(weight):
-    noted = getattr(weight, "noted_digest", None)
+    noted = _noted_digest(weight)
     return noted is None or noted != _digest(weight)
+
+
+def _noted_digest(weight):
+    return getattr(weight, "noted_digest", None)
 
 
 def _digest(weight):
@@ -250,6 +285,8 @@ def reset_training_state(layers, keep_optimizer=True):
     for model in living_models_with(layers):
         keras_internals.publish_weights(model)
         forget_compiled_functions(model)
+        if getattr(model, "adapter_scales", None) is not None:
+            model.adapter_scales = None
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None or not optimizer.built:
             continue
@@ -272,7 +309,8 @@ def forget_compiled_functions(
 ):
     """Makes a model compile its steps anew, for its layers as they are now."""
     for kind in kinds:
-        if getattr(model, f"{kind}_function", None) is not None:
+        # Also where there is none now, but for other adapters or scales.
+        if hasattr(model, f"{kind}_function"):
             setattr(model, f"{kind}_function", None)
 
 
