@@ -551,6 +551,16 @@ def test_a_new_head_that_does_not_train_is_told(rng):
     assert summary.fresh == ()
 
 
+@pytest.mark.one_backend
+def test_a_backbone_has_no_head_that_could_be_new(rng, recwarn):
+    backbone = make_backbone(rng)
+    bias = backbone.get_layer("pooled_dense").bias
+    bias.assign(np.zeros(bias.shape))
+    summary = backbone.enable_adapter(CONFIGS["lora"])
+    assert summary.fresh == ()
+    assert not [w for w in recwarn if "looks new" in str(w.message)]
+
+
 def test_the_summary_has_the_word_of_the_monitor(rng, x):
     model = make_model(rng)
     adapt(model, rng)

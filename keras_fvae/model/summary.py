@@ -192,12 +192,14 @@ def frozen_new_layers(tree):
     """Tuple of paths of frozen layers that look as if nobody had trained them.
 
     A bias that is 0 throughout is how a layer starts. In a model whose other
-    biases are 0, too, that says nothing; nor does it inside a backbone, where
-    it may be what the pretraining left.
+    biases are 0, too, that says nothing; nor does it in a backbone, which has
+    no head and may have been left so by its pretraining.
 
     Args:
         tree: `LayerTree`.
     """
+    if hasattr(tree.model, "default_lora_layer_names"):
+        return ()
     is_zero = {
         path: not replicas.to_numpy(layer.bias).any()
         for path, layer in tree.layers.items()
