@@ -170,8 +170,9 @@ def set_configs(layers, configs):
             scales = _scales_of(model)
             for name in STEPS:
                 steps = _steps_of(model, name)
-                for ids, _ in [*steps]:
-                    steps[ids, scales] = steps.pop((ids, None))
+                for ids, known in [*steps]:
+                    if known is None:
+                        steps[ids, scales] = steps.pop((ids, None))
     for layer, config in zip(layers, configs):
         layer.adapter.config = config
     for model in models:
@@ -509,6 +510,9 @@ def make_container(layer):
     steps = {name: vars(layer)[name] for name in names}
     for name in names:
         vars(layer)[name] = None
+    for name in STEPS:
+        # Of adapters that were removed.
+        _steps_of(layer, name).clear()
     layer.__class__ = _container_class(type(layer))
     for name, step in steps.items():
         setattr(layer, name, step)
