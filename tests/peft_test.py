@@ -1,14 +1,17 @@
 """Adapters of Hugging Face's PEFT, read and written."""
 
+import itertools
 import json
 import pathlib
 import shutil
+import warnings
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
 from backbones import BACKBONES
+from helpers import LONG_ON_ONE_BACKEND
 from helpers import move_adapters
 from helpers import snapshot
 from helpers import to_numpy
@@ -548,3 +551,42 @@ def test_names_of_gemma_3_with_pictures():
     tower = "vision_tower{}.encoder.layers.0.self_attn.q_proj"
     assert tower.format(".vision_model") in names[False]
     assert tower.format("") in names[True]
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "number", [20, pytest.param(150, marks=LONG_ON_ONE_BACKEND)]
+)
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "hira"])
+def test_no_settings_end_in_another_error(name, number, tmp_path, rng):
+    directory = pathlib.Path(shutil.copytree(PEFT / name, tmp_path / "it"))
+    settings = json.loads((directory / CONFIG).read_text())
+    hostile = [
+        None,
+        True,
+        -1,
+        0,
+        10**400,
+        1e308,
+        "",
+        "a",
+        [],
+        [1],
+        {},
+        {"a": 1},
+    ]
+    pairs = [*itertools.product(settings, hostile)]
+    rng.shuffle(pairs)
+    vit = load_vit()
+    before = snapshot(vit)
+    for key, value in pairs[:number]:
+        edit(directory, **{**settings, key: value})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                keras_fvae.load_peft_adapter(vit, directory)
+            except ValueError:
+                assert snapshot(vit) == before, (key, value)
+            else:
+                vit = load_vit()
+                before = snapshot(vit)

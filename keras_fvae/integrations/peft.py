@@ -332,6 +332,11 @@ def _match_head(heads, tensors, settings):
         for name, weight in (("weight", layer.kernel), ("bias", layer.bias))
     }
     said = settings.get("modules_to_save") or []
+    if not isinstance(said, list) or not all(isinstance(n, str) for n in said):
+        raise ValueError(
+            f"`{CONFIG_FILE}` says modules_to_save={said!r}, which must be a "
+            "list of names."
+        )
     present = {name.split(".")[0] for name in tensors}
     missing = [name for name in said if name not in present]
     if tensors:
