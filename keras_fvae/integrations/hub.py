@@ -1,5 +1,6 @@
 """Adapters to the Hugging Face Hub and back, each a repository of its own."""
 
+import contextlib
 import pathlib
 import tempfile
 
@@ -142,21 +143,15 @@ def _client():
     return huggingface_hub
 
 
-class _reached:
+@contextlib.contextmanager
+def _reached(uri):
     """Says of which address an error of the client is, inside the block."""
-
-    def __init__(self, uri):
-        self.uri = uri
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        # Its errors are of many kinds, by what it is made on.
-        if isinstance(error, Exception):
-            raise OSError(
-                f"'{self.uri}' cannot be reached, or refuses: {error}"
-            ) from error
+    try:
+        yield
+    except Exception as error:  # Of many kinds, by what the client is made on.
+        raise OSError(
+            f"'{uri}' cannot be reached, or refuses: {error}"
+        ) from error
 
 
 def _card(model, uri, base_model):

@@ -9,13 +9,12 @@ import numpy as np
 from keras_fvae.backend import replicas
 from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
+from keras_fvae.integrations.peft_lora import RANK_OFFSET
 from keras_fvae.integrations.peft_lora import LoadedAdapter
+from keras_fvae.integrations.peft_lora import rounded
 from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.layout import reference_views
-
-# Beside the rank, in the scale of the update, there and not here.
-RANK_OFFSET = 1e-5
 
 # What changes the predictions of theirs, and has no counterpart here.
 REQUIRED_SETTINGS = {
@@ -213,22 +212,22 @@ def config_to_peft(configs):
         "task_type": None,
         "r": rank,
         "latent_dim": rank,
-        "lora_alpha": _rounded(config.scale * (rank + RANK_OFFSET)),
+        "lora_alpha": rounded(config.scale * (rank + RANK_OFFSET)),
         **_uniform("enc", "encoder_units", config.hidden_units, rank),
         **_uniform("dec", "decoder_units", config.decoder_units, rank),
         "encoder_use_common_hidden_layer": config.encoder_shared_trunk,
         "enc_dropout": config.dropout,
         "dec_dropout": config.dropout,
         "latent_fusion": config.latent_fusion,
-        "z2_latent_mean": _rounded(config.prior_mean),
-        "z2_latent_std": _rounded(config.prior_std),
-        "lambda_reconstruction": _rounded(config.reconstruction_weight),
-        "lambda_kl_z1": _rounded(config.kl_weight),
-        "lambda_z1_l2": _rounded(config.gamma_weights[0] * rank / 2),
-        "lambda_z2_l2": _rounded(
+        "z2_latent_mean": rounded(config.prior_mean),
+        "z2_latent_std": rounded(config.prior_std),
+        "lambda_reconstruction": rounded(config.reconstruction_weight),
+        "lambda_kl_z1": rounded(config.kl_weight),
+        "lambda_z1_l2": rounded(config.gamma_weights[0] * rank / 2),
+        "lambda_z2_l2": rounded(
             config.gamma_weights[1] * rank / 2 / config.prior_std**2
         ),
-        "lambda_downstream": _rounded(1 / config.elbo_weight),
+        "lambda_downstream": rounded(1 / config.elbo_weight),
         "num_of_z_sampled": config.num_samples,
         "scalar_decoder_std": True,
     }
@@ -245,12 +244,6 @@ def _uniform(prefix, name, units, rank):
         f"{prefix}_hidden_layer": units[0] if units else rank,
         f"{prefix}_num_of_layer": len(units),
     }
-
-
-def _rounded(value):
-    """Without the rounding errors of going there and back."""
-    value = float(f"{value:.12g}")
-    return int(value) if value.is_integer() else value
 
 
 def _check_sizes(settings, tensors):

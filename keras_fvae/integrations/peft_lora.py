@@ -48,7 +48,7 @@ NEUTRAL_SETTINGS = {
 # The ways to begin which leave the base model as it is.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 FACTORED_STARTS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
-# Beside the number of ranks, in the scale of AdaLoRA.
+# Beside the number of ranks, in the scale of AdaLoRA and the authors' fork.
 RANK_OFFSET = 1e-5
 
 
@@ -352,7 +352,7 @@ def write(modules):
         isinstance(layer.config, RSLoRAConfig) for layer in adapted
     ) and all(len(layers) == 1 for layers in modules.values())
     alphas = {
-        name: _rounded(
+        name: rounded(
             update.scale
             * (math.sqrt(ranks[name]) if use_rslora else ranks[name])
         )
@@ -474,7 +474,7 @@ def _most_common(values):
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def _rounded(value):
+def rounded(value):
     """Without the rounding errors of going there and back."""
     value = float(f"{value:.12g}")
     return int(value) if value.is_integer() else value

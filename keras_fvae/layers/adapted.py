@@ -1,5 +1,6 @@
 """Dense layers with an adapter: frozen, and with what a method adds to them."""
 
+import contextlib
 import functools
 import inspect
 import types
@@ -263,6 +264,22 @@ def in_place_class(adapted_class):
     )
 
 
+@contextlib.contextmanager
+def seen_as(layer, cls):
+    """Makes a layer one of another class, for the time of the block.
+
+    Args:
+        layer: Layer.
+        cls: Class that it is of without its adapters.
+    """
+    own_class = type(layer)
+    layer.__class__ = cls
+    try:
+        yield
+    finally:
+        layer.__class__ = own_class
+
+
 @keras.saving.register_keras_serializable(package="keras_fvae")
 class AdaptedSubclass(AdaptedLayer):
     """A layer of a class that derives from Keras's, with an adapter.
@@ -274,12 +291,8 @@ class AdaptedSubclass(AdaptedLayer):
     plain_class = None
 
     def get_config(self):
-        adapted_class = type(self)
-        self.__class__ = self.plain_class
-        try:
+        with seen_as(self, self.plain_class):
             layer = keras.saving.serialize_keras_object(self)
-        finally:
-            self.__class__ = adapted_class
         # What is loaded is built by the config of this layer.
         layer.pop("build_config", None)
         return {

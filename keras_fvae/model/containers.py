@@ -16,6 +16,7 @@ from keras_fvae.layers import sharding
 from keras_fvae.layers import switching
 from keras_fvae.layers.adapted import ADAPTED_MARK
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import seen_as
 from keras_fvae.layers.adapted import shard_like_kernel
 from keras_fvae.layers.adapter import refuse_quantization
 from keras_fvae.layers.attach import attach_adapter
@@ -67,7 +68,7 @@ class AdaptedContainer(
     def get_config(self):
         if keras_internals.is_saving_to_h5():
             raise ValueError(NO_H5)
-        with _as_base_class(self):
+        with seen_as(self, base_class(type(self))):
             layer = keras.saving.serialize_keras_object(self)
         # Whoever serializes this layer adds how it was compiled.
         layer.pop("compile_config", None)
@@ -553,17 +554,6 @@ def _container_class(base):
 def base_class(container_class):
     """The class that a container is of otherwise."""
     return container_class.__bases__[-1]
-
-
-@contextlib.contextmanager
-def _as_base_class(container):
-    """Makes a container for a while what it would be without adapters."""
-    container_class = type(container)
-    container.__class__ = base_class(container_class)
-    try:
-        yield
-    finally:
-        container.__class__ = container_class
 
 
 def _signature(method):

@@ -535,13 +535,15 @@ def _with_settings(state, settings):
                 "it has only what inference needs, and no settings of "
                 f"training. Received: {sorted(settings)}."
             )
-    if not settings:
-        return configs
+    changed = {
+        path: dataclasses.replace(config, **settings)
+        for path, config in configs.items()
+    }
+    if "seed" not in settings:
+        return changed
     return {
-        path: dataclasses.replace(config, **settings).for_layer(index)
-        if "seed" in settings
-        else dataclasses.replace(config, **settings)
-        for index, (path, config) in enumerate(configs.items())
+        path: config.for_layer(index)
+        for index, (path, config) in enumerate(changed.items())
     }
 
 
@@ -591,8 +593,9 @@ def _difference_in_training(tree, weights):
         **training.changed_state(tree, if_noted=True),
     }
     our_ids = {id(weight) for weight in ours.values()}
+    our_ids |= training.state_ids_of(tree)
     for path, weight in weights.items():
-        if id(weight) not in our_ids and not training.is_state(tree, weight):
+        if id(weight) not in our_ids:
             return f"the weight '{path}' was trained only in the state."
     their_ids = {id(weight) for weight in weights.values()}
     for path, weight in ours.items():

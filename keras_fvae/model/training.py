@@ -141,7 +141,7 @@ def changed_state(tree, if_noted=False):
         tree: `LayerTree` of a model.
         if_noted: Boolean. Whether to leave out what nobody knows of.
     """
-    state_ids = _state_ids(tree)
+    state_ids = state_ids_of(tree)
     return {
         path: weight
         for path, weight in tree.weights.items()
@@ -151,18 +151,13 @@ def changed_state(tree, if_noted=False):
     }
 
 
-def is_state(tree, weight):
-    """Whether a layer may change a weight without a gradient."""
-    return id(weight) in _state_ids(tree)
-
-
 def note_state(tree):
     """Remembers the state of layers, so that a change of it will be seen.
 
     Args:
         tree: `LayerTree` of a model that is being adapted.
     """
-    state_ids = _state_ids(tree)
+    state_ids = state_ids_of(tree)
     for weight in tree.weights.values():
         is_new = id(weight) in state_ids and _noted_digest(weight) is None
         if is_new and keras_internals.has_value(weight):
@@ -183,7 +178,7 @@ def noted_state(tree):
     }
 
 
-def _state_ids(tree):
+def state_ids_of(tree):
     """The ids of the weights that layers may change without a gradient."""
     ids = set()
     for layer in tree.all_layers:
@@ -231,14 +226,15 @@ def remember_training(model):
 def known_models_with(layers):
     """List of the models with adapters that hold one of the layers."""
     layer_ids = {id(layer) for layer in layers}
-    return [
-        model
-        for model in known_models
-        if any(
-            id(layer) in layer_ids
-            for layer in keras_internals.flatten_layers(model)
-        )
-    ]
+    return [model for model in known_models if _holds(model, layer_ids)]
+
+
+def _holds(model, layer_ids):
+    """Whether one of the layers with these ids is in a model."""
+    return any(
+        id(layer) in layer_ids
+        for layer in keras_internals.flatten_layers(model)
+    )
 
 
 def living_models_with(layers):
@@ -258,11 +254,7 @@ def living_models_with(layers):
         model
         for model in models.values()
         # Some may be half made, by a constructor that raised.
-        if hasattr(model, "_layers")
-        and any(
-            id(layer) in layer_ids
-            for layer in keras_internals.flatten_layers(model)
-        )
+        if hasattr(model, "_layers") and _holds(model, layer_ids)
     ]
 
 
@@ -322,10 +314,7 @@ def refuse_while_running(layers):
     """
     layer_ids = {id(layer) for layer in layers}
     for name, model in keras_internals.running_trainers():
-        if any(
-            id(layer) in layer_ids
-            for layer in keras_internals.flatten_layers(model)
-        ):
+        if _holds(model, layer_ids):
             raise ValueError(
                 f"Model '{model.name}' is in the middle of `{name}`: which of "
                 "its layers are adapted, and how, cannot be changed before "
