@@ -38,6 +38,7 @@ THIN_PRODUCTS = {
     "LoRA on x": 1,
     "rsLoRA": 1,
     "FFA-LoRA": 1,
+    "AdaLoRA": 1,
     "DropLoRA": 1,
     "DoRA": 1,
     "PiSSA": 2,

@@ -133,6 +133,7 @@ CONFIGS = {
     "OLoRA": keras_fvae.OLoRAConfig,
     "DoRA": keras_fvae.DoRAConfig,
     "HiRA": keras_fvae.HiRAConfig,
+    "AdaLoRA": keras_fvae.AdaLoRAConfig,
     "DropLoRA": keras_fvae.DropLoRAConfig,
 }
 

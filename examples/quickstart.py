@@ -31,6 +31,7 @@ CONFIGS = {
     "OLoRA": "OLoRAConfig",
     "DoRA": "DoRAConfig",
     "HiRA": "HiRAConfig",
+    "AdaLoRA": "AdaLoRAConfig",
     "DropLoRA": "DropLoRAConfig",
     "FVAE-LoRA": "FVAELoRAConfig",
 }
@@ -132,7 +133,10 @@ def main(train, test):
             classifier = load_classifier(len(classes))
             classifier.preprocessor = None
             size = adapt(classifier.backbone, method)
-            result = train_and_test(classifier, data, test, epochs)
+            callbacks = []
+            if method == "AdaLoRA":
+                callbacks.append(keras_fvae.AdaLoRAAllocator())
+            result = train_and_test(classifier, data, test, epochs, callbacks)
             trainable = count(classifier.trainable_weights)
             results[situation].append(
                 {
@@ -221,7 +225,7 @@ def count(weights):
     return sum(math.prod(weight.shape) for weight in weights)
 
 
-def train_and_test(classifier, train, test, epochs):
+def train_and_test(classifier, train, test, epochs, callbacks):
     """Trains with the same seed and budget as every other run."""
     num_steps = epochs * math.ceil(len(train[1]) / BATCH_SIZE)
     learning_rate = keras.optimizers.schedules.CosineDecay(
@@ -241,7 +245,7 @@ def train_and_test(classifier, train, test, epochs):
         batch_size=BATCH_SIZE,
         epochs=epochs,
         validation_data=test,
-        callbacks=[timer],
+        callbacks=[timer, *callbacks],
     ).history
     logits = classifier.predict(test[0], verbose=0)
     probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))

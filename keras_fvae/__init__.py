@@ -8,6 +8,7 @@ from keras_fvae.analysis.groups import evaluate_groups
 from keras_fvae.analysis.memory import memory_per_device
 from keras_fvae.analysis.probes import latents
 from keras_fvae.analysis.probes import probe_latents
+from keras_fvae.callbacks.ada_lora import AdaLoRAAllocator
 from keras_fvae.callbacks.checkpoint import AdapterCheckpoint
 from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
@@ -21,6 +22,7 @@ from keras_fvae.integrations.peft import save_peft_adapter
 from keras_fvae.layers.adapted import AdaptedDense
 from keras_fvae.layers.adapted import AdaptedEinsumDense
 from keras_fvae.layers.sharding import adapter_layout_map
+from keras_fvae.methods.ada_lora import AdaLoRAConfig
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
@@ -67,6 +69,8 @@ def __dir__():
 
 __all__ = [
     "FVAE",
+    "AdaLoRAAllocator",
+    "AdaLoRAConfig",
     "AdaptedDense",
     "AdaptedEinsumDense",
     "AdapterCheckpoint",

@@ -418,3 +418,42 @@ def test_float_kernel_in_full_precision():
 
     Reader(dtype="mixed_bfloat16")(np.ones((1, 4)))
     assert found == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Muon"])
+def test_what_is_added_to_an_update_sees_what_was_used(name):
+    """Once for each update, with the mean gradient, after the step."""
+    seen = []
+    variable = keras.Variable(np.ones((2, 3), "float32"))
+    optimizer = getattr(keras.optimizers, name)(
+        0.1, gradient_accumulation_steps=2
+    )
+    optimizer.build([variable])
+    keras_internals.add_to_update(
+        optimizer,
+        lambda gradients, variables: seen.append(
+            (to_numpy(gradients[0]), to_numpy(variables[0]))
+        ),
+    )
+    before = to_numpy(variable)
+    if BACKEND != "jax":
+        for gradient in (1.0, 3.0):
+            optimizer.apply([keras.ops.full((2, 3), gradient)], [variable])
+        ((gradient, after),) = seen
+        np.testing.assert_allclose(gradient, np.full((2, 3), 2.0))
+        np.testing.assert_allclose(after, to_numpy(variable))
+        assert np.abs(after - before).max() > 1e-3
+    keras_internals.restore_update(optimizer)
+    optimizer.apply([keras.ops.ones((2, 3))], [variable])
+    optimizer.apply([keras.ops.ones((2, 3))], [variable])
+    assert len(seen) <= 1
+
+
+def test_variables_of_an_optimizer_can_be_taken_out():
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([keras.Variable(np.ones(3))])
+    before = [v.path for v in optimizer.variables]
+    added = optimizer.add_variable((2,), name="added")
+    assert any(v is added for v in optimizer.variables)
+    keras_internals.untrack_optimizer_variable(optimizer, added)
+    assert [v.path for v in optimizer.variables] == before

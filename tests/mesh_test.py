@@ -159,6 +159,33 @@ def test_every_method_computes_what_one_device_does(name):
             ), weight.path
 
 
+def test_adalora_scores_what_lies_on_several_devices():
+    def train(model):
+        model.compile(keras.optimizers.Adam(0.02), "mse")
+        model.fit(
+            family.X,
+            np.ones((8, 3)),
+            batch_size=4,
+            epochs=8,
+            shuffle=False,
+            callbacks=[keras_fvae.AdaLoRAAllocator()],
+            verbose=0,
+        )
+        return [
+            to_numpy(layer.adapter.singular_values)
+            for layer in adapted_layers(model)
+        ]
+
+    expected = train(family.adapt(family.make_model(), "AdaLoRA"))
+    mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"))
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["query/kernel"] = (None, "model", None)
+    with model_parallel(layout_map).scope():
+        found = train(family.adapt(family.make_model(), "AdaLoRA"))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+    assert np.count_nonzero(expected) == 3
+
+
 def test_slots_of_the_optimizer_lie_as_the_weights_do():
     with model_parallel(layout_map_of("llama")).scope():
         backbone = make_adapted("llama")

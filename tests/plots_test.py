@@ -93,6 +93,18 @@ def test_terms_over_training(tmp_path):
         plots.plot_training({"loss": [1.0]})
 
 
+def test_ranks_of_each_layer(tmp_path):
+    history = [{"a/query": 4, "a/value": 4}, {"a/query": 1, "a/value": 3}]
+    figure = plots.plot_ranks(history)
+    [image] = figure.axes[0].images
+    assert image.get_array().tolist() == [[4, 1], [4, 3]]
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names == ["query", "value"]
+    check(figure, tmp_path)
+    with pytest.raises(ValueError, match="AdaLoRAAllocator"):
+        plots.plot_ranks([])
+
+
 def test_probes(tmp_path):
     probes = [
         Probe(layer, latent, attribute, 0.8, 0.7, 0.85, 0.5)

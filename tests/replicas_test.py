@@ -190,3 +190,14 @@ def test_adapters_cannot_be_switched(
     ):
         model.predict(data[0], verbose=0)
     assert model.predict(data[0], verbose=0).shape == (16, 3)
+
+
+def test_adalora_cannot_see_the_gradients(make_attention_model, strategy, data):
+    with strategy.scope():
+        model = make_attention_model()
+        keras_fvae.enable_adapter(model, keras_fvae.AdaLoRAConfig(2))
+        compile_model(model)
+        with pytest.raises(ValueError, match="gradients cannot be watched"):
+            model.fit(
+                *data, callbacks=[keras_fvae.AdaLoRAAllocator()], verbose=0
+            )

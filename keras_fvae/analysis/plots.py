@@ -206,6 +206,46 @@ def plot_training(history):
     return figure
 
 
+def plot_ranks(history):
+    """How many ranks AdaLoRA has left of each layer, over the epochs.
+
+    Args:
+        history: List of dicts of layer path to rank, one for each epoch: the
+            `history` of a `keras_fvae.AdaLoRAAllocator`.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If `history` is empty.
+
+    Example:
+
+    >>> figure = keras_fvae.plots.plot_ranks(
+    ...     [{"query": 4, "value": 4}, {"query": 1, "value": 3}]
+    ... )
+    >>> figure.axes[0].get_xlabel()
+    'epoch'
+    """
+    if not history:
+        raise ValueError(
+            "`history` must have one epoch at least. Call `fit` with a "
+            "`keras_fvae.AdaLoRAAllocator` among its callbacks, and pass its "
+            "`history`."
+        )
+    paths = [*history[0]]
+    ranks = np.array([[epoch[path] for epoch in history] for path in paths])
+    figure, (axis,) = _figure(1, 1, width=6.4, height=1.6 + 0.22 * len(paths))
+    image = axis.imshow(ranks, cmap="viridis", vmin=0, aspect="auto")
+    bar = figure.colorbar(image, label="ranks")
+    bar.locator = _whole_numbers()
+    axis.set(xlabel="epoch", yticks=range(len(paths)))
+    axis.set_yticklabels(_short_names(paths))
+    axis.xaxis.set_major_locator(_whole_numbers())
+    axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch + 1:.0f}")
+    return figure
+
+
 def plot_probes(probes):
     """How well each attribute is read from z1 and from z2, layer by layer.
 

@@ -514,6 +514,34 @@ def no_gradients():
     return contextlib.nullcontext()
 
 
+def add_to_update(optimizer, function):
+    """Has a function called after each update of an optimizer, in the step.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer` that wraps no other.
+        function: Function of the list of gradients and that of variables.
+    """
+    update = optimizer._backend_update_step
+
+    def update_and_call(gradients, variables, learning_rate):
+        update(gradients, variables, learning_rate)
+        with no_gradients():
+            function(gradients, variables)
+
+    # Keras would track what is set the usual way.
+    vars(optimizer)["_backend_update_step"] = update_and_call
+
+
+def restore_update(optimizer):
+    """Takes away what `add_to_update` added."""
+    vars(optimizer).pop("_backend_update_step", None)
+
+
+def untrack_optimizer_variable(optimizer, variable):
+    """Takes a variable out of those that an optimizer saves and restores."""
+    optimizer._untrack_variable(variable)
+
+
 def get_keras_mask(x):
     """The Keras mask that travels with a tensor, or `None`."""
     return backend.get_keras_mask(x)

@@ -70,12 +70,14 @@ def scope_of(variable):
     Returns:
         Context manager, which does nothing but on TensorFlow.
     """
-    is_tensorflow = keras.config.backend() == "tensorflow"
-    if is_tensorflow and keras_internals.has_value(variable):
-        strategy = getattr(variable.value, "distribute_strategy", None)
-        if strategy is not None:
-            return strategy.scope()
-    return contextlib.nullcontext()
+    strategy = _strategy_of(variable)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def has_replicas(variable):
+    """Whether a variable is on several replicas of `tf.distribute`."""
+    strategy = _strategy_of(variable)
+    return strategy is not None and strategy.num_replicas_in_sync > 1
 
 
 def spans_processes(variables):
@@ -137,6 +139,14 @@ def from_first_process(read):
     if is_first_process():
         array = np.frombuffer(content, "uint8")
     return broadcast(array).astype("uint8").tobytes()
+
+
+def _strategy_of(variable):
+    """The `tf.distribute` strategy of a variable, if there is one."""
+    is_tensorflow = keras.config.backend() == "tensorflow"
+    if not (is_tensorflow and keras_internals.has_value(variable)):
+        return None
+    return getattr(variable.value, "distribute_strategy", None)
 
 
 def _replica_context():

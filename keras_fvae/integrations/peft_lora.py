@@ -20,6 +20,8 @@ from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import contraction_of
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.methods.ada_lora import RANK_OFFSET
+from keras_fvae.methods.ada_lora import AdaLoRAConfig
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
@@ -48,8 +50,6 @@ NEUTRAL_SETTINGS = {
 # The ways to begin which leave the base model as it is.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 FACTORED_STARTS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
-# Beside the number of ranks, in the scale of AdaLoRA and the authors' fork.
-RANK_OFFSET = 1e-5
 
 
 class LoadedAdapter(NamedTuple):
@@ -400,7 +400,13 @@ def kind_of(config):
         return "dora"
     if isinstance(config, HiRAConfig):
         return "hira"
-    plain = (LoRAConfig, DropLoRAConfig, PiSSAConfig, OLoRAConfig)
+    plain = (
+        LoRAConfig,
+        AdaLoRAConfig,
+        DropLoRAConfig,
+        PiSSAConfig,
+        OLoRAConfig,
+    )
     if not isinstance(config, plain):
         raise ValueError(f"PEFT has no counterpart of {config.method_name}.")
     return "lora"
@@ -419,6 +425,9 @@ def _matrices(layer, kind):
             magnitude,
         )
     config, arrays = layer.config, layer.adapter.get_arrays()
+    if isinstance(config, AdaLoRAConfig):
+        config = layer.adapter.inference_config
+        arrays = layer.adapter.get_arrays(finalized=True)
     if isinstance(config, FVAELoRAConfig):
         arrays = layer.adapter.get_arrays(finalized=True)
         bias = arrays["encoder_bias_0"][0] @ arrays["kernel_b"]

@@ -133,6 +133,21 @@ class Adapter(keras.Layer):
         """Boolean, whether there is something to draw random numbers for."""
         return bool(self.trainable_weights)
 
+    @property
+    def missing_callback(self):
+        """String, what `fit` lacks if the method is to do as it says."""
+        return None
+
+    @property
+    def num_ranks(self):
+        """Integer, how many ranks the update has."""
+        return self.config.rank
+
+    @property
+    def inference_config(self):
+        """The config of the adapter that is left for inference."""
+        return self.config
+
     def check_can_finalize(self):
         """Raises a `ValueError` if inference needs all that training does."""
 
@@ -242,7 +257,7 @@ class LowRankAdapter(Adapter):
             "kernel_b",
             (self.config.rank, self.units),
             self.initial_kernel_b,
-            regularizer=self.regularizer,
+            regularizer=self.regularizer_of("kernel_b"),
         )
 
     def build_projection(self):
@@ -251,10 +266,14 @@ class LowRankAdapter(Adapter):
             "kernel_a",
             (self.width, self.config.rank),
             self.initial_kernel_a,
-            regularizer=self.regularizer,
+            regularizer=self.regularizer_of("kernel_a"),
             # Made so, because Keras flips the flags of all that once trained.
             trainable=self.trains_a,
         )
+
+    def regularizer_of(self, name):
+        """The regularizer of "kernel_a" or "kernel_b", or `None`."""
+        return self.regularizer
 
     @property
     def is_zero(self):

@@ -269,6 +269,8 @@ class AdaptedModel(AdaptedContainer):
         join_distribution(self)
         training.share_losses(adapted_layers(self))
         training.remember_training(self)
+        if self.train_function is None:
+            training.warn_of_missing_callbacks(self, adapted_layers(self))
         with _another_function(self, "train_step"):
             return super().make_train_function(*args, **kwargs)
 

@@ -45,7 +45,10 @@ def finalize_adapter(model):
     adapters = []
     for layer in layers:
         adapter = attach.build_adapter(
-            layer, layer.config, finalized=True, starts_anew=False
+            layer,
+            layer.adapter.inference_config,
+            finalized=True,
+            starts_anew=False,
         )
         adapter.set_arrays(attach.inference_arrays(layer))
         adapter.trainable = False

@@ -88,12 +88,16 @@ def paths_of(tree):
     }
 
 
-def describe_adapter(layer):
-    """The part of a record that says how a layer is adapted."""
-    return {
-        "config": describe_config(layer.config),
-        "finalized": layer.adapter.finalized,
-    }
+def describe_adapter(layer, finalized=False):
+    """The part of a record that says how a layer is adapted.
+
+    Args:
+        layer: Adapted layer.
+        finalized: Boolean. Whether to describe what inference needs of it.
+    """
+    finalized = finalized or layer.adapter.finalized
+    config = layer.adapter.inference_config if finalized else layer.config
+    return {"config": describe_config(config), "finalized": finalized}
 
 
 def find_layers(tree, record):

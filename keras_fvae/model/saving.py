@@ -85,11 +85,10 @@ def get_adapter(model, include="all"):
     for path, layer in tree.layers.items():
         if layer in tree.adapted:
             adapted[path] = {
-                **describe_adapter(layer),
+                **describe_adapter(layer, include == "inference"),
                 "precision": fingerprint.precision(layer),
                 "fingerprint": fingerprint.fingerprint(layer),
             }
-            adapted[path]["finalized"] |= include == "inference"
             if adapted[path]["finalized"]:
                 adapter_arrays = inference_arrays(layer)
             else:

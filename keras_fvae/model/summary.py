@@ -23,6 +23,8 @@ class LayerSummary:
         state: `"as made"`, when the update is 0 as it is at the start,
             `"trained"` or `"finalized"`.
         is_on: Boolean. `False` inside an `adapter_disabled` block.
+        num_ranks: Integer, how many ranks the update has: those of the config,
+            or what AdaLoRA has left of them.
         health: String, the word of `FVAELoRAMonitor` for the latent z1 after
             the last epoch; `None` if it has not looked.
     """
@@ -31,6 +33,7 @@ class LayerSummary:
     config: AdapterConfig
     state: str
     is_on: bool
+    num_ranks: int
     health: str | None
 
     @property
@@ -99,6 +102,8 @@ class AdapterSummary:
             words = [layer.method] if methods else []
             words += [layer.state] if states else []
             words += [] if layer.is_on else ["off"]
+            if layer.num_ranks != layer.config.rank:
+                words.append(f"{layer.num_ranks} ranks left")
             words += [layer.health] if layer.health else []
             lines.append(
                 f"  {layer.path}" + (f"  ({', '.join(words)})" if words else "")
@@ -227,6 +232,7 @@ def _summarize_layer(layer):
         layer.config,
         "finalized" if adapter.finalized else state,
         not switching.is_off(layer),
+        adapter.num_ranks,
         adapter.health,
     )
 

@@ -217,6 +217,18 @@ def share_losses(layers):
         adapter.share_loss(len(adapters))
 
 
+def warn_of_missing_callbacks(model, layers):
+    """Warns if the method of some adapted layers needs a callback in `fit`.
+
+    Args:
+        model: `keras.Model`, which is about to train.
+        layers: List of all its adapted layers.
+    """
+    missing = {layer.adapter.missing_callback for layer in layers} - {None}
+    for message in sorted(missing):
+        warnings.warn(f"Model '{model.name}': {message}", stacklevel=4)
+
+
 def remember_training(model):
     """Remembers what trains in a model, when it is about to train."""
     for weight in model.trainable_weights:

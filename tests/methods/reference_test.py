@@ -15,17 +15,27 @@ from keras_fvae.layers.attach import merged_weights
 from keras_fvae.methods import drop_lora
 
 REFERENCE = ROOT / "tests" / "reference" / "methods"
-NAMES = {"lora_a": "kernel_a", "lora_b": "kernel_b", "magnitude": "magnitude"}
+NAMES = {
+    "lora_a": "kernel_a",
+    "lora_b": "kernel_b",
+    "lora_e": "singular_values",
+    "magnitude": "magnitude",
+}
 
 
 def make_config(name, settings):
-    rank, alpha = settings["rank"], settings.get("alpha")
+    rank, alpha = settings.get("rank"), settings.get("alpha")
     if name.startswith("dora"):
         return keras_fvae.DoRAConfig(
             rank, alpha, gradient_through_norm=name == "dora_full_gradient"
         )
     if name == "hira":
         return keras_fvae.HiRAConfig(rank)
+    if name == "adalora":
+        weight = settings["orth_reg_weight"]
+        return keras_fvae.AdaLoRAConfig(
+            settings["init_r"], alpha, orthogonality_weight=weight
+        )
     return {
         "lora": keras_fvae.LoRAConfig,
         "rslora": keras_fvae.RSLoRAConfig,
@@ -143,6 +153,7 @@ on_both_classes = pytest.mark.parametrize("is_einsum", [False, True])
         "dora_no_bias",
         "dora_full_gradient",
         "hira",
+        "adalora",
     ],
 )
 @on_both_classes
@@ -177,6 +188,19 @@ def test_methods_that_start_from_factors(name, is_einsum):
     # Their base is what is left of the kernel, and merges to the same.
     layer.check()
     assert_close(layer.predict(), layer.outputs("output"))
+
+
+@on_both_classes
+def test_adalora_keeps_its_factors_orthonormal(is_einsum):
+    layer = Layer("adalora", is_einsum)
+    layer.set_weights()
+    variables = [layer.weights["kernel_a"], layer.weights["kernel_b"]]
+    loss, gradients, _ = value_and_gradients(
+        lambda: sum(layer.layer.losses), variables, []
+    )
+    assert_close(loss, layer.arrays["orthogonality_loss_times_weight"])
+    for letter, gradient in zip("ab", gradients):
+        assert_close(gradient, layer.arrays[f"orth_grad_lora_{letter}"])
 
 
 @on_both_classes

@@ -1,0 +1,317 @@
+"""AdaLoRA's allocation of ranks: which singular values stay, from step to step.
+
+All of it is computed inside the compiled step. What depends on the number of
+the step alone is a table, made before.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_fvae.backend.gradients import stop_watching
+from keras_fvae.backend.gradients import watch_gradients
+from keras_fvae.layers.config import is_finite
+from keras_fvae.layers.config import is_integer
+from keras_fvae.methods.ada_lora import AdaLoRAConfig
+from keras_fvae.model.lookup import require_adapted_layers
+from keras_fvae.model.training import forget_compiled_functions
+
+FACTORS = ("kernel_a", "kernel_b", "singular_values")
+
+
+class AdaLoRAAllocator(keras.callbacks.Callback):
+    """Gives AdaLoRA's ranks to the layers that need them, in training.
+
+    After each update every element of A, E and B gets a score: two moving
+    averages of `|weight * gradient|`, one of its value and one of how much it
+    varies, times each other. That of a rank is the score of its singular value
+    and the mean ones of its row of B and its column of A. From
+    `initial_steps` on the budget falls, as a cube, to the target, which it
+    reaches `final_steps` before the end. Every `interval` updates the ranks of
+    the lowest scores that are above the budget, over all layers, get a
+    singular value of 0; until the last time they may come back.
+
+    The scores are state of the optimizer while `fit` runs, so that
+    `keras.callbacks.BackupAndRestore` resumes them. The mean rank is logged at
+    the end of each epoch as `mean_rank`; `history` has that of each layer.
+
+    Args:
+        initial_steps: Integer, how many updates are made before the budget
+            falls. `None` (default) means a tenth of all.
+        final_steps: Integer, how many are made with the last choice of ranks.
+            `None` (default) means half of all.
+        interval: Positive integer, the updates from one choice to the next.
+            `None` (default) means a hundredth of all, but at least one.
+        total_steps: Positive integer, how many updates `fit` makes. `None`
+            (default) asks `fit`, which knows unless it reads a generator.
+        beta_1: Float in `[0, 1)`, the decay of the average of the scores.
+            Defaults to `0.85`.
+        beta_2: Float in `[0, 1)`, that of how much they vary. Defaults to
+            `0.85`.
+
+    Raises:
+        ValueError: If an argument is not allowed, or, in `fit`, no layer is
+            adapted by AdaLoRA, the number of updates is not known, or there is
+            none between `initial_steps` and `final_steps`.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_adapter(model, keras_fvae.AdaLoRAConfig(3))
+    >>> model.compile("adamw", "mse")
+    >>> allocator = keras_fvae.AdaLoRAAllocator(final_steps=2)
+    >>> history = model.fit(
+    ...     np.ones((8, 4)),
+    ...     np.ones((8, 3)),
+    ...     batch_size=1,
+    ...     callbacks=[allocator],
+    ...     verbose=0,
+    ... )
+    >>> allocator.history
+    [{'sequential/query': 2}]
+
+    Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), section 3.
+    """
+
+    def __init__(
+        self,
+        initial_steps=None,
+        final_steps=None,
+        interval=None,
+        total_steps=None,
+        beta_1=0.85,
+        beta_2=0.85,
+    ):
+        super().__init__()
+        self.initial_steps = _checked("initial_steps", initial_steps, 0)
+        self.final_steps = _checked("final_steps", final_steps, 0)
+        self.interval = _checked("interval", interval, 1)
+        self.total_steps = _checked("total_steps", total_steps, 1)
+        for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
+            if not is_finite(value) or not 0 <= value < 1:
+                raise ValueError(
+                    f"`{name}` must be a number in [0, 1). "
+                    f"Received: {name}={value!r}"
+                )
+        self.betas = (beta_1, beta_2)
+        self.history = []
+
+    def set_model(self, model):
+        # Before any callback's `on_train_begin`, because `BackupAndRestore`
+        # sets the optimizer's variables there.
+        super().set_model(model)
+        layers = require_adapted_layers(model, AdaLoRAConfig)
+        self._layers = [la for la in layers if la.adapter.is_trainable]
+        if not self._layers:
+            raise ValueError(
+                "Each layer that AdaLoRA adapts is frozen, so there is nothing "
+                "to give ranks to. Set `trainable = True`."
+            )
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        self._allocation = Allocation(
+            [layer.adapter for layer in self._layers], self.betas
+        )
+        watch_gradients(model.optimizer, self._allocation)
+        for layer in self._layers:
+            layer.adapter.allocator = self
+        forget_compiled_functions(model, kinds=("train",))
+
+    def on_train_begin(self, logs=None):
+        self._allocation.table = self._make_table()
+
+    def on_train_end(self, logs=None):
+        # What an optimizer with `use_ema` has just overwritten by averages.
+        self._allocation.repeat_last_choice()
+        stop_watching(self.model.optimizer)
+        for layer in self._layers:
+            layer.adapter.allocator = None
+        forget_compiled_functions(self.model, kinds=("train",))
+
+    def on_epoch_end(self, epoch, logs=None):
+        ranks = {layer.path: layer.adapter.num_ranks for layer in self._layers}
+        self.history.append(ranks)
+        if logs is not None:
+            logs["mean_rank"] = float(np.mean([*ranks.values()]))
+
+    def _make_table(self):
+        total = self.total_steps
+        if total is None:
+            if self.params.get("steps") is None:
+                raise ValueError(
+                    "`fit` does not know how many steps an epoch has. Pass "
+                    "`steps_per_epoch` to `fit`, or `total_steps` to "
+                    "`AdaLoRAAllocator`."
+                )
+            total = self.params["epochs"] * self.params["steps"]
+            total //= self.model.optimizer.gradient_accumulation_steps or 1
+        initial, final, interval = (
+            share if value is None else value
+            for value, share in (
+                (self.initial_steps, total // 10),
+                (self.final_steps, total // 2),
+                (self.interval, max(1, total // 100)),
+            )
+        )
+        if initial + final >= total:
+            raise ValueError(
+                f"`fit` makes {total} updates, and the ranks are chosen after "
+                "`initial_steps` and before `final_steps`, when there are none "
+                f"left. Received: initial_steps={initial}, final_steps={final}"
+            )
+        configs = [layer.config for layer in self._layers]
+        return Table(
+            sum(config.rank for config in configs),
+            sum(config.final_rank for config in configs),
+            total,
+            initial,
+            final,
+            interval,
+        )
+
+
+class Table:
+    """By the number of the update, from 0 to the last, what is done after it.
+
+    Attributes:
+        budgets: Array of integers, how many ranks may stay.
+        is_choice: Array of booleans, whether it is chosen anew which.
+        last_choice: Integer, the update after which it is for the last time.
+    """
+
+    def __init__(self, full, target, total, initial, final, interval):
+        steps = np.arange(total + 1)
+        self.last_choice = total - final
+        progress = (steps - initial) / (self.last_choice - initial)
+        left = (1 - np.clip(progress, 0, 1)) ** 3
+        self.budgets = (target + (full - target) * left).astype("int32")
+        self.is_choice = (steps > initial) & (steps % interval == 0)
+        self.is_choice[self.last_choice] = True
+        self.is_choice[self.last_choice + 1 :] = False
+
+
+class Allocation:
+    """What `AdaLoRAAllocator` does inside the step.
+
+    Args:
+        adapters: List of `AdaLoRAAdapter`.
+        betas: Pair of floats, the decays of the averages.
+    """
+
+    # Set before the first step.
+    table = None
+
+    def __init__(self, adapters, betas):
+        self.adapters = adapters
+        self.betas = betas
+
+    def build(self, optimizer):
+        """Makes the averages, the last choice and the number of updates."""
+        self.num_updates = optimizer.add_variable(
+            (), dtype="int32", name="num_updates"
+        )
+        self.averages, self.kept = [], []
+        for adapter in self.adapters:
+            self.averages.append(
+                {
+                    name: [
+                        optimizer.add_variable_from_reference(
+                            getattr(adapter, name), name=average
+                        )
+                        for average in ("sensitivity", "uncertainty")
+                    ]
+                    for name in FACTORS
+                }
+            )
+            self.kept.append(
+                optimizer.add_variable_from_reference(
+                    adapter.singular_values, name="kept", initializer="ones"
+                )
+            )
+
+    def observe(self, gradients, variables):
+        """Scores the ranks, and sets singular values to 0."""
+        by_id = {id(v): g for v, g in zip(variables, gradients)}
+        table, num_updates = self.table, self.num_updates + 1
+        self.num_updates.assign(num_updates)
+        # `fit` may make more than it said.
+        row = ops.minimum(num_updates, len(table.budgets) - 1)
+        is_scored = num_updates < table.last_choice
+        scores = [
+            self._score(adapter, averages, by_id, is_scored)
+            for adapter, averages in zip(self.adapters, self.averages)
+        ]
+        is_kept = _highest(scores, ops.take(table.budgets, row))
+        is_choice = ops.take(table.is_choice, row)
+        is_masked = ops.logical_or(is_choice, num_updates > table.last_choice)
+        for adapter, kept, chosen in zip(self.adapters, self.kept, is_kept):
+            chosen = ops.cast(chosen, kept.dtype)
+            kept.assign(ops.where(is_choice, chosen, kept.value))
+            values = adapter.singular_values
+            values.assign(ops.where(is_masked, values * kept, values.value))
+
+    def repeat_last_choice(self):
+        """Sets to 0 what the last choice did, if there was one."""
+        if int(ops.convert_to_numpy(self.num_updates)) < self.table.last_choice:
+            return
+        for adapter, kept in zip(self.adapters, self.kept):
+            values = adapter.singular_values
+            values.assign(values * kept)
+
+    def _score(self, adapter, averages, by_id, is_scored):
+        """Tensor of shape `(rank,)`, the scores of an adapter's ranks."""
+        scores = {}
+        for name in FACTORS:
+            weight = getattr(adapter, name)
+            sensitivity, uncertainty = averages[name]
+            gradient = by_id.get(id(weight))
+            # A layer that was not called has none.
+            if gradient is not None:
+                self._average(
+                    ops.abs(weight * gradient),
+                    sensitivity,
+                    uncertainty,
+                    is_scored,
+                )
+            scores[name] = sensitivity * uncertainty
+        return (
+            scores["singular_values"]
+            + ops.mean(scores["kernel_a"], axis=0)
+            + ops.mean(scores["kernel_b"], axis=1)
+        )
+
+    def _average(self, value, sensitivity, uncertainty, is_scored):
+        beta_1, beta_2 = self.betas
+        mean = beta_1 * sensitivity + (1 - beta_1) * value
+        deviation = ops.abs(value - mean)
+        spread = beta_2 * uncertainty + (1 - beta_2) * deviation
+        sensitivity.assign(ops.where(is_scored, mean, sensitivity.value))
+        uncertainty.assign(ops.where(is_scored, spread, uncertainty.value))
+
+
+def _highest(scores, number):
+    """Which scores are the highest.
+
+    Args:
+        scores: List of tensors of shape `(rank,)`.
+        number: Scalar integer tensor, how many are, over all tensors. Fewer if
+            some are equal.
+
+    Returns:
+        List of boolean tensors.
+    """
+    ordered = ops.sort(ops.concatenate(scores))
+    num_low = ordered.shape[0] - number
+    threshold = ops.take(ordered, ops.maximum(num_low - 1, 0))
+    return [ops.logical_or(s > threshold, num_low == 0) for s in scores]
+
+
+def _checked(name, value, minimum):
+    if value is not None and (not is_integer(value) or value < minimum):
+        raise ValueError(
+            f"`{name}` must be `None` or an integer >= {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
