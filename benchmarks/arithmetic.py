@@ -39,6 +39,7 @@ THIN_PRODUCTS = {
     "rsLoRA": 1,
     "FFA-LoRA": 1,
     "AdaLoRA": 1,
+    "BeamLoRA": 1,
     "DropLoRA": 1,
     "DoRA": 1,
     "PiSSA": 2,

@@ -134,6 +134,7 @@ CONFIGS = {
     "DoRA": keras_fvae.DoRAConfig,
     "HiRA": keras_fvae.HiRAConfig,
     "AdaLoRA": keras_fvae.AdaLoRAConfig,
+    "BeamLoRA": keras_fvae.BeamLoRAConfig,
     "DropLoRA": keras_fvae.DropLoRAConfig,
 }
 

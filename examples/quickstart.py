@@ -32,9 +32,12 @@ CONFIGS = {
     "DoRA": "DoRAConfig",
     "HiRA": "HiRAConfig",
     "AdaLoRA": "AdaLoRAConfig",
+    "BeamLoRA": "BeamLoRAConfig",
     "DropLoRA": "DropLoRAConfig",
     "FVAE-LoRA": "FVAELoRAConfig",
 }
+# By name, what a method needs in `fit`.
+CALLBACKS = {"AdaLoRA": "AdaLoRAAllocator", "BeamLoRA": "BeamLoRAPruner"}
 METHODS = ["head only", "KerasHub's LoRA", *CONFIGS]
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,8 +137,8 @@ def main(train, test):
             classifier.preprocessor = None
             size = adapt(classifier.backbone, method)
             callbacks = []
-            if method == "AdaLoRA":
-                callbacks.append(keras_fvae.AdaLoRAAllocator())
+            if method in CALLBACKS:
+                callbacks.append(getattr(keras_fvae, CALLBACKS[method])())
             result = train_and_test(classifier, data, test, epochs, callbacks)
             trainable = count(classifier.trainable_weights)
             results[situation].append(

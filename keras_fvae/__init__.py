@@ -9,6 +9,7 @@ from keras_fvae.analysis.memory import memory_per_device
 from keras_fvae.analysis.probes import latents
 from keras_fvae.analysis.probes import probe_latents
 from keras_fvae.callbacks.ada_lora import AdaLoRAAllocator
+from keras_fvae.callbacks.beam_lora import BeamLoRAPruner
 from keras_fvae.callbacks.checkpoint import AdapterCheckpoint
 from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
@@ -23,6 +24,7 @@ from keras_fvae.layers.adapted import AdaptedDense
 from keras_fvae.layers.adapted import AdaptedEinsumDense
 from keras_fvae.layers.sharding import adapter_layout_map
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
+from keras_fvae.methods.beam_lora import BeamLoRAConfig
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
@@ -75,6 +77,8 @@ __all__ = [
     "AdaptedEinsumDense",
     "AdapterCheckpoint",
     "AdapterState",
+    "BeamLoRAConfig",
+    "BeamLoRAPruner",
     "DoRAConfig",
     "DropLoRAConfig",
     "FFALoRAConfig",

@@ -109,7 +109,7 @@ def test_quickstart_with_all_methods(preset, csv_file, tmp_path):
         "--output", tmp_path,
     ).stdout  # fmt: skip
     others = ["rsLoRA", "FFA-LoRA", "PiSSA", "OLoRA", "DoRA", "HiRA"]
-    others += ["AdaLoRA", "DropLoRA", "FVAE-LoRA"]
+    others += ["AdaLoRA", "BeamLoRA", "DropLoRA", "FVAE-LoRA"]
     methods = ["head only", "KerasHub's LoRA", "LoRA", *others]
     check_output(output, tmp_path, methods)
 

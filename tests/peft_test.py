@@ -167,6 +167,7 @@ CONFIGS = {
     "rslora": keras_fvae.RSLoRAConfig(2, alpha=3),
     "ffa_lora": keras_fvae.FFALoRAConfig(2),
     "drop_lora": keras_fvae.DropLoRAConfig(2),
+    "beam_lora": keras_fvae.BeamLoRAConfig(2, alpha=3),
     "ada_lora": keras_fvae.AdaLoRAConfig(2, alpha=3),
     "pissa": keras_fvae.PiSSAConfig(2, alpha=3),
     "olora": keras_fvae.OLoRAConfig(2),

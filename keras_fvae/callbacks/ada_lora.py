@@ -10,8 +10,8 @@ from keras import ops
 
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
+from keras_fvae.callbacks import steps
 from keras_fvae.layers.config import is_finite
-from keras_fvae.layers.config import is_integer
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
@@ -85,10 +85,10 @@ class AdaLoRAAllocator(keras.callbacks.Callback):
         beta_2=0.85,
     ):
         super().__init__()
-        self.initial_steps = _checked("initial_steps", initial_steps, 0)
-        self.final_steps = _checked("final_steps", final_steps, 0)
-        self.interval = _checked("interval", interval, 1)
-        self.total_steps = _checked("total_steps", total_steps, 1)
+        self.initial_steps = steps.checked("initial_steps", initial_steps, 0)
+        self.final_steps = steps.checked("final_steps", final_steps, 0)
+        self.interval = steps.checked("interval", interval, 1)
+        self.total_steps = steps.checked("total_steps", total_steps, 1)
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not is_finite(value) or not 0 <= value < 1:
                 raise ValueError(
@@ -137,16 +137,7 @@ class AdaLoRAAllocator(keras.callbacks.Callback):
             logs["mean_rank"] = float(np.mean([*ranks.values()]))
 
     def _make_table(self):
-        total = self.total_steps
-        if total is None:
-            if self.params.get("steps") is None:
-                raise ValueError(
-                    "`fit` does not know how many steps an epoch has. Pass "
-                    "`steps_per_epoch` to `fit`, or `total_steps` to "
-                    "`AdaLoRAAllocator`."
-                )
-            total = self.params["epochs"] * self.params["steps"]
-            total //= self.model.optimizer.gradient_accumulation_steps or 1
+        total = steps.total_updates(self)
         initial, final, interval = (
             share if value is None else value
             for value, share in (
@@ -182,12 +173,12 @@ class Table:
     """
 
     def __init__(self, full, target, total, initial, final, interval):
-        steps = np.arange(total + 1)
+        updates = np.arange(total + 1)
         self.last_choice = total - final
-        progress = (steps - initial) / (self.last_choice - initial)
+        progress = (updates - initial) / (self.last_choice - initial)
         left = (1 - np.clip(progress, 0, 1)) ** 3
         self.budgets = (target + (full - target) * left).astype("int32")
-        self.is_choice = (steps > initial) & (steps % interval == 0)
+        self.is_choice = (updates > initial) & (updates % interval == 0)
         self.is_choice[self.last_choice] = True
         self.is_choice[self.last_choice + 1 :] = False
 
@@ -306,12 +297,3 @@ def _highest(scores, number):
     num_low = ordered.shape[0] - number
     threshold = ops.take(ordered, ops.maximum(num_low - 1, 0))
     return [ops.logical_or(s > threshold, num_low == 0) for s in scores]
-
-
-def _checked(name, value, minimum):
-    if value is not None and (not is_integer(value) or value < minimum):
-        raise ValueError(
-            f"`{name}` must be `None` or an integer >= {minimum}. "
-            f"Received: {name}={value!r}"
-        )
-    return value

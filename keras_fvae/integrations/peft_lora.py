@@ -21,7 +21,6 @@ from keras_fvae.layers.adapted import contraction_of
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.methods.ada_lora import RANK_OFFSET
-from keras_fvae.methods.ada_lora import AdaLoRAConfig
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
@@ -308,7 +307,7 @@ def write(modules):
         for layer in layers
         if isinstance(layer, AdaptedLayer)
     ]
-    kinds = {kind_of(layer.config) for layer in adapted}
+    kinds = {kind_of(layer.adapter.inference_config) for layer in adapted}
     if len(kinds) > 1:
         raise ValueError(
             "An adapter of PEFT is of one method. The layers of this model "
@@ -400,13 +399,7 @@ def kind_of(config):
         return "dora"
     if isinstance(config, HiRAConfig):
         return "hira"
-    plain = (
-        LoRAConfig,
-        AdaLoRAConfig,
-        DropLoRAConfig,
-        PiSSAConfig,
-        OLoRAConfig,
-    )
+    plain = (LoRAConfig, DropLoRAConfig, PiSSAConfig, OLoRAConfig)
     if not isinstance(config, plain):
         raise ValueError(f"PEFT has no counterpart of {config.method_name}.")
     return "lora"
@@ -425,7 +418,7 @@ def _matrices(layer, kind):
             magnitude,
         )
     config, arrays = layer.config, layer.adapter.get_arrays()
-    if isinstance(config, AdaLoRAConfig):
+    if isinstance(layer.adapter.inference_config, LoRAConfig):
         config = layer.adapter.inference_config
         arrays = layer.adapter.get_arrays(finalized=True)
     if isinstance(config, FVAELoRAConfig):

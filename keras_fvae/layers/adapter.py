@@ -243,7 +243,8 @@ class LowRankAdapter(Adapter):
 
     A method overrides `build_projection` and `project`: what stands in the
     place of LoRA's A. Here that is A itself, drawn uniformly from
-    `[-1 / sqrt(d), 1 / sqrt(d)]`; B is 0 at first.
+    `[-1 / sqrt(d), 1 / sqrt(d)]`; B is 0 at first. One whose ranks weigh
+    unlike overrides `scaled_kernel_a` alone.
     """
 
     weight_axes = {"kernel_a": ("input", None), "kernel_b": (None, "output")}
@@ -289,9 +290,14 @@ class LowRankAdapter(Adapter):
         """NumPy array of shape `(rank, k)`, the first values of B."""
         return np.zeros((self.config.rank, self.units))
 
+    @property
+    def scaled_kernel_a(self):
+        """Variable or tensor of shape `(d, rank)`, A as x is times it."""
+        return self.kernel_a
+
     def project(self, frozen, training):
         """What B is applied to: `x A`, of shape `(..., rank)`."""
-        return frozen.project(self.kernel_a)
+        return frozen.project(self.scaled_kernel_a)
 
     def adapt(self, frozen, training):
         projected = self.project(frozen, training)
@@ -299,6 +305,6 @@ class LowRankAdapter(Adapter):
         return frozen.add_product(frozen.outputs(), projected, kernel_b)
 
     def merge(self, kernel, bias):
-        arrays = self.get_arrays()
-        kernel_a = arrays["kernel_a"].astype("float64")
-        return kernel + self.config.scale * kernel_a @ arrays["kernel_b"], bias
+        kernel_a = replicas.to_numpy(self.scaled_kernel_a).astype("float64")
+        kernel_b = replicas.to_numpy(self.kernel_b)
+        return kernel + self.config.scale * kernel_a @ kernel_b, bias

@@ -76,14 +76,9 @@ class AdaLoRAAdapter(LowRankAdapter):
     def share_loss(self, num_adapters):
         self.num_sharing = num_adapters
 
-    def project(self, frozen, training):
-        return frozen.project(self.kernel_a.value * self.singular_values.value)
-
-    def merge(self, kernel, bias):
-        arrays = self.get_arrays()
-        kernel_a = arrays["kernel_a"].astype("float64")
-        kernel_a = kernel_a * arrays["singular_values"]
-        return kernel + self.config.scale * kernel_a @ arrays["kernel_b"], bias
+    @property
+    def scaled_kernel_a(self):
+        return self.kernel_a.value * self.singular_values.value
 
     @property
     def inference_config(self):
@@ -92,14 +87,12 @@ class AdaLoRAAdapter(LowRankAdapter):
         return LoRAConfig(rank, rank * self.config.scale, seed=self.config.seed)
 
     def get_arrays(self, finalized=False, read_kernel=None):
-        arrays = super().get_arrays()
         if not finalized:
-            return arrays
+            return super().get_arrays()
         left = self._ranks_left()
-        kernel_a = arrays["kernel_a"] * arrays["singular_values"]
         return {
-            "kernel_a": kernel_a[:, left],
-            "kernel_b": arrays["kernel_b"][left],
+            "kernel_a": replicas.to_numpy(self.scaled_kernel_a)[:, left],
+            "kernel_b": replicas.to_numpy(self.kernel_b)[left],
         }
 
     @property

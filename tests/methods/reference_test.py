@@ -19,6 +19,7 @@ NAMES = {
     "lora_a": "kernel_a",
     "lora_b": "kernel_b",
     "lora_e": "singular_values",
+    "gate": "gate",
     "magnitude": "magnitude",
 }
 
@@ -37,6 +38,7 @@ def make_config(name, settings):
             settings["init_r"], alpha, orthogonality_weight=weight
         )
     return {
+        "beamlora": keras_fvae.BeamLoRAConfig,
         "lora": keras_fvae.LoRAConfig,
         "rslora": keras_fvae.RSLoRAConfig,
         "ffa_lora": keras_fvae.FFALoRAConfig,
@@ -154,6 +156,7 @@ on_both_classes = pytest.mark.parametrize("is_einsum", [False, True])
         "dora_full_gradient",
         "hira",
         "adalora",
+        "beamlora",
     ],
 )
 @on_both_classes
