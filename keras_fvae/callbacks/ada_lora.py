@@ -4,22 +4,19 @@ All of it is computed inside the compiled step. What depends on the number of
 the step alone is a table, made before.
 """
 
-import keras
 import numpy as np
 from keras import ops
 
-from keras_fvae.backend.gradients import stop_watching
-from keras_fvae.backend.gradients import watch_gradients
-from keras_fvae.callbacks import steps
+from keras_fvae.callbacks.importance import Importance
+from keras_fvae.callbacks.observing import ObservingCallback
+from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.layers.config import is_finite
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
-from keras_fvae.model.lookup import require_adapted_layers
-from keras_fvae.model.training import forget_compiled_functions
 
 FACTORS = ("kernel_a", "kernel_b", "singular_values")
 
 
-class AdaLoRAAllocator(keras.callbacks.Callback):
+class AdaLoRAAllocator(ObservingCallback):
     """Gives AdaLoRA's ranks to the layers that need them, in training.
 
     After each update every element of A, E and B gets a score: two moving
@@ -75,6 +72,8 @@ class AdaLoRAAllocator(keras.callbacks.Callback):
     Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), section 3.
     """
 
+    config_class = AdaLoRAConfig
+
     def __init__(
         self,
         initial_steps=None,
@@ -84,11 +83,10 @@ class AdaLoRAAllocator(keras.callbacks.Callback):
         beta_1=0.85,
         beta_2=0.85,
     ):
-        super().__init__()
-        self.initial_steps = steps.checked("initial_steps", initial_steps, 0)
-        self.final_steps = steps.checked("final_steps", final_steps, 0)
-        self.interval = steps.checked("interval", interval, 1)
-        self.total_steps = steps.checked("total_steps", total_steps, 1)
+        super().__init__(total_steps)
+        self.initial_steps = checked_integer("initial_steps", initial_steps, 0)
+        self.final_steps = checked_integer("final_steps", final_steps, 0)
+        self.interval = checked_integer("interval", interval, 1)
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not is_finite(value) or not 0 <= value < 1:
                 raise ValueError(
@@ -98,46 +96,25 @@ class AdaLoRAAllocator(keras.callbacks.Callback):
         self.betas = (beta_1, beta_2)
         self.history = []
 
-    def set_model(self, model):
-        # Before any callback's `on_train_begin`, because `BackupAndRestore`
-        # sets the optimizer's variables there.
-        super().set_model(model)
-        layers = require_adapted_layers(model, AdaLoRAConfig)
-        self._layers = [la for la in layers if la.adapter.is_trainable]
-        if not self._layers:
-            raise ValueError(
-                "Each layer that AdaLoRA adapts is frozen, so there is nothing "
-                "to give ranks to. Set `trainable = True`."
-            )
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        self._allocation = Allocation(
-            [layer.adapter for layer in self._layers], self.betas
-        )
-        watch_gradients(model.optimizer, self._allocation)
-        for layer in self._layers:
-            layer.adapter.allocator = self
-        forget_compiled_functions(model, kinds=("train",))
+    def make_observer(self, adapters):
+        return Allocation(adapters, self.betas)
 
     def on_train_begin(self, logs=None):
-        self._allocation.table = self._make_table()
+        self.observer.table = self._make_table()
 
     def on_train_end(self, logs=None):
         # What an optimizer with `use_ema` has just overwritten by averages.
-        self._allocation.repeat_last_choice()
-        stop_watching(self.model.optimizer)
-        for layer in self._layers:
-            layer.adapter.allocator = None
-        forget_compiled_functions(self.model, kinds=("train",))
+        self.observer.repeat_last_choice()
+        super().on_train_end(logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        ranks = {layer.path: layer.adapter.num_ranks for layer in self._layers}
+        ranks = {layer.path: layer.adapter.num_ranks for layer in self.layers}
         self.history.append(ranks)
         if logs is not None:
             logs["mean_rank"] = float(np.mean([*ranks.values()]))
 
     def _make_table(self):
-        total = steps.total_updates(self)
+        total = self.total_updates()
         initial, final, interval = (
             share if value is None else value
             for value, share in (
@@ -152,7 +129,7 @@ class AdaLoRAAllocator(keras.callbacks.Callback):
                 "`initial_steps` and before `final_steps`, when there are none "
                 f"left. Received: initial_steps={initial}, final_steps={final}"
             )
-        configs = [layer.config for layer in self._layers]
+        configs = [layer.config for layer in self.layers]
         return Table(
             sum(config.rank for config in configs),
             sum(config.final_rank for config in configs),
@@ -203,19 +180,10 @@ class Allocation:
         self.num_updates = optimizer.add_variable(
             (), dtype="int32", name="num_updates"
         )
-        self.averages, self.kept = [], []
+        self.importance, self.kept = [], []
         for adapter in self.adapters:
-            self.averages.append(
-                {
-                    name: [
-                        optimizer.add_variable_from_reference(
-                            getattr(adapter, name), name=average
-                        )
-                        for average in ("sensitivity", "uncertainty")
-                    ]
-                    for name in FACTORS
-                }
-            )
+            weights = {name: getattr(adapter, name) for name in FACTORS}
+            self.importance.append(Importance(optimizer, weights, self.betas))
             self.kept.append(
                 optimizer.add_variable_from_reference(
                     adapter.singular_values, name="kept", initializer="ones"
@@ -230,10 +198,9 @@ class Allocation:
         # `fit` may make more than it said.
         row = ops.minimum(num_updates, len(table.budgets) - 1)
         is_scored = num_updates < table.last_choice
-        scores = [
-            self._score(adapter, averages, by_id, is_scored)
-            for adapter, averages in zip(self.adapters, self.averages)
-        ]
+        for importance in self.importance:
+            importance.update(by_id, is_scored)
+        scores = [_of_ranks(found.scores()) for found in self.importance]
         is_kept = _highest(scores, ops.take(table.budgets, row))
         is_choice = ops.take(table.is_choice, row)
         is_masked = ops.logical_or(is_choice, num_updates > table.last_choice)
@@ -251,35 +218,14 @@ class Allocation:
             values = adapter.singular_values
             values.assign(values * kept)
 
-    def _score(self, adapter, averages, by_id, is_scored):
-        """Tensor of shape `(rank,)`, the scores of an adapter's ranks."""
-        scores = {}
-        for name in FACTORS:
-            weight = getattr(adapter, name)
-            sensitivity, uncertainty = averages[name]
-            gradient = by_id.get(id(weight))
-            # A layer that was not called has none.
-            if gradient is not None:
-                self._average(
-                    ops.abs(weight * gradient),
-                    sensitivity,
-                    uncertainty,
-                    is_scored,
-                )
-            scores[name] = sensitivity * uncertainty
-        return (
-            scores["singular_values"]
-            + ops.mean(scores["kernel_a"], axis=0)
-            + ops.mean(scores["kernel_b"], axis=1)
-        )
 
-    def _average(self, value, sensitivity, uncertainty, is_scored):
-        beta_1, beta_2 = self.betas
-        mean = beta_1 * sensitivity + (1 - beta_1) * value
-        deviation = ops.abs(value - mean)
-        spread = beta_2 * uncertainty + (1 - beta_2) * deviation
-        sensitivity.assign(ops.where(is_scored, mean, sensitivity.value))
-        uncertainty.assign(ops.where(is_scored, spread, uncertainty.value))
+def _of_ranks(scores):
+    """Tensor of shape `(rank,)`, from the scores of an adapter's elements."""
+    return (
+        scores["singular_values"]
+        + ops.mean(scores["kernel_a"], axis=0)
+        + ops.mean(scores["kernel_b"], axis=1)
+    )
 
 
 def _highest(scores, number):

@@ -2,24 +2,20 @@
 
 import math
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
-from keras_fvae.backend.gradients import stop_watching
-from keras_fvae.backend.gradients import watch_gradients
-from keras_fvae.callbacks import steps
+from keras_fvae.callbacks.observing import ObservingCallback
+from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.layers.config import is_finite
 from keras_fvae.methods.beam_lora import BeamLoRAConfig
-from keras_fvae.model.lookup import require_adapted_layers
-from keras_fvae.model.training import forget_compiled_functions
 
 FACTORS = ("kernel_a", "kernel_b")
 
 
-class BeamLoRAPruner(keras.callbacks.Callback):
+class BeamLoRAPruner(ObservingCallback):
     """Prunes BeamLoRA's ranks in training, and starts them anew from others.
 
     Every `interval` updates the scores of all layers are sorted together. The
@@ -73,13 +69,14 @@ class BeamLoRAPruner(keras.callbacks.Callback):
     Reference: [BeamLoRA](https://arxiv.org/abs/2502.13604), section 3.
     """
 
+    config_class = BeamLoRAConfig
+
     def __init__(
         self, interval=None, first_share=0.95, last_step=None, total_steps=None
     ):
-        super().__init__()
-        self.interval = steps.checked("interval", interval, 2)
-        self.last_step = steps.checked("last_step", last_step, 1)
-        self.total_steps = steps.checked("total_steps", total_steps, 1)
+        super().__init__(total_steps)
+        self.interval = checked_integer("interval", interval, 2)
+        self.last_step = checked_integer("last_step", last_step, 1)
         if not is_finite(first_share) or not 0 < first_share <= 1:
             raise ValueError(
                 "`first_share` must be a number in (0, 1]. "
@@ -87,46 +84,27 @@ class BeamLoRAPruner(keras.callbacks.Callback):
             )
         self.first_share = first_share
 
-    def set_model(self, model):
-        # Before any callback's `on_train_begin`, because `BackupAndRestore`
-        # sets the optimizer's variables there.
-        super().set_model(model)
-        layers = require_adapted_layers(model, BeamLoRAConfig)
-        self._adapters = [
-            layer.adapter for layer in layers if layer.adapter.is_trainable
-        ]
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        self._copies = Copies(self._adapters)
-        watch_gradients(model.optimizer, self._copies)
-        for adapter in self._adapters:
-            adapter.pruner = self
-        forget_compiled_functions(model, kinds=("train",))
+    def make_observer(self, adapters):
+        return Copies(adapters)
 
     def on_train_begin(self, logs=None):
-        total = steps.total_updates(self)
+        total = self.total_updates()
         self._interval = self.interval or max(2, total // 12)
         self._last_step = self.last_step or max(1, 2 * total // 3)
         # At the end there is no time left to train what starts anew.
         self._last_pruning = total - self._interval
-        self._copies.interval = self._interval
-
-    def on_train_end(self, logs=None):
-        stop_watching(self.model.optimizer)
-        for adapter in self._adapters:
-            adapter.pruner = None
-        forget_compiled_functions(self.model, kinds=("train",))
+        self.observer.interval = self._interval
 
     def on_epoch_begin(self, epoch, logs=None):
         # Here Keras has the variables' values in the model.
-        number = ops.convert_to_numpy(self._copies.num_updates)
+        number = ops.convert_to_numpy(self.observer.num_updates)
         self._updates_before = self._updates = int(number)
         self._num_pruned = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        per_update = self.model.optimizer.gradient_accumulation_steps or 1
         before = self._updates
-        self._updates = self._updates_before + (batch + 1) // per_update
+        since = (batch + 1) // self.steps_per_update
+        self._updates = self._updates_before + since
         # Several steps may be one execution.
         for update in range(before + 1, self._updates + 1):
             if update % self._interval == 0 and update <= self._last_pruning:
@@ -143,9 +121,10 @@ class BeamLoRAPruner(keras.callbacks.Callback):
         if share == 1:
             return
         keras_internals.sync_state(self.model)
-        scores = [replicas.to_numpy(a.scores) for a in self._adapters]
+        adapters = self.observer.adapters
+        scores = [replicas.to_numpy(adapter.scores) for adapter in adapters]
         for adapter, is_pruned, copies in zip(
-            self._adapters, pruned(scores, share), self._copies.copies
+            adapters, pruned(scores, share), self.observer.copies
         ):
             rng = np.random.default_rng([adapter.initial_seed, update])
             found = parents(replicas.to_numpy(adapter.scores), is_pruned, rng)

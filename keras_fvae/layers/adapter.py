@@ -43,6 +43,10 @@ class Adapter(keras.Layer):
 
     # What `FVAELoRAMonitor` has seen of it last, in a word.
     health = None
+    # What is missing, in words, where a `fit` has not the callback that the
+    # method needs; and that callback, while such a `fit` runs.
+    without_callback = None
+    callback = None
     # Whether it adds a loss in training.
     adds_loss = False
 
@@ -132,11 +136,6 @@ class Adapter(keras.Layer):
     def is_trainable(self):
         """Boolean, whether there is something to draw random numbers for."""
         return bool(self.trainable_weights)
-
-    @property
-    def missing_callback(self):
-        """String, what `fit` lacks if the method is to do as it says."""
-        return None
 
     @property
     def num_ranks(self):

@@ -25,11 +25,14 @@ class AdaLoRAAdapter(LowRankAdapter):
     """
 
     adds_loss = True
+    without_callback = (
+        "AdaLoRA gives ranks to layers by a callback, without which each "
+        "layer keeps them all: pass `keras_fvae.AdaLoRAAllocator()` to "
+        "`fit`."
+    )
     weight_axes = {**LowRankAdapter.weight_axes, "singular_values": (None,)}
     # Among how many adapters the loss is shared.
     num_sharing = 1
-    # The `keras_fvae.AdaLoRAAllocator` of the training that runs.
-    allocator = None
 
     def build_projection(self):
         super().build_projection()
@@ -56,16 +59,6 @@ class AdaLoRAAdapter(LowRankAdapter):
     @property
     def is_zero(self):
         return not replicas.to_numpy(self.singular_values).any()
-
-    @property
-    def missing_callback(self):
-        if self.allocator is not None:
-            return None
-        return (
-            "AdaLoRA gives ranks to layers by a callback, without which each "
-            "layer keeps them all: pass `keras_fvae.AdaLoRAAllocator()` to "
-            "`fit`."
-        )
 
     @property
     def num_ranks(self):

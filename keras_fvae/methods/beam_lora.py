@@ -14,24 +14,17 @@ from keras_fvae.methods.lora import LoRAConfig
 class BeamLoRAAdapter(LowRankAdapter):
     """The update `scale * (x A * scores) B`, the scores of a softmax."""
 
+    without_callback = (
+        "BeamLoRA puts the best ranks in the place of the worst by a "
+        "callback, without which it only weighs them: pass "
+        "`keras_fvae.BeamLoRAPruner()` to `fit`."
+    )
     weight_axes = {**LowRankAdapter.weight_axes, "gate": (None,)}
-    # The `keras_fvae.BeamLoRAPruner` of the training that runs.
-    pruner = None
 
     def build_projection(self):
         super().build_projection()
         self.gate = self.add_adapter_weight(
             "gate", (self.config.rank,), lambda: np.zeros(self.config.rank)
-        )
-
-    @property
-    def missing_callback(self):
-        if self.pruner is not None:
-            return None
-        return (
-            "BeamLoRA puts the best ranks in the place of the worst by a "
-            "callback, without which it only weighs them: pass "
-            "`keras_fvae.BeamLoRAPruner()` to `fit`."
         )
 
     @property

@@ -224,8 +224,12 @@ def warn_of_missing_callbacks(model, layers):
         model: `keras.Model`, which is about to train.
         layers: List of all its adapted layers.
     """
-    missing = {layer.adapter.missing_callback for layer in layers} - {None}
-    for message in sorted(missing):
+    messages = {
+        layer.adapter.without_callback
+        for layer in layers
+        if layer.adapter.callback is None
+    }
+    for message in sorted(messages - {None}):
         warnings.warn(f"Model '{model.name}': {message}", stacklevel=4)
 
 

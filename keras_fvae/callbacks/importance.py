@@ -1,0 +1,57 @@
+"""How much a loss depends on each element of some weights, while they train."""
+
+from keras import ops
+
+
+class Importance:
+    """Two moving averages of `|weight * gradient|`: its value, how it varies.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, whose state the averages are.
+        weights: Dict of name to `keras.Variable`.
+        betas: Pair of floats, the decays of the averages.
+
+    Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), equations 8 to 10.
+    """
+
+    def __init__(self, optimizer, weights, betas):
+        self.weights = weights
+        self.betas = betas
+        self.sensitivity, self.uncertainty = (
+            {
+                name: optimizer.add_variable_from_reference(
+                    weight, name=average
+                )
+                for name, weight in weights.items()
+            }
+            for average in ("sensitivity", "uncertainty")
+        )
+
+    def update(self, gradients, is_scored=True):
+        """Goes on with the averages, after an update of the optimizer.
+
+        Args:
+            gradients: Dict of the id of a variable to its gradient. A weight
+                without one, because no call used it, keeps its averages.
+            is_scored: Boolean or scalar boolean tensor. Whether to do so.
+        """
+        beta_1, beta_2 = self.betas
+        for name, weight in self.weights.items():
+            gradient = gradients.get(id(weight))
+            if gradient is None:
+                continue
+            sensitivity = self.sensitivity[name]
+            uncertainty = self.uncertainty[name]
+            value = ops.abs(weight * gradient)
+            mean = beta_1 * sensitivity + (1 - beta_1) * value
+            deviation = ops.abs(value - mean)
+            spread = beta_2 * uncertainty + (1 - beta_2) * deviation
+            for average, new in ((sensitivity, mean), (uncertainty, spread)):
+                average.assign(ops.where(is_scored, new, average.value))
+
+    def scores(self):
+        """Dict of name to tensor: the importance of each element."""
+        return {
+            name: self.sensitivity[name] * self.uncertainty[name]
+            for name in self.weights
+        }

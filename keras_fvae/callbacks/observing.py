@@ -1,0 +1,96 @@
+"""What the callbacks have in common that methods need while they train."""
+
+import keras
+
+from keras_fvae.backend.gradients import stop_watching
+from keras_fvae.backend.gradients import watch_gradients
+from keras_fvae.layers.config import is_integer
+from keras_fvae.model.lookup import require_adapted_layers
+from keras_fvae.model.training import forget_compiled_functions
+
+
+class ObservingCallback(keras.callbacks.Callback):
+    """A callback that sees the gradients of the adapters of one method.
+
+    A method says in `config_class` which it is, and in `make_observer` who
+    observes.
+
+    Args:
+        total_steps: Positive integer, how many updates of the optimizer `fit`
+            makes. `None` (default) asks `fit`.
+    """
+
+    # The class of the configs of the adapters that it is for.
+    config_class = None
+
+    def __init__(self, total_steps=None):
+        super().__init__()
+        self.total_steps = checked_integer("total_steps", total_steps, 1)
+
+    def make_observer(self, adapters):
+        """What `backend.gradients.watch_gradients` takes.
+
+        Args:
+            adapters: List of the adapters that train.
+        """
+        raise NotImplementedError
+
+    def set_model(self, model):
+        # Before any callback's `on_train_begin`, because `BackupAndRestore`
+        # sets the optimizer's variables there.
+        super().set_model(model)
+        layers = require_adapted_layers(model, self.config_class)
+        self.layers = [la for la in layers if la.adapter.is_trainable]
+        if not self.layers:
+            raise ValueError(
+                "Each layer that is adapted by "
+                f"{self.config_class.method_name} is frozen, so there is "
+                f"nothing to do for `{type(self).__name__}`. Set `trainable = "
+                "True`, or leave it out."
+            )
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        self.observer = self.make_observer([la.adapter for la in self.layers])
+        watch_gradients(model.optimizer, self.observer)
+        self._tell_adapters(self)
+
+    def on_train_end(self, logs=None):
+        stop_watching(self.model.optimizer)
+        self._tell_adapters(None)
+
+    def _tell_adapters(self, callback):
+        for layer in self.layers:
+            layer.adapter.callback = callback
+        forget_compiled_functions(self.model, kinds=("train",))
+
+    def total_updates(self):
+        """Integer, the updates of the optimizer in a `fit` that begins.
+
+        Raises:
+            ValueError: If nobody knows.
+        """
+        if self.total_steps is not None:
+            return self.total_steps
+        num_steps = self.params.get("steps")
+        if num_steps is None:
+            raise ValueError(
+                "`fit` does not know how many steps an epoch has. Pass "
+                "`steps_per_epoch` to `fit`, or `total_steps` to "
+                f"`{type(self).__name__}`."
+            )
+        return self.params["epochs"] * num_steps // self.steps_per_update
+
+    @property
+    def steps_per_update(self):
+        """Integer, the steps whose gradients the optimizer accumulates."""
+        return self.model.optimizer.gradient_accumulation_steps or 1
+
+
+def checked_integer(name, value, minimum):
+    """An argument that is `None` or an integer; a `ValueError` if not."""
+    if value is not None and (not is_integer(value) or value < minimum):
+        raise ValueError(
+            f"`{name}` must be `None` or an integer >= {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+    return value
