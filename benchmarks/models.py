@@ -131,6 +131,7 @@ CONFIGS = {
     "FFA-LoRA": keras_fvae.FFALoRAConfig,
     "PiSSA": keras_fvae.PiSSAConfig,
     "OLoRA": keras_fvae.OLoRAConfig,
+    "SRLoRA": keras_fvae.SRLoRAConfig,
     "DoRA": keras_fvae.DoRAConfig,
     "HiRA": keras_fvae.HiRAConfig,
     "AdaLoRA": keras_fvae.AdaLoRAConfig,

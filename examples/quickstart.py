@@ -29,6 +29,7 @@ CONFIGS = {
     "FFA-LoRA": "FFALoRAConfig",
     "PiSSA": "PiSSAConfig",
     "OLoRA": "OLoRAConfig",
+    "SRLoRA": "SRLoRAConfig",
     "DoRA": "DoRAConfig",
     "HiRA": "HiRAConfig",
     "AdaLoRA": "AdaLoRAConfig",
@@ -37,7 +38,11 @@ CONFIGS = {
     "FVAE-LoRA": "FVAELoRAConfig",
 }
 # By name, what a method needs in `fit`.
-CALLBACKS = {"AdaLoRA": "AdaLoRAAllocator", "BeamLoRA": "BeamLoRAPruner"}
+CALLBACKS = {
+    "SRLoRA": "SRLoRARestarter",
+    "AdaLoRA": "AdaLoRAAllocator",
+    "BeamLoRA": "BeamLoRAPruner",
+}
 METHODS = ["head only", "KerasHub's LoRA", *CONFIGS]
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

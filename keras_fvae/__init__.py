@@ -13,6 +13,7 @@ from keras_fvae.callbacks.beam_lora import BeamLoRAPruner
 from keras_fvae.callbacks.checkpoint import AdapterCheckpoint
 from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
+from keras_fvae.callbacks.sr_lora import SRLoRARestarter
 from keras_fvae.fvae_lora import enable_fvae_lora
 from keras_fvae.integrations import keras_hub
 from keras_fvae.integrations.hub import download_adapter
@@ -37,6 +38,7 @@ from keras_fvae.methods.lora import LoRAConfig
 from keras_fvae.methods.lora import RSLoRAConfig
 from keras_fvae.methods.pissa import OLoRAConfig
 from keras_fvae.methods.pissa import PiSSAConfig
+from keras_fvae.methods.sr_lora import SRLoRAConfig
 from keras_fvae.model.enable import enable_adapter
 from keras_fvae.model.inference import adapter_disabled
 from keras_fvae.model.inference import adapter_scale
@@ -92,6 +94,8 @@ __all__ = [
     "OLoRAConfig",
     "PiSSAConfig",
     "RSLoRAConfig",
+    "SRLoRAConfig",
+    "SRLoRARestarter",
     "WorstGroupAccuracy",
     "adapter_disabled",
     "adapter_layout_map",

@@ -108,8 +108,8 @@ def test_quickstart_with_all_methods(preset, csv_file, tmp_path):
         "--epochs", 1,
         "--output", tmp_path,
     ).stdout  # fmt: skip
-    others = ["rsLoRA", "FFA-LoRA", "PiSSA", "OLoRA", "DoRA", "HiRA"]
-    others += ["AdaLoRA", "BeamLoRA", "DropLoRA", "FVAE-LoRA"]
+    others = ["rsLoRA", "FFA-LoRA", "PiSSA", "OLoRA", "SRLoRA", "DoRA"]
+    others += ["HiRA", "AdaLoRA", "BeamLoRA", "DropLoRA", "FVAE-LoRA"]
     methods = ["head only", "KerasHub's LoRA", "LoRA", *others]
     check_output(output, tmp_path, methods)
 

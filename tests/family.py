@@ -55,6 +55,7 @@ CONFIGS = {
     "DropLoRA": keras_fvae.DropLoRAConfig(2, 4, seed=1),
     "AdaLoRA": keras_fvae.AdaLoRAConfig(2, 4, target_rank=1, seed=1),
     "BeamLoRA": keras_fvae.BeamLoRAConfig(2, 4, seed=1),
+    "SRLoRA": keras_fvae.SRLoRAConfig(2, 4, num_fused=2),
     "FVAE-LoRA": keras_fvae.FVAELoRAConfig(
         2, 4, decoder_units=(4,), elbo_weight=1e-4, seed=1
     ),

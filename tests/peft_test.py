@@ -170,6 +170,7 @@ CONFIGS = {
     "beam_lora": keras_fvae.BeamLoRAConfig(2, alpha=3),
     "ada_lora": keras_fvae.AdaLoRAConfig(2, alpha=3),
     "pissa": keras_fvae.PiSSAConfig(2, alpha=3),
+    "sr_lora": keras_fvae.SRLoRAConfig(2, alpha=3, num_fused=1),
     "olora": keras_fvae.OLoRAConfig(2),
     "dora": keras_fvae.DoRAConfig(2, alpha=3),
     "hira": keras_fvae.HiRAConfig(2),

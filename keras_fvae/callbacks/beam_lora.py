@@ -9,6 +9,7 @@ from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
+from keras_fvae.callbacks.observing import forget_moments
 from keras_fvae.layers.config import is_finite
 from keras_fvae.methods.beam_lora import BeamLoRAConfig
 
@@ -96,17 +97,11 @@ class BeamLoRAPruner(ObservingCallback):
         self.observer.interval = self._interval
 
     def on_epoch_begin(self, epoch, logs=None):
-        # Here Keras has the variables' values in the model.
-        number = ops.convert_to_numpy(self.observer.num_updates)
-        self._updates_before = self._updates = int(number)
+        super().on_epoch_begin(epoch, logs)
         self._num_pruned = 0
 
     def on_train_batch_end(self, batch, logs=None):
-        before = self._updates
-        since = (batch + 1) // self.steps_per_update
-        self._updates = self._updates_before + since
-        # Several steps may be one execution.
-        for update in range(before + 1, self._updates + 1):
+        for update in self.new_updates(batch):
             if update % self._interval == 0 and update <= self._last_pruning:
                 self._prune(update)
 
@@ -130,7 +125,7 @@ class BeamLoRAPruner(ObservingCallback):
             found = parents(replicas.to_numpy(adapter.scores), is_pruned, rng)
             start_anew(adapter, found, copies)
             self._num_pruned += len(found)
-            _forget_moments(self.model.optimizer, adapter.gate)
+            forget_moments(self.model.optimizer, adapter.gate)
 
 
 class Copies:
@@ -227,15 +222,3 @@ def start_anew(adapter, found_parents, copies):
         mean = (gate[child] + gate[parent]) / 2
         arrays["gate"][[child, parent]] = mean
     adapter.set_arrays(arrays)
-
-
-def _forget_moments(optimizer, variable):
-    """Sets to 0 what an optimizer keeps of a weight, such as Adam's moments.
-
-    But for its moving average, which is of the weight and no moment.
-    """
-    beginning = f"/{variable.path.replace('/', '_')}_"
-    for slot in optimizer.variables:
-        _, found, name = f"/{slot.path}".rpartition(beginning)
-        if found and name != "average" and slot.shape == variable.shape:
-            slot.assign(ops.zeros_like(slot.value))

@@ -1,7 +1,9 @@
 """What the callbacks have in common that methods need while they train."""
 
 import keras
+from keras import ops
 
+from keras_fvae.backend import replicas
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
 from keras_fvae.layers.config import is_integer
@@ -29,6 +31,8 @@ class ObservingCallback(keras.callbacks.Callback):
 
     def make_observer(self, adapters):
         """What `backend.gradients.watch_gradients` takes.
+
+        Its variable `num_updates` counts the updates.
 
         Args:
             adapters: List of the adapters that train.
@@ -80,10 +84,47 @@ class ObservingCallback(keras.callbacks.Callback):
             )
         return self.params["epochs"] * num_steps // self.steps_per_update
 
+    def on_epoch_begin(self, epoch, logs=None):
+        # Here Keras has the variables' values in the model.
+        number = int(ops.convert_to_numpy(self.observer.num_updates))
+        self._updates_before = self._last_update = number
+
+    def new_updates(self, batch):
+        """Range of the numbers, from 1, of the updates that were just made.
+
+        Args:
+            batch: Integer, what `on_train_batch_end` gets: several steps may
+                be one execution, or one update.
+        """
+        begin = self._last_update + 1
+        since = (batch + 1) // self.steps_per_update
+        self._last_update = self._updates_before + since
+        return range(begin, self._last_update + 1)
+
     @property
     def steps_per_update(self):
         """Integer, the steps whose gradients the optimizer accumulates."""
         return self.model.optimizer.gradient_accumulation_steps or 1
+
+
+def forget_moments(optimizer, variable, index=...):
+    """Sets to 0 what an optimizer keeps of a weight, such as Adam's moments.
+
+    But for its moving average, which is of the weight and no moment.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`.
+        variable: `keras.Variable`.
+        index: What a NumPy array is indexed by, a part of the weight; all of
+            it by default.
+    """
+    beginning = f"/{variable.path.replace('/', '_')}_"
+    for slot in optimizer.variables:
+        _, found, name = f"/{slot.path}".rpartition(beginning)
+        if found and name != "average" and slot.shape == variable.shape:
+            array = replicas.to_numpy(slot).copy()
+            array[index] = 0
+            slot.assign(array)
 
 
 def checked_integer(name, value, minimum):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_fvae.backend import replicas
 from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.adapted import AdaptedLayer
@@ -432,8 +433,7 @@ def _matrices(layer, kind):
         )
     kernel_a, kernel_b = arrays["kernel_a"], arrays["kernel_b"]
     if isinstance(config, (PiSSAConfig, OLoRAConfig)):
-        kernel_a = np.concatenate([kernel_a, arrays["initial_kernel_a"]], 1)
-        kernel_b = np.concatenate([kernel_b, -arrays["initial_kernel_b"]])
+        kernel_a, kernel_b = map(replicas.to_numpy, layer.adapter.all_factors())
     magnitude = arrays.get("magnitude")
     if kind == "dora" and magnitude is None:
         direction = read_kernel(layer) + config.scale * kernel_a @ kernel_b

@@ -13,6 +13,7 @@ import functools
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend import replicas
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
 
@@ -76,26 +77,28 @@ class FactorAdapter(LowRankAdapter):
     def initial_kernel_b(self):
         return self.factors[1]
 
+    def all_factors(self):
+        """Pair of tensors, the update as one product: [A, A0] and [B; -B0]."""
+        return (
+            ops.concatenate([self.kernel_a, self.frozen_kernel_a], axis=1),
+            ops.concatenate(
+                [self.kernel_b, -self.frozen_kernel_b.value], axis=0
+            ),
+        )
+
     def adapt(self, frozen, training):
-        kernel_a = ops.concatenate(
-            [self.kernel_a, self.frozen_kernel_a], axis=1
-        )
-        kernel_b = ops.concatenate(
-            [self.kernel_b, -self.frozen_kernel_b.value], axis=0
-        )
+        kernel_a, kernel_b = self.all_factors()
         projected = frozen.project(kernel_a)
         return frozen.add_product(
             frozen.outputs(), projected, self.config.scale * kernel_b
         )
 
     def merge(self, kernel, bias):
-        arrays = {
-            name: array.astype("float64")
-            for name, array in self.get_arrays().items()
-        }
-        update = arrays["kernel_a"] @ arrays["kernel_b"]
-        update -= arrays["initial_kernel_a"] @ arrays["initial_kernel_b"]
-        return kernel + self.config.scale * update, bias
+        kernel_a, kernel_b = (
+            replicas.to_numpy(factor).astype("float64")
+            for factor in self.all_factors()
+        )
+        return kernel + self.config.scale * kernel_a @ kernel_b, bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +138,15 @@ class PiSSAConfig(AdapterConfig):
     adapter_class = FactorAdapter
     method_name = "PiSSA"
 
-    def factorize(self, kernel):
-        """A0 and B0 for a kernel of shape `(d, k)`."""
+    def factorize(self, kernel, first=0):
+        """A0 and B0 for a kernel of shape `(d, k)`.
+
+        From the `first` of its singular values on.
+        """
         u, s, vt = np.linalg.svd(kernel, full_matrices=False)
-        root = np.sqrt(s[: self.rank] / self.scale)
-        return u[:, : self.rank] * root, root[:, None] * vt[: self.rank]
+        chosen = slice(first, first + self.rank)
+        root = np.sqrt(s[chosen] / self.scale)
+        return u[:, chosen] * root, root[:, None] * vt[chosen]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""SRLoRA's restarts: which ranks are fused, and when."""
+
+import numpy as np
+
+from keras_fvae.backend import keras_internals
+from keras_fvae.backend import replicas
+from keras_fvae.callbacks.importance import Importance
+from keras_fvae.callbacks.observing import ObservingCallback
+from keras_fvae.callbacks.observing import checked_integer
+from keras_fvae.callbacks.observing import forget_moments
+from keras_fvae.layers.adapted import read_kernel
+from keras_fvae.methods.sr_lora import SRLoRAConfig
+
+FACTORS = ("kernel_a", "kernel_b")
+# AdaLoRA's.
+BETAS = (0.85, 0.85)
+
+
+class SRLoRARestarter(ObservingCallback):
+    """Fuses SRLoRA's least important ranks in training, and starts others.
+
+    **Experimental**, as `keras_fvae.SRLoRAConfig` says. Every `interval`
+    updates each layer fuses the pair of A and B of the lowest importance, as
+    long as it can. The importance, AdaLoRA's, is state of the optimizer while
+    `fit` runs, so that `keras.callbacks.BackupAndRestore` resumes it. How many
+    pairs a layer has fused, in the mean, is logged as `fused_ranks`.
+
+    Args:
+        interval: Positive integer, the updates from one time to the next.
+            `None` (default) means a tenth of all, but at least one. In the
+            last interval nothing starts anew, because it would not be trained.
+        total_steps: Positive integer, how many updates `fit` makes. `None`
+            (default) asks `fit`, which knows unless it reads a generator.
+
+    Raises:
+        ValueError: If an argument is not allowed, or, in `fit`, no layer is
+            adapted by SRLoRA, or the number of updates is not known.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_adapter(model, keras_fvae.SRLoRAConfig(1))
+    >>> model.compile("adamw", "mse")
+    >>> history = model.fit(
+    ...     np.ones((8, 4)),
+    ...     np.ones((8, 3)),
+    ...     batch_size=1,
+    ...     callbacks=[keras_fvae.SRLoRARestarter(interval=3)],
+    ...     verbose=0,
+    ... )
+    >>> history.history["fused_ranks"]
+    [1.0]
+
+    Reference: [SRLoRA](https://arxiv.org/abs/2505.12433).
+    """
+
+    config_class = SRLoRAConfig
+
+    def __init__(self, interval=None, total_steps=None):
+        super().__init__(total_steps)
+        self.interval = checked_integer("interval", interval, 1)
+
+    def make_observer(self, adapters):
+        return PairImportance(adapters)
+
+    def on_train_begin(self, logs=None):
+        total = self.total_updates()
+        self._interval = self.interval or max(1, total // 10)
+        self._last_restart = total - self._interval
+
+    def on_train_batch_end(self, batch, logs=None):
+        for update in self.new_updates(batch):
+            if update % self._interval == 0 and update <= self._last_restart:
+                self._restart()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            fused = [layer.adapter.num_fused for layer in self.layers]
+            logs["fused_ranks"] = float(np.mean(fused))
+
+    def _restart(self):
+        keras_internals.sync_state(self.model)
+        optimizer = self.model.optimizer
+        for layer, scores in zip(self.layers, self.observer.scores()):
+            adapter = layer.adapter
+            if adapter.num_fused == adapter.max_fused:
+                continue
+            rank = int(np.argmin(scores))
+            adapter.fuse(rank, read_kernel(layer))
+            forget_moments(optimizer, adapter.kernel_a, np.s_[:, rank])
+            forget_moments(optimizer, adapter.kernel_b, rank)
+
+
+class PairImportance:
+    """The importance of each pair of A and B, observed inside the step.
+
+    Args:
+        adapters: List of `SRLoRAAdapter`.
+    """
+
+    def __init__(self, adapters):
+        self.adapters = adapters
+
+    def build(self, optimizer):
+        """Makes the averages, and the number of updates."""
+        self.num_updates = optimizer.add_variable(
+            (), dtype="int32", name="num_updates"
+        )
+        self.importance = [
+            Importance(
+                optimizer,
+                {name: getattr(adapter, name) for name in FACTORS},
+                BETAS,
+            )
+            for adapter in self.adapters
+        ]
+
+    def observe(self, gradients, variables):
+        """Goes on with the averages."""
+        self.num_updates.assign(self.num_updates + 1)
+        by_id = {id(v): g for v, g in zip(variables, gradients)}
+        for importance in self.importance:
+            importance.update(by_id)
+
+    def scores(self):
+        """List of arrays of shape `(rank,)`."""
+        scores = []
+        for importance in self.importance:
+            of_elements = importance.scores()
+            kernel_a, kernel_b = (
+                replicas.to_numpy(of_elements[name]) for name in FACTORS
+            )
+            scores.append(kernel_a.mean(axis=0) + kernel_b.mean(axis=1))
+        return scores
