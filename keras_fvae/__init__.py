@@ -11,6 +11,7 @@ from keras_fvae.analysis.probes import probe_latents
 from keras_fvae.callbacks.ada_lora import AdaLoRAAllocator
 from keras_fvae.callbacks.beam_lora import BeamLoRAPruner
 from keras_fvae.callbacks.checkpoint import AdapterCheckpoint
+from keras_fvae.callbacks.flat_lora import FlatLoRASchedule
 from keras_fvae.callbacks.monitor import FVAELoRAMonitor
 from keras_fvae.callbacks.schedule import FVAELoRASchedule
 from keras_fvae.callbacks.sr_lora import SRLoRARestarter
@@ -28,6 +29,7 @@ from keras_fvae.methods.ada_lora import AdaLoRAConfig
 from keras_fvae.methods.beam_lora import BeamLoRAConfig
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
+from keras_fvae.methods.flat_lora import FlatLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.fvae import FVAE
 from keras_fvae.methods.fvae.layers import FVAELoRADense
@@ -36,6 +38,7 @@ from keras_fvae.methods.hira import HiRAConfig
 from keras_fvae.methods.lora import FFALoRAConfig
 from keras_fvae.methods.lora import LoRAConfig
 from keras_fvae.methods.lora import RSLoRAConfig
+from keras_fvae.methods.moe_lora import MoELoRAConfig
 from keras_fvae.methods.pissa import OLoRAConfig
 from keras_fvae.methods.pissa import PiSSAConfig
 from keras_fvae.methods.sr_lora import SRLoRAConfig
@@ -89,8 +92,11 @@ __all__ = [
     "FVAELoRAEinsumDense",
     "FVAELoRAMonitor",
     "FVAELoRASchedule",
+    "FlatLoRAConfig",
+    "FlatLoRASchedule",
     "HiRAConfig",
     "LoRAConfig",
+    "MoELoRAConfig",
     "OLoRAConfig",
     "PiSSAConfig",
     "RSLoRAConfig",

@@ -191,6 +191,9 @@ OPTIMIZERS = {
     "scaled": lambda: keras.optimizers.LossScaleOptimizer(
         keras.optimizers.Adam(0.02)
     ),
+    "scaled and accumulated": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.02, gradient_accumulation_steps=2)
+    ),
     "averaged": lambda: keras.optimizers.AdamW(0.02, use_ema=True),
 }
 
@@ -284,7 +287,13 @@ def test_what_cannot_be_right_is_refused():
     batches = ((X, Y) for _ in range(3))
     with pytest.raises(ValueError, match="total_steps"):
         fit(adapted(), keras_fvae.AdaLoRAAllocator(), (batches,))
+    several = keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(keras.optimizers.Adam())
+    )
     model = adapted()
+    compile_model(model, several)
+    with pytest.raises(ValueError, match="MultiOptimizer"):
+        model.fit(X, Y, callbacks=[keras_fvae.AdaLoRAAllocator()])
     for layer in lookup.adapted_layers(model):
         layer.trainable = False
     with pytest.raises(ValueError, match="frozen"):

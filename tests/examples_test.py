@@ -12,7 +12,7 @@ from helpers import run_python
 import keras_fvae
 
 QUICKSTART = ROOT / "examples" / "quickstart.py"
-DEFAULT = ["head only", "LoRA", "FVAE-LoRA"]
+DEFAULT = ["LoRA", "FVAE-LoRA"]
 WORDS = ["sun", "sea", "sand", "snow", "ice", "frost"]
 
 
@@ -109,7 +109,8 @@ def test_quickstart_with_all_methods(preset, csv_file, tmp_path):
         "--output", tmp_path,
     ).stdout  # fmt: skip
     others = ["rsLoRA", "FFA-LoRA", "PiSSA", "OLoRA", "SRLoRA", "DoRA"]
-    others += ["HiRA", "AdaLoRA", "BeamLoRA", "DropLoRA", "FVAE-LoRA"]
+    others += ["HiRA", "AdaLoRA", "BeamLoRA", "DropLoRA", "MoE-LoRA"]
+    others += ["Flat-LoRA", "FVAE-LoRA"]
     methods = ["head only", "KerasHub's LoRA", "LoRA", *others]
     check_output(output, tmp_path, methods)
 

@@ -56,6 +56,8 @@ CONFIGS = {
     "AdaLoRA": keras_fvae.AdaLoRAConfig(2, 4, target_rank=1, seed=1),
     "BeamLoRA": keras_fvae.BeamLoRAConfig(2, 4, seed=1),
     "SRLoRA": keras_fvae.SRLoRAConfig(2, 4, num_fused=2),
+    "MoE-LoRA": keras_fvae.MoELoRAConfig(2, 4, num_experts=3, top_k=2, seed=1),
+    "Flat-LoRA": keras_fvae.FlatLoRAConfig(2, 4, rho=0.2, seed=1),
     "FVAE-LoRA": keras_fvae.FVAELoRAConfig(
         2, 4, decoder_units=(4,), elbo_weight=1e-4, seed=1
     ),
@@ -71,7 +73,7 @@ KINDS = {"DoRA with gradient", "DropLoRA", "FVAE-LoRA"}
 WITHOUT_NOISE = [
     name
     for name, config in CONFIGS.items()
-    if not getattr(config, "dropout", 0)
+    if not (getattr(config, "dropout", 0) or getattr(config, "rho", 0))
 ]
 X = np.random.default_rng(0).normal(size=(8, 5, 6)).astype("float32")
 Y = np.arange(8) % 3

@@ -68,7 +68,7 @@ def run(dataset, method_name, settings, seed, size):
         Dict of what `measure_validation` returns, and `measure_test` but for
         trials, and what the run took.
     """
-    is_tiny = size["is_tiny"]
+    is_tiny, method = size["is_tiny"], methods.METHODS[method_name]
     with dataset.stand_in() if is_tiny else contextlib.nullcontext():
         parts = dataset.load(seed)
     if size["num_examples"]:
@@ -93,7 +93,7 @@ def run(dataset, method_name, settings, seed, size):
         (parts["train"].x, parts["train"].labels),
         (parts["validation"].x, parts["validation"].labels),
         epochs,
-        callbacks=[best],
+        callbacks=[best, *(make() for make in method.callbacks)],
         batch_size=BATCH_SIZE,
         verbose=0,
     )

@@ -19,6 +19,7 @@ class Method:
         elbo_choices: Tuple of dicts of options, one of which is searched for
             where an ELBO is part of the loss. Else there is none.
         dropouts: Tuple of floats, the rates one of which is searched for.
+        callbacks: Tuple of the classes of callbacks that it trains with.
     """
 
     label: str
@@ -26,6 +27,7 @@ class Method:
     trains_backbone: bool = False
     elbo_choices: tuple = ()
     dropouts: tuple = ()
+    callbacks: tuple = ()
 
 
 def variant(label, objective, elbo_choices):
@@ -52,6 +54,13 @@ def wide(rank, widths=(8,), alpha_by_rank=1.0, **options):
         **options,
     }
     return keras_fvae.FVAELoRAConfig(rank, **options)
+
+
+def four_experts(rank, **options):
+    """MoE-LoRA with as many ranks in all as LoRA, half of them for a token."""
+    return keras_fvae.MoELoRAConfig(
+        rank // 4, num_experts=4, top_k=2, **options
+    )
 
 
 def ablation(label, **changes):
@@ -95,6 +104,27 @@ METHODS = {
     "drop_lora": Method(
         "DropLoRA", keras_fvae.DropLoRAConfig, dropouts=RANK_DROPOUTS
     ),
+    "sr_lora": Method(
+        "SRLoRA",
+        keras_fvae.SRLoRAConfig,
+        callbacks=(keras_fvae.SRLoRARestarter,),
+    ),
+    "ada_lora": Method(
+        "AdaLoRA",
+        keras_fvae.AdaLoRAConfig,
+        callbacks=(keras_fvae.AdaLoRAAllocator,),
+    ),
+    "beam_lora": Method(
+        "BeamLoRA",
+        keras_fvae.BeamLoRAConfig,
+        callbacks=(keras_fvae.BeamLoRAPruner,),
+    ),
+    "moe_lora": Method("MoE-LoRA", four_experts, dropouts=INPUT_DROPOUTS),
+    "flat_lora": Method(
+        "Flat-LoRA",
+        keras_fvae.FlatLoRAConfig,
+        callbacks=(keras_fvae.FlatLoRASchedule,),
+    ),
     "vae2lat": variant("VAE2LAT", "vae2lat", VAE2LAT_CHOICES),
     "beta_vae2lat": variant("beta-VAE2LAT", "beta_vae2lat", BETA_CHOICES),
     "fvae_lora": variant("FVAE-LoRA", "fvae", FVAE_CHOICES),
@@ -108,8 +138,12 @@ METHODS = {
     ),
 }
 OF_OUR_OWN = ("fvae_lora_of_4_ranks", "wide_fvae_lora")
+# Those that the paper names, and does not compare with.
+RELATED = ("sr_lora", "ada_lora", "beam_lora", "moe_lora", "flat_lora")
 # Those of the paper's tables.
-PAPER_METHODS = tuple(name for name in METHODS if name not in OF_OUR_OWN)
+PAPER_METHODS = tuple(
+    name for name in METHODS if name not in OF_OUR_OWN + RELATED
+)
 # Those of the local table.
 LOCAL_METHODS = tuple(METHODS)
 # One change each, of `wide` with the first of its weights.

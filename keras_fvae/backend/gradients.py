@@ -1,5 +1,7 @@
 """Seeing the gradients that an optimizer has used, inside the compiled step."""
 
+import keras
+
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
 
@@ -23,9 +25,15 @@ def watch_gradients(optimizer, observer):
 
     Raises:
         ValueError: If there are several replicas of TensorFlow, whose gradients
-            come together only where an optimizer applies them.
+            come together only where an optimizer applies them, or several
+            optimizers.
     """
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "Of a `MultiOptimizer` gradients cannot be watched, because each "
+            "of its optimizers sees a part of them. Train with one optimizer."
+        )
     if replicas.has_replicas(optimizer.variables[0]):
         raise ValueError(
             "With several replicas of TensorFlow gradients cannot be watched. "
@@ -42,13 +50,13 @@ def watch_gradients(optimizer, observer):
 
 def stop_watching(optimizer):
     """Ends what `watch_gradients` began, and drops the observer's variables."""
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     for variable in vars(optimizer).pop("watched_by", ()):
         keras_internals.untrack_optimizer_variable(optimizer, variable)
     keras_internals.restore_update(optimizer)
 
 
-def _innermost(optimizer):
+def innermost(optimizer):
     """The optimizer that updates, inside those that wrap it."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.gradients import innermost
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
 from keras_fvae.layers.config import is_integer
@@ -16,6 +17,12 @@ class ObservingCallback(keras.callbacks.Callback):
 
     A method says in `config_class` which it is, and in `make_observer` who
     observes.
+
+    Attributes:
+        layers: List of the adapted layers that train.
+        observer: What `make_observer` returned.
+        steps_per_update: Integer, the steps whose gradients the optimizer
+            accumulates.
 
     Args:
         total_steps: Positive integer, how many updates of the optimizer `fit`
@@ -52,6 +59,9 @@ class ObservingCallback(keras.callbacks.Callback):
                 f"nothing to do for `{type(self).__name__}`. Set `trainable = "
                 "True`, or leave it out."
             )
+        # Kept, because to ask for the model after a step costs time on JAX.
+        optimizer = innermost(model.optimizer)
+        self.steps_per_update = optimizer.gradient_accumulation_steps or 1
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.observer = self.make_observer([la.adapter for la in self.layers])
@@ -100,11 +110,6 @@ class ObservingCallback(keras.callbacks.Callback):
         since = (batch + 1) // self.steps_per_update
         self._last_update = self._updates_before + since
         return range(begin, self._last_update + 1)
-
-    @property
-    def steps_per_update(self):
-        """Integer, the steps whose gradients the optimizer accumulates."""
-        return self.model.optimizer.gradient_accumulation_steps or 1
 
 
 def forget_moments(optimizer, variable, index=...):

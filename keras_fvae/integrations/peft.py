@@ -123,8 +123,8 @@ def save_peft_adapter(
     """Saves adapters, and the head, as PEFT reads them.
 
     FVAE-LoRA as the authors' fork of PEFT reads it; LoRA, rsLoRA, FFA-LoRA,
-    DropLoRA, PiSSA and OLoRA as LoRA on the untouched base model; DoRA and
-    HiRA as themselves.
+    DropLoRA, Flat-LoRA, PiSSA and OLoRA as LoRA on the untouched base model;
+    DoRA and HiRA as themselves.
 
     Args:
         model: KerasHub task or backbone with adapted layers.

@@ -24,6 +24,7 @@ from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.methods.ada_lora import RANK_OFFSET
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
+from keras_fvae.methods.flat_lora import FlatLoRAConfig
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.hira import HiRAConfig
 from keras_fvae.methods.lora import LoRAConfig
@@ -400,7 +401,13 @@ def kind_of(config):
         return "dora"
     if isinstance(config, HiRAConfig):
         return "hira"
-    plain = (LoRAConfig, DropLoRAConfig, PiSSAConfig, OLoRAConfig)
+    plain = (
+        LoRAConfig,
+        DropLoRAConfig,
+        FlatLoRAConfig,
+        PiSSAConfig,
+        OLoRAConfig,
+    )
     if not isinstance(config, plain):
         raise ValueError(f"PEFT has no counterpart of {config.method_name}.")
     return "lora"

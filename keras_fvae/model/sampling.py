@@ -18,11 +18,12 @@ from keras_fvae.model import lookup
 def adapter_sampling(model, seed=0):
     """Context manager: adapters draw, as in training, and all else does not.
 
-    FVAE-LoRA draws z1 from q1 instead of using its mean; LoRA with a `dropout`
-    drops a part of its input, DropLoRA a part of its ranks. Inside the block
-    `predict`, `evaluate` and `generate` use what is drawn; give each of several
-    texts that are generated a block with a `seed` of its own, because KerasHub
-    forgets on JAX what it has drawn. After the block the model is as it was.
+    FVAE-LoRA draws z1 from q1 instead of using its mean; LoRA and MoE-LoRA with
+    a `dropout` drop a part of their input, DropLoRA a part of its ranks; the
+    noise of Flat-LoRA is for training alone. Inside the block `predict`,
+    `evaluate` and `generate` use what is drawn; give each of several texts that
+    are generated a block with a `seed` of its own, because KerasHub forgets on
+    JAX what it has drawn. After the block the model is as it was.
 
     Args:
         model: `keras.Model` or layer with adapted layers.
@@ -52,8 +53,8 @@ def adapter_sampling(model, seed=0):
                 f"The adapters of model '{model.name}' draw nothing, so that "
                 "all samples would be the same: "
                 f"{layers[0].config.method_name} with these settings has no "
-                "random part. FVAE-LoRA has one, and so have LoRA with a "
-                "`dropout` and DropLoRA."
+                "random part at inference. FVAE-LoRA has one, and so have "
+                "DropLoRA, and LoRA and MoE-LoRA with a `dropout`."
             )
         with noise.seeds_set(_seed_generators(layers), seed):
             yield

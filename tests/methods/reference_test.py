@@ -13,6 +13,7 @@ from keras import ops
 import keras_fvae
 from keras_fvae.layers.attach import merged_weights
 from keras_fvae.methods import drop_lora
+from keras_fvae.methods import flat_lora
 
 REFERENCE = ROOT / "tests" / "reference" / "methods"
 NAMES = {
@@ -21,6 +22,7 @@ NAMES = {
     "lora_e": "singular_values",
     "gate": "gate",
     "magnitude": "magnitude",
+    "gate_kernel": "kernel_gate",
 }
 
 
@@ -37,6 +39,16 @@ def make_config(name, settings):
         return keras_fvae.AdaLoRAConfig(
             settings["init_r"], alpha, orthogonality_weight=weight
         )
+    if name.startswith("moe_lora"):
+        return keras_fvae.MoELoRAConfig(
+            rank,
+            alpha,
+            num_experts=settings["num_experts"],
+            top_k=settings["top_k"],
+            gate_rescaling=name == "moe_lora_moe_riemannian",
+        )
+    if name == "flat_lora":
+        return keras_fvae.FlatLoRAConfig(rank, alpha, rho=settings["rho"])
     return {
         "beamlora": keras_fvae.BeamLoRAConfig,
         "lora": keras_fvae.LoRAConfig,
@@ -216,3 +228,29 @@ def test_droplora_with_the_mask_that_was_drawn(is_einsum, monkeypatch):
         drop_lora, "dropout", lambda x, rate, seed_generator: x * mask
     )
     layer.check(training=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["moe_lora_riemannian", "moe_lora_moe_riemannian"]
+)
+@on_both_classes
+def test_moe_lora(name, is_einsum):
+    layer = Layer(name, is_einsum)
+    layer.set_weights()
+    layer.check(training=True)
+    assert_close(layer.predict(), layer.outputs("output"))
+
+
+@on_both_classes
+def test_flat_lora_with_the_noise_that_was_drawn(is_einsum, monkeypatch):
+    layer = Layer("flat_lora", is_einsum)
+    layer.set_weights()
+    settings, arrays = layer.settings, layer.arrays
+    layer.adapter.set_progress(settings["step"] / settings["total_steps"])
+    normal = ops.convert_to_tensor(arrays["noise"], "float32")
+    monkeypatch.setattr(
+        flat_lora, "noise_and_masks", lambda shape, seed, width: (normal, [])
+    )
+    layer.check(training=True)
+    outputs = layer.layer(layer.inputs(arrays["x"]), training=True)
+    assert_close(to_numpy(outputs), layer.outputs("output"))

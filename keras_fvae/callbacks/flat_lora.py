@@ -1,0 +1,71 @@
+"""The noise of Flat-LoRA, from none at all to all of it."""
+
+import keras
+
+from keras_fvae.methods.flat_lora import FlatLoRAConfig
+from keras_fvae.model.lookup import adapted_layers
+from keras_fvae.model.lookup import require_adapted_layers
+
+
+class FlatLoRASchedule(keras.callbacks.Callback):
+    """Lets the noise of Flat-LoRA grow while a model trains.
+
+    It grows as half a wave of a cosine, from nothing in the first step of all
+    epochs to `rho` after the last. So a run that is resumed, or begins at an
+    `initial_epoch`, goes on where it was, and another `fit` begins anew.
+    Nothing is compiled again. With `steps_per_execution=n` it grows every n
+    steps.
+
+    Raises:
+        ValueError: In `fit`, if the model is not adapted by Flat-LoRA, or
+            nobody knows how many steps an epoch has.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    ... )
+    >>> summary = keras_fvae.enable_adapter(
+    ...     model, keras_fvae.FlatLoRAConfig(rank=2)
+    ... )
+    >>> model.compile("adamw", "mse")
+    >>> history = model.fit(
+    ...     np.ones((8, 4)),
+    ...     np.ones((8, 3)),
+    ...     callbacks=[keras_fvae.FlatLoRASchedule()],
+    ...     verbose=0,
+    ... )
+
+    Reference: [Flat-LoRA](https://arxiv.org/abs/2409.14396).
+    """
+
+    def set_model(self, model):
+        # Before the step is made, which would say that nobody does this.
+        super().set_model(model)
+        self._adapters = [
+            layer.adapter
+            for layer in require_adapted_layers(model, FlatLoRAConfig)
+        ]
+        for adapter in self._adapters:
+            adapter.callback = self
+
+    def on_train_end(self, logs=None):
+        for adapter in self._adapters:
+            adapter.callback = None
+
+    def on_train_begin(self, logs=None):
+        if self.params["steps"] is None:
+            raise ValueError(
+                "`FlatLoRASchedule` must know how many steps an epoch has, "
+                "and this data does not say. Pass `steps_per_epoch` to `fit`."
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._steps_before = epoch * self.params["steps"]
+
+    def on_train_batch_begin(self, batch, logs=None):
+        num_steps = self.params["epochs"] * self.params["steps"]
+        share = (self._steps_before + batch) / num_steps
+        # By way of the model, which has its variables' values then.
+        for layer in adapted_layers(self.model):
+            layer.adapter.set_progress(share)
