@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 
+from keras_fvae import optimizers
 from keras_fvae.analysis.groups import WorstGroupAccuracy
 from keras_fvae.analysis.groups import evaluate_groups
 from keras_fvae.analysis.memory import memory_per_device
@@ -119,6 +120,7 @@ __all__ = [
     "load_peft_adapter",
     "memory_per_device",
     "merge_adapter",
+    "optimizers",
     "predict_samples",
     "probe_latents",
     "read_adapter",

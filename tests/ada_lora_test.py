@@ -194,6 +194,9 @@ OPTIMIZERS = {
     "scaled and accumulated": lambda: keras.optimizers.LossScaleOptimizer(
         keras.optimizers.Adam(0.02, gradient_accumulation_steps=2)
     ),
+    "preconditioned": lambda: keras_fvae.optimizers.RiemannianPreconditioning(
+        keras.optimizers.Adam(0.02), gradient_accumulation_steps=2
+    ),
     "averaged": lambda: keras.optimizers.AdamW(0.02, use_ema=True),
 }
 

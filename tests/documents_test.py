@@ -27,6 +27,12 @@ MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(keras_fvae.__path__, "keras_fvae.")
 )
+PUBLIC = [
+    getattr(namespace, name)
+    for namespace in (keras_fvae, keras_fvae.optimizers)
+    for name in namespace.__all__
+    if name != "optimizers"
+]
 
 
 def blocks(language):
@@ -42,7 +48,7 @@ def test_python_of_the_readme(example, tmp_path, monkeypatch):
 
 @pytest.mark.always_one_backend
 def test_the_readme_has_examples():
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 7
     assert "model.backbone.enable_fvae_lora(rank=16)" in blocks("python")[0]
 
 
@@ -117,9 +123,8 @@ def test_examples_of_the_docstrings(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.always_one_backend
-@pytest.mark.parametrize("name", keras_fvae.__all__)
-def test_public_docstrings(name):
-    public = getattr(keras_fvae, name)
+@pytest.mark.parametrize("public", PUBLIC, ids=lambda p: p.__name__)
+def test_public_docstrings(public):
     sections = ["Example:"]
     if inspect.signature(public).parameters:
         sections.append("Args:")

@@ -107,9 +107,9 @@ def adapt(model, name, **kwargs):
     return model
 
 
-def train(model, epochs=2, learning_rate=0.05):
+def train(model, epochs=2, learning_rate=0.05, optimizer=None):
     model.compile(
-        keras.optimizers.Adam(learning_rate),
+        optimizer or keras.optimizers.Adam(learning_rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     return model.fit(

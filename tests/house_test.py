@@ -17,6 +17,7 @@ FLOORS = {
     "callbacks": 4,
     "analysis": 4,
     "integrations": 4,
+    "optimizers": 4,
     "fvae_lora": 4,
     "__init__": 5,
 }
@@ -39,7 +40,9 @@ def imports(module):
             parent = node.module.removeprefix("keras_fvae").strip(".")
             for alias in node.names:
                 full = f"{parent}.{alias.name}".strip(".")
-                yield full if full in MODULES else parent
+                # A module, a room, or what a module has.
+                found = (full, f"{full}.__init__", parent)
+                yield next(name for name in found if name in MODULES)
 
 
 IMPORTS = {module: {*imports(module)} for module in MODULES}

@@ -457,3 +457,33 @@ def test_variables_of_an_optimizer_can_be_taken_out():
     assert any(v is added for v in optimizer.variables)
     keras_internals.untrack_optimizer_variable(optimizer, added)
     assert [v.path for v in optimizer.variables] == before
+
+
+class RecordingOptimizer(keras_internals.JointOptimizer):
+    """Keeps what the last step got."""
+
+    def joint_step(self, gradients, learning_rate):
+        self.seen = gradients, float(learning_rate)
+
+
+def test_a_joint_step_gets_what_became_of_the_gradients():
+    variables = [
+        keras.Variable(np.ones(2, "float32"), name=name) for name in "abc"
+    ]
+    optimizer = RecordingOptimizer(
+        0.5, weight_decay=0.1, clipvalue=2.0, gradient_accumulation_steps=2
+    )
+    optimizer.exclude_from_weight_decay(var_names=["a"])
+    optimizer.build(variables)
+    assert optimizer.optimized_variables == variables
+    for numbers in ([1.0, 3.0], [3.0, 5.0]):
+        gradients = [keras.ops.full((2,), number) for number in numbers]
+        # In another order, and none for the second.
+        optimizer.apply(gradients, [variables[2], variables[0]])
+    (a, b, c), learning_rate = optimizer.seen
+    assert to_numpy(a).tolist() == to_numpy(c).tolist() == [2, 2]
+    assert b is None
+    assert learning_rate == 0.5
+    assert [optimizer.weight_decay_of(v) for v in variables] == [0, 0.1, 0.1]
+    # Decay is left to the step, too.
+    assert all(to_numpy(v).tolist() == [1, 1] for v in variables)

@@ -205,6 +205,32 @@ def test_slots_of_the_optimizer_lie_as_the_weights_do():
     }
 
 
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda: keras_fvae.optimizers.RiemannianPreconditioning(
+            keras.optimizers.Adam(0.05)
+        ),
+        lambda: keras_fvae.optimizers.LoRARITE(
+            0.05, keras.optimizers.Adam(0.05)
+        ),
+    ],
+)
+def test_optimizers_of_pairs(make_optimizer):
+    def train():
+        model = family.adapt(family.make_model(), "LoRA")
+        return family.train(model, optimizer=make_optimizer())
+
+    expected = train()
+    mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"))
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map["query/kernel"] = (None, "model", None)
+    layout_map["output/kernel"] = ("model", None, None)
+    with model_parallel(layout_map).scope():
+        losses = train()
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ def adapt(model):
     remove_latent_noise(model)
 
 
-def compile_model(model, **options):
+def compile_model(model, optimizer=None, **options):
     model.compile(
-        keras.optimizers.SGD(0.05),
+        optimizer or keras.optimizers.SGD(0.05),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         **options,
     )
@@ -102,6 +102,39 @@ def test_fits_of_one_device(
         )
     for weight, expected in zip(replicated_weights, weights, strict=True):
         np.testing.assert_allclose(weight, expected, atol=1e-5)
+
+
+def make_riemannian():
+    return keras_fvae.optimizers.RiemannianPreconditioning(
+        keras.optimizers.Adam(0.05)
+    )
+
+
+def make_lora_rite():
+    return keras_fvae.optimizers.LoRARITE(0.05, keras.optimizers.SGD(0.05))
+
+
+@pytest.mark.parametrize("make_optimizer", [make_riemannian, make_lora_rite])
+def test_optimizers_of_pairs(
+    make_optimizer, make_attention_model, strategy, data
+):
+    def fit():
+        keras.utils.set_random_seed(0)
+        model = make_attention_model()
+        keras_fvae.enable_adapter(
+            model,
+            keras_fvae.LoRAConfig(2, seed=0),
+            trainable_layer_names=["head"],
+        )
+        compile_model(model, optimizer=make_optimizer())
+        model.fit(*data, batch_size=8, epochs=3, shuffle=False, verbose=0)
+        return [to_numpy(w) for w in model.weights]
+
+    expected = fit()
+    with strategy.scope():
+        weights = fit()
+    for weight, expected_weight in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(weight, expected_weight, atol=1e-5)
 
 
 @pytest.mark.parametrize("shares", [(5, 3), (8, 0)])

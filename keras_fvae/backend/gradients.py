@@ -1,5 +1,7 @@
 """Seeing the gradients that an optimizer has used, inside the compiled step."""
 
+import math
+
 import keras
 
 from keras_fvae.backend import keras_internals
@@ -28,7 +30,7 @@ def watch_gradients(optimizer, observer):
             come together only where an optimizer applies them, or several
             optimizers.
     """
-    optimizer = innermost(optimizer)
+    *_, optimizer = _with_inner(optimizer)
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
             "Of a `MultiOptimizer` gradients cannot be watched, because each "
@@ -50,14 +52,22 @@ def watch_gradients(optimizer, observer):
 
 def stop_watching(optimizer):
     """Ends what `watch_gradients` began, and drops the observer's variables."""
-    optimizer = innermost(optimizer)
+    *_, optimizer = _with_inner(optimizer)
     for variable in vars(optimizer).pop("watched_by", ()):
         keras_internals.untrack_optimizer_variable(optimizer, variable)
     keras_internals.restore_update(optimizer)
 
 
-def innermost(optimizer):
-    """The optimizer that updates, inside those that wrap it."""
+def accumulated_steps(optimizer):
+    """Integer, the steps whose gradients become one update."""
+    return math.prod(
+        each.gradient_accumulation_steps or 1 for each in _with_inner(optimizer)
+    )
+
+
+def _with_inner(optimizer):
+    """An optimizer, and those inside it, of which the last one updates."""
+    yield optimizer
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
-    return optimizer
+        yield optimizer

@@ -202,6 +202,49 @@ class NotRematerialized:
         return layer_call
 
 
+class JointOptimizer(keras.optimizers.Optimizer):
+    """An optimizer whose step is one of all its variables together.
+
+    Keras's own step one variable after the other, in `update_step`; one that
+    derives from this class overrides `joint_step`. All else is as in Keras:
+    until then the gradients have been unscaled, accumulated and clipped. But
+    weight decay is left to `joint_step`, which is to see the variables as they
+    were before the step.
+    """
+
+    def joint_step(self, gradients, learning_rate):
+        """Assigns new values to the variables, and to those of the optimizer.
+
+        Args:
+            gradients: List of tensors, in the order of `optimized_variables`.
+                `None` for a variable that the loss does not depend on. With
+                several replicas of TensorFlow, those of one.
+            learning_rate: Scalar tensor or variable.
+        """
+        raise NotImplementedError
+
+    @property
+    def optimized_variables(self):
+        """List of `keras.Variable` that the optimizer was built for."""
+        return self._trainable_variables
+
+    def weight_decay_of(self, variable):
+        """Float, the weight decay of a variable, which may be excluded."""
+        if self.weight_decay is None or not self._use_weight_decay(variable):
+            return 0.0
+        return self.weight_decay
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        gradients = [None] * len(self._trainable_variables)
+        for gradient, variable in zip(grads, trainable_variables):
+            gradients[self._get_variable_index(variable)] = gradient
+        with no_gradients():
+            self.joint_step(gradients, learning_rate)
+
+    def _apply_weight_decay(self, variables):
+        pass
+
+
 class Pickled:
     """A model or layer that `pickle` takes, whatever its class is called.
 

@@ -50,6 +50,48 @@ def mean_over_replicas(value):
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
 
 
+def sum_over_replicas(values):
+    """The sums of tensors over the replicas; the tensors, if there is one.
+
+    Args:
+        values: List of tensors.
+    """
+    context = _replica_context()
+    if context is None:
+        return values
+    import tensorflow as tf
+
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+def assign(variables, values):
+    """Assigns to each variable its value, on each replica its own.
+
+    Keras's variables would refuse that, because they cannot know that the
+    replicas have come to the same.
+
+    Args:
+        variables: List of `keras.Variable`.
+        values: List of tensors.
+    """
+    context = _replica_context()
+    if context is None:
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+        return
+
+    def assign_all(strategy, values):
+        for variable, value in zip(variables, values):
+            strategy.extended.update(
+                variable.value,
+                lambda variable, value: variable.assign(value),
+                args=(value,),
+                group=False,
+            )
+
+    context.merge_call(assign_all, args=(values,))
+
+
 def are_several():
     """Whether this is one of several replicas of `tf.distribute`."""
     return _replica_context() is not None

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_fvae.backend import replicas
-from keras_fvae.backend.gradients import innermost
+from keras_fvae.backend.gradients import accumulated_steps
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
 from keras_fvae.layers.config import is_integer
@@ -60,8 +60,7 @@ class ObservingCallback(keras.callbacks.Callback):
                 "True`, or leave it out."
             )
         # Kept, because to ask for the model after a step costs time on JAX.
-        optimizer = innermost(model.optimizer)
-        self.steps_per_update = optimizer.gradient_accumulation_steps or 1
+        self.steps_per_update = accumulated_steps(model.optimizer)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         self.observer = self.make_observer([la.adapter for la in self.layers])

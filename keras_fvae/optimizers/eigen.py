@@ -1,0 +1,55 @@
+"""Eigenvalues of the many small matrices of a model's pairs."""
+
+import itertools
+import math
+
+from keras import ops
+
+
+def batched_eigh(matrices):
+    """Eigenvalues and eigenvectors of positive semidefinite matrices.
+
+    Those of one size go in one call, because a GPU takes about as long for a
+    single one.
+
+    Args:
+        matrices: List of tensors of shape `(..., r, r)`.
+
+    Returns:
+        List of pairs: the eigenvalues, of shape `(..., r)`, of which rounding
+        makes none negative, and the eigenvectors, the columns of a tensor of
+        shape `(..., r, r)`.
+    """
+    results = {}
+    for size in sorted({matrix.shape[-1] for matrix in matrices}):
+        chosen = [i for i, m in enumerate(matrices) if m.shape[-1] == size]
+        batches = [tuple(matrices[i].shape[:-2]) for i in chosen]
+        ends = [*itertools.accumulate(math.prod(batch) for batch in batches)]
+        eigenvalues, eigenvectors = ops.eigh(
+            ops.concatenate(
+                [ops.reshape(matrices[i], (-1, size, size)) for i in chosen]
+            )
+        )
+        for i, batch, values, vectors in zip(
+            chosen,
+            batches,
+            ops.split(ops.maximum(eigenvalues, 0.0), ends[:-1]),
+            ops.split(eigenvectors, ends[:-1]),
+        ):
+            results[i] = (
+                ops.reshape(values, (*batch, size)),
+                ops.reshape(vectors, (*batch, size, size)),
+            )
+    return [results[i] for i in range(len(matrices))]
+
+
+def function_of(eigenvalues, eigenvectors):
+    """The symmetric matrices with these eigenvalues and eigenvectors."""
+    return ops.matmul(
+        eigenvectors * ops.expand_dims(eigenvalues, -2), transpose(eigenvectors)
+    )
+
+
+def transpose(matrix):
+    """A tensor of shape `(..., n, m)`, of one of shape `(..., m, n)`."""
+    return ops.swapaxes(matrix, -1, -2)

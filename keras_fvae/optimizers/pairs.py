@@ -1,0 +1,57 @@
+"""Which of a model's variables are the two factors of one update."""
+
+
+def find_pairs(variables, optimizer_name):
+    """Finds the factors A and B of each adapter.
+
+    These are `kernel_a` of shape `(..., d, rank)` and `kernel_b` of shape
+    `(..., rank, k)`, whose paths are the same but for that. Leading axes are
+    of experts. Of adapters with the same path, as in models that were built by
+    themselves, each A belongs to the B that follows it.
+
+    Args:
+        variables: List of `keras.Variable`, what trains.
+        optimizer_name: String, for messages.
+
+    Returns:
+        Tuple of pairs of integers, where A and B are in the list.
+
+    Raises:
+        ValueError: If there is none; the message says what is needed.
+    """
+    pairs, index_of_a, lone_b = [], {}, None
+    for index, variable in enumerate(variables):
+        adapter, _, name = variable.path.rpartition("/")
+        if name == "kernel_a":
+            index_of_a[adapter] = index
+        elif name == "kernel_b":
+            a = index_of_a.pop(adapter, None)
+            if a is not None and _are_factors(variables[a], variable):
+                pairs.append((a, index))
+            else:
+                lone_b = variable.path
+    if not pairs:
+        message = (
+            f"`{optimizer_name}` is for models with pairs of weights "
+            "`kernel_a` and `kernel_b` that train, and found none among the "
+            f"{len(variables)} variables it is to optimize. Adapt the model "
+            "before, by a method that trains both, such as "
+            "`keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig())`."
+        )
+        if lone_b is not None:
+            message += (
+                f" There is '{lone_b}', but no A that trains beside it: "
+                "FFA-LoRA keeps A frozen, FVAE-LoRA has none. Train those by "
+                "one of Keras's optimizers."
+            )
+        raise ValueError(message)
+    return tuple(pairs)
+
+
+def _are_factors(a, b):
+    """Whether the product of two variables is an update, or one an expert."""
+    return (
+        len(a.shape) == len(b.shape) >= 2
+        and tuple(a.shape[:-2]) == tuple(b.shape[:-2])
+        and a.shape[-1] == b.shape[-2]
+    )

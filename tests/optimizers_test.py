@@ -1,0 +1,625 @@
+"""Optimizers of pairs, against references and against what must be equal."""
+
+import json
+import warnings
+
+import family
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+from helpers import JIT_COMPILE
+from helpers import ROOT
+from helpers import to_numpy
+from keras import ops
+
+import keras_fvae
+from keras_fvae.optimizers import LoRARITE
+from keras_fvae.optimizers import RiemannianPreconditioning
+from keras_fvae.optimizers.pairs import find_pairs
+
+REFERENCE = ROOT / "tests" / "reference" / "methods"
+
+
+class Factors(keras.Layer):
+    """Variables as an adapter has them, with the values given."""
+
+    def __init__(self, name="adapter", **values):
+        super().__init__(name=name)
+        for key, value in values.items():
+            weight = self.add_weight(
+                name=key, shape=np.shape(value), initializer="zeros"
+            )
+            weight.assign(value)
+
+
+def random_factors(rng, shape_of_a=(6, 2), shape_of_b=(2, 5), name="adapter"):
+    return Factors(
+        name,
+        kernel_a=rng.normal(size=shape_of_a),
+        kernel_b=rng.normal(size=shape_of_b),
+        gate=rng.normal(size=(3,)),
+    )
+
+
+def make_optimizer(kind, **settings):
+    inner = keras.optimizers.SGD(0.1)
+    if kind == "Riemannian":
+        return RiemannianPreconditioning(inner, **settings)
+    return LoRARITE(0.05, inner, **settings)
+
+
+KINDS = ["Riemannian", "LoRA-RITE"]
+
+
+def make_step(optimizer, variables, jit_compile=BACKEND == "jax"):
+    """A function of the gradients, NumPy arrays, that steps the variables."""
+    optimizer.build(variables)
+    if BACKEND == "jax":
+        import jax
+
+        apply = optimizer.stateless_apply
+        if jit_compile:
+            apply = jax.jit(apply)
+
+        def step(gradients):
+            state = [*variables, *optimizer.variables]
+            values, own_values = apply(
+                [variable.value for variable in optimizer.variables],
+                gradients,
+                [variable.value for variable in variables],
+            )
+            for variable, value in zip(state, [*values, *own_values]):
+                variable.assign(value)
+
+    else:
+
+        def step(gradients):
+            optimizer.apply(gradients, variables)
+
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            step = tf.function(step, jit_compile=jit_compile)
+
+    def step_by_arrays(gradients):
+        step([ops.convert_to_tensor(g, "float32") for g in gradients])
+        return values_of(variables)
+
+    return step_by_arrays
+
+
+def values_of(variables):
+    return [to_numpy(variable) for variable in variables]
+
+
+def assert_all_close(values, expected, atol=1e-6):
+    for value, expected_value in zip(values, expected, strict=True):
+        np.testing.assert_allclose(value, expected_value, atol=atol, rtol=0)
+
+
+# --- What the authors' own code computes.
+
+
+class Reference:
+    """The weights, gradients and settings of a file."""
+
+    def __init__(self, name):
+        with np.load(REFERENCE / f"{name}.npz") as file:
+            arrays = {key: file[key] for key in file if key != "config"}
+            self.settings = json.loads(str(file["config"]))
+        self.arrays = arrays
+        names = ["lora_a", "lora_b"]
+        prefix = "initial_"
+        if "gate_kernel" in arrays:
+            names, prefix = [*names, "gate_kernel"], ""
+        self.start = [arrays[prefix + name] for name in names]
+        self.gradients = [*zip(*(arrays[f"steps_grad_{n}"] for n in names))]
+        self.steps = [*zip(*(arrays[f"steps_{name}"] for name in names))]
+
+    def make_variables(self):
+        names = ["kernel_a", "kernel_b", "gate_kernel"]
+        return Factors(**dict(zip(names, self.start))).trainable_variables
+
+
+def make_riemannian(name, settings):
+    learning_rate = settings["learning_rate"]
+    inner = keras.optimizers.SGD(
+        learning_rate, momentum=settings.get("momentum", 0.0)
+    )
+    if name == "riemannian_adamw":
+        inner = keras.optimizers.AdamW(
+            learning_rate, weight_decay=0.0, epsilon=1e-8
+        )
+    if name == "preconditioned_sgd":
+        # And what its Cholesky factorization adds.
+        return RiemannianPreconditioning(inner, settings["lmbd"] + 1e-6)
+    return RiemannianPreconditioning(inner, settings["reg"])
+
+
+def make_lora_rite(settings):
+    return LoRARITE(
+        settings["learning_rate"],
+        beta_1=settings["beta_1"],
+        beta_2=settings["beta_2"],
+        epsilon=settings["epsilon"],
+        unmagnified_clipnorm=settings["clip_unmagnified_grad"] or None,
+        skip_threshold=settings["update_skipping"] or None,
+        escaped_mass=settings["apply_escape"],
+    )
+
+
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "riemannian_sgd",
+        "riemannian_adamw",
+        "preconditioned_sgd",
+        "moe_lora_sgd_riemannian",
+        "lora_rite",
+        "lora_rite_zero_b",
+        "lora_rite_no_clipping",
+        "lora_rite_skipped",
+        "lora_rite_escape",
+    ],
+)
+def test_steps_of_the_reference(name, jit_compile):
+    reference = Reference(name)
+    if name.startswith("lora_rite"):
+        optimizer = make_lora_rite(reference.settings)
+    else:
+        optimizer = make_riemannian(name, reference.settings)
+    step = make_step(optimizer, reference.make_variables(), jit_compile)
+    for gradients, expected in zip(reference.gradients, reference.steps):
+        assert_all_close(step(gradients), expected, atol=5e-6)
+    if name == "lora_rite":
+        defaults = LoRARITE().get_config()
+        assert {**optimizer.get_config(), "learning_rate": 0} == {
+            **defaults,
+            "learning_rate": 0,
+        }
+
+
+class UncorrectedAdam(keras.optimizers.Optimizer):
+    """Adam without correction of its averages, as `AdamWr` has it."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.moments = self.add_optimizer_variables(variables, ["m", "v"])
+
+    def update_step(self, gradient, variable, learning_rate):
+        first, second = (
+            m[self._get_variable_index(variable)] for m in self.moments
+        )
+        self.assign(first, 0.9 * first + 0.1 * gradient)
+        self.assign(second, 0.999 * second + 0.001 * ops.square(gradient))
+        root = ops.sqrt(second) + 1e-6
+        self.assign_sub(
+            variable, ops.cast(learning_rate, "float32") * first / root
+        )
+
+
+@pytest.mark.one_backend
+def test_authors_adamw_of_experts():
+    """It is ours, but that B is preconditioned by A as already stepped."""
+    reference = Reference("moe_lora_adamw_riemannian")
+    for kind in ("A and gate", "B"):
+        variables = reference.make_variables()
+        settings = reference.settings
+        optimizer = RiemannianPreconditioning(
+            UncorrectedAdam(settings["learning_rate"]), settings["reg"]
+        )
+        step = make_step(optimizer, variables)
+        before = reference.start
+        for gradients, after in zip(reference.gradients, reference.steps):
+            seen = before if kind != "B" else [after[0], *before[1:]]
+            for variable, value in zip(variables, seen):
+                variable.assign(value)
+            kernel_a, kernel_b, gate = step(gradients)
+            if kind == "B":
+                assert_all_close([kernel_b], [after[1]], atol=5e-6)
+            else:
+                assert_all_close([kernel_a, gate], after[::2], atol=5e-6)
+            before = after
+
+
+# --- What must be equal.
+
+
+@pytest.mark.one_backend
+def test_experts_are_pairs_by_themselves(rng):
+    for kind in KINDS:
+        experts = random_factors(rng, (2, 6, 2), (2, 2, 5))
+        kernel_a, kernel_b, _ = values_of(experts.trainable_variables)
+        pairs = [
+            Factors(
+                f"expert_{i}",
+                kernel_a=kernel_a[i],
+                kernel_b=kernel_b[i],
+            )
+            for i in range(2)
+        ]
+        variables = [v for pair in pairs for v in pair.trainable_variables]
+        settings = {"escaped_mass": True} if kind == "LoRA-RITE" else {}
+        step = make_step(make_optimizer(kind, **settings), variables)
+        step_experts = make_step(
+            make_optimizer(kind, **settings), experts.trainable_variables
+        )
+        for _ in range(2):
+            # Of one expert, A is above the threshold.
+            of_a = rng.normal(size=(2, 6, 2)) * [[[0.1]], [[30.0]]]
+            of_b = rng.normal(size=(2, 2, 5)) * 0.1
+            kernel_a, kernel_b, _ = step_experts([of_a, of_b, np.zeros(3)])
+            values = step([of_a[0], of_b[0], of_a[1], of_b[1]])
+            assert_all_close(
+                values, [kernel_a[0], kernel_b[0], kernel_a[1], kernel_b[1]]
+            )
+
+
+@pytest.mark.one_backend
+def test_lora_rite_does_not_see_how_a_product_is_divided(rng):
+    kernel_a, kernel_b = rng.normal(size=(6, 2)), rng.normal(size=(2, 5))
+    divisor = np.array([[3.0, 1.0], [0.0, 0.2]])
+    products = []
+    for change in (np.eye(2), divisor):
+        inverse = np.linalg.inv(change)
+        variables = Factors(
+            kernel_a=kernel_a @ change, kernel_b=inverse @ kernel_b
+        ).trainable_variables
+        step = make_step(LoRARITE(0.05, skip_threshold=None), variables)
+        for seed in range(3):
+            gradient = np.random.default_rng(seed).normal(size=(6, 5))
+            a, b = (to_numpy(v).astype("float64") for v in variables)
+            a, b = step([gradient @ b.T, a.T @ gradient])
+        products.append(a @ b)
+    assert np.abs(products[0] - kernel_a @ kernel_b).max() > 0.1
+    np.testing.assert_allclose(products[1], products[0], atol=1e-4)
+
+
+@pytest.mark.one_backend
+def test_decay_is_of_the_weights_before_the_step(rng):
+    factors = random_factors(rng)
+    before = values_of(factors.trainable_variables)
+    gradients = [0.1 * rng.normal(size=v.shape) for v in before]
+    after = []
+    for weight_decay in (None, 0.5):
+        for variable, value in zip(factors.trainable_variables, before):
+            variable.assign(value)
+        optimizer = make_optimizer("LoRA-RITE", weight_decay=weight_decay)
+        optimizer.exclude_from_weight_decay(var_names=["kernel_b"])
+        after.append(
+            make_step(optimizer, factors.trainable_variables)(gradients)
+        )
+    decay = 0.05 * 0.5 * before[0]
+    assert_all_close(after[1], [after[0][0] - decay, *after[0][1:]])
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"clipvalue": 0.2}],
+    ids=str,
+)
+def test_gradients_are_clipped_first(kind, settings, rng):
+    factors = random_factors(rng)
+    variables = factors.trainable_variables
+    before = values_of(variables)
+    gradients = [rng.normal(size=value.shape) for value in before]
+    if "clipvalue" in settings:
+        clipped = [np.clip(g, -0.2, 0.2) for g in gradients]
+    else:
+        norms = [np.linalg.norm(g) for g in gradients]
+        if "global_clipnorm" in settings:
+            norms = [np.linalg.norm(norms)] * 3
+        clipped = [g * 0.5 / norm for g, norm in zip(gradients, norms)]
+    expected = make_step(make_optimizer(kind), variables)(clipped)
+    for variable, value in zip(variables, before):
+        variable.assign(value)
+    step = make_step(make_optimizer(kind, **settings), variables)
+    assert_all_close(step(gradients), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_gradients_are_those_of_a_larger_batch(kind, rng):
+    factors = random_factors(rng)
+    variables = factors.trainable_variables
+    before = values_of(variables)
+    batches = [
+        [0.1 * rng.normal(size=value.shape) for value in before]
+        for _ in range(4)
+    ]
+    step = make_step(make_optimizer(kind, global_clipnorm=0.3), variables)
+    for one, other in (batches[:2], batches[2:]):
+        expected = step([(a + b) / 2 for a, b in zip(one, other)])
+    for variable, value in zip(variables, before):
+        variable.assign(value)
+    optimizer = make_optimizer(
+        kind, global_clipnorm=0.3, gradient_accumulation_steps=2
+    )
+    step = make_step(optimizer, variables)
+    assert_all_close(step(batches[0]), before, atol=0)
+    for batch in batches[1:]:
+        after = step(batch)
+    assert_all_close(after, expected)
+    assert int(optimizer.iterations) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaled_gradients(kind, rng):
+    factors = random_factors(rng)
+    variables = factors.trainable_variables
+    before = values_of(variables)
+    gradients = [0.1 * rng.normal(size=value.shape) for value in before]
+    expected = make_step(make_optimizer(kind), variables)(gradients)
+    for variable, value in zip(variables, before):
+        variable.assign(value)
+    scaled = keras.optimizers.LossScaleOptimizer(make_optimizer(kind), 4.0)
+    step = make_step(scaled, variables)
+    assert_all_close(step([np.inf * g for g in gradients]), before, atol=0)
+    assert_all_close(step([2 * g for g in gradients]), expected)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_moving_averages(kind, rng):
+    variables = random_factors(rng).trainable_variables
+    average = {"use_ema": True, "ema_momentum": 0.7}
+    if kind == "Riemannian":
+        optimizer = RiemannianPreconditioning(
+            keras.optimizers.SGD(0.1, **average)
+        )
+    else:
+        optimizer = make_optimizer(kind, **average)
+    step = make_step(optimizer, variables)
+    averages = None
+    for _ in range(3):
+        values = step([0.1 * rng.normal(size=v.shape) for v in variables])
+        averages = averages or values
+        averages = [0.7 * a + 0.3 * v for a, v in zip(averages, values)]
+    optimizer.finalize_variable_values(variables)
+    assert_all_close(values_of(variables), averages)
+
+
+@pytest.mark.one_backend
+def test_an_optimizer_for_each_kind_of_weights(rng):
+    """As the authors of MoE-LoRA train the gate: slowly, clipped by itself."""
+    variables = random_factors(rng).trainable_variables
+    before = values_of(variables)
+    gradients = [rng.normal(size=value.shape) for value in before]
+    expected = make_step(make_optimizer("Riemannian"), variables)(gradients)
+    for variable, value in zip(variables, before):
+        variable.assign(value)
+    optimizers = keras.optimizers.OptimizerMap(
+        make_optimizer("Riemannian"),
+        {".*gate": keras.optimizers.SGD(0.01, clipnorm=1.0)},
+    )
+    step = make_step(keras.optimizers.MultiOptimizer(optimizers), variables)
+    gate = before[2] - 0.01 * gradients[2] / np.linalg.norm(gradients[2])
+    assert_all_close(step(gradients), [*expected[:2], gate])
+
+
+# --- In `fit`.
+
+
+def make_model(dtype=None):
+    return family.adapt(family.make_model(dtype), "LoRA")
+
+
+def fit(model, optimizer=None, epochs=2, callbacks=(), **options):
+    if optimizer is not None:
+        model.compile(
+            optimizer,
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **options,
+        )
+    return model.fit(
+        family.X, family.Y, batch_size=4, epochs=epochs, shuffle=False,
+        verbose=0, callbacks=callbacks,
+    ).history["loss"]  # fmt: skip
+
+
+def make_for_fit(kind):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.5)
+    adam = keras.optimizers.Adam(schedule)
+    if kind == "Riemannian":
+        return RiemannianPreconditioning(adam, global_clipnorm=1.0)
+    return LoRARITE(schedule, adam, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+def test_fit(kind, jit_compile):
+    model = make_model()
+    frozen = family.frozen_bytes(model)
+    losses = fit(model, make_for_fit(kind), 8, jit_compile=jit_compile)
+    assert losses[-1] < 0.9 * losses[0]
+    assert family.frozen_bytes(model) == frozen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fit_in_mixed_precision(kind):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = make_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    losses = fit(model, make_for_fit(kind), 8)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_resumed(kind, tmp_path):
+    whole = make_model()
+    expected = fit(whole, make_for_fit(kind), 4)
+
+    model = make_model()
+    losses = fit(model, make_for_fit(kind), 2)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    losses += fit(loaded, epochs=2)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        family.predict(loaded), family.predict(whole), atol=1e-5
+    )
+
+    losses = []
+    for epochs in (2, 4):
+        backup = keras.callbacks.BackupAndRestore(
+            tmp_path / "backup", delete_checkpoint=False
+        )
+        losses += fit(make_model(), make_for_fit(kind), epochs, [backup])
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.one_backend
+def test_the_learning_rate_is_the_inner_one():
+    optimizer = RiemannianPreconditioning(keras.optimizers.SGD(0.1))
+    optimizer.learning_rate = 0.2
+    assert float(optimizer.inner_optimizer.learning_rate) == pytest.approx(0.2)
+    assert float(optimizer.learning_rate) == pytest.approx(0.2)
+
+
+def fit_line(optimizer, loss, steps=12):
+    """Fits one adapted layer, and returns its B."""
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, name="query")]
+    )
+    keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(2, seed=1))
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    model.compile(optimizer, loss)
+    model.fit(x, x[:, :3], batch_size=16, epochs=steps, verbose=0)
+    return to_numpy(model.layers[0].adapter.kernel_b)
+
+
+def summed_error(y_true, y_pred):
+    return 100 * ops.sum(ops.square(y_true - y_pred), axis=-1)
+
+
+def test_a_stall_is_told():
+    with pytest.warns(UserWarning, match="in the last 12 steps .* is a sum"):
+        assert not fit_line(LoRARITE(0.05), summed_error).any()
+    for optimizer, loss in (
+        (LoRARITE(0.05), "mse"),
+        (LoRARITE(0.05, skip_threshold=None), summed_error),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert fit_line(optimizer, loss).any()
+
+
+@pytest.mark.one_backend
+def test_a_stall_of_a_few_steps_is_told_and_one_that_ended_is_not(rng):
+    optimizer = LoRARITE()
+    variables = random_factors(rng).trainable_variables[:2]
+    step = make_step(optimizer, variables)
+    small = [np.zeros((6, 2)), np.zeros((2, 5))]
+    large = [np.full((6, 2), 1e3), np.zeros((2, 5))]
+    step(large)
+    with pytest.warns(UserWarning, match="1 of 2 factors, .*/kernel_a'"):
+        optimizer.finalize_variable_values(variables)
+    step(small)
+    for _ in range(3):
+        step(large)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer.finalize_variable_values(variables)
+
+
+# --- Pairs, and what is refused.
+
+
+@pytest.mark.one_backend
+def test_pairs_are_found_by_path(rng):
+    # Two of the same path, as of models that were built by themselves; one
+    # without an A that trains; one whose A has another rank.
+    layers = [
+        random_factors(rng),
+        random_factors(rng),
+        Factors("lone", kernel_b=np.ones((2, 3))),
+        Factors("other", kernel_a=np.ones((4, 4)), kernel_b=np.ones((2, 3))),
+    ]
+    variables = [v for layer in layers for v in layer.trainable_variables]
+    assert [v.path for v in variables[:2]] == [v.path for v in variables[3:5]]
+    assert find_pairs(variables, "Optimizer") == ((0, 1), (3, 4))
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_without_pairs(kind):
+    model = family.make_model()
+    optimizer = make_optimizer(kind)
+    with pytest.raises(ValueError, match="`kernel_a` and `kernel_b`") as raised:
+        fit(model, optimizer)
+    assert "FFA-LoRA" not in str(raised.value)
+    assert not optimizer.built
+    for name in ("FFA-LoRA", "FVAE-LoRA"):
+        model = family.adapt(family.make_model(), name)
+        with pytest.raises(ValueError, match="/adapter/kernel_b', but"):
+            fit(model, make_optimizer(kind))
+
+
+@pytest.mark.one_backend
+def test_other_weights_need_an_optimizer():
+    with pytest.raises(ValueError, match="2 other .*'head/kernel'.*other_opti"):
+        fit(make_model(), LoRARITE())
+
+
+def in_map(optimizer):
+    return keras.optimizers.OptimizerMap(optimizer)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "make_inner, message",
+    [
+        (lambda sgd: 7, "7"),
+        (lambda sgd: keras.optimizers.SGD, "SGD"),
+        (lambda sgd: keras.optimizers.LossScaleOptimizer(sgd), "goes around"),
+        (
+            lambda sgd: keras.optimizers.MultiOptimizer(in_map(sgd)),
+            "goes around",
+        ),
+        (lambda sgd: LoRARITE(), "knows nothing of pairs"),
+        (
+            lambda sgd: keras.optimizers.SGD(clipnorm=1.0),
+            "`clipnorm`.*pass it to",
+        ),
+        (
+            lambda sgd: keras.optimizers.SGD(gradient_accumulation_steps=2),
+            "`gradient_accumulation_steps`.*pass it to",
+        ),
+    ],
+)
+def test_inner_optimizers_that_are_refused(kind, make_inner, message):
+    inner = make_inner(keras.optimizers.SGD())
+    with pytest.raises(ValueError, match=message):
+        if kind == "Riemannian":
+            RiemannianPreconditioning(inner)
+        else:
+            LoRARITE(other_optimizer=inner)
+
+
+@pytest.mark.always_one_backend
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RiemannianPreconditioning(None),
+        lambda: RiemannianPreconditioning("sgd", regularization=0),
+        lambda: RiemannianPreconditioning("sgd", weight_decay=0.1),
+        lambda: LoRARITE(beta_1=1.0),
+        lambda: LoRARITE(beta_2=-0.1),
+        lambda: LoRARITE(epsilon=None),
+        lambda: LoRARITE(skip_threshold=0.0),
+        lambda: LoRARITE(unmagnified_clipnorm="1"),
+        lambda: LoRARITE(escaped_mass=0.5),
+        lambda: LoRARITE(other_optimizer=keras.optimizers.SGD(use_ema=True)),
+    ],
+)
+def test_arguments_that_are_refused(make):
+    with pytest.raises(ValueError, match="Received: "):
+        make()
