@@ -5,6 +5,7 @@ import math
 
 import keras
 
+from benchmarks.models import NUM_EXPERTS
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.contraction import analyze_equation
 
@@ -44,6 +45,10 @@ THIN_PRODUCTS = {
     "DoRA": 1,
     "PiSSA": 2,
     "OLoRA": 2,
+    # As PiSSA, and two for each rank that can be fused.
+    "SRLoRA": 4,
+    "MoE-LoRA": 1,
+    "Flat-LoRA": 1,
 }
 
 
@@ -66,7 +71,8 @@ def width_and_units(layer):
 def inference(method, width, units, rank):
     """Those of an adapted layer at inference, beside the frozen product."""
     if method in THIN_PRODUCTS:
-        return THIN_PRODUCTS[method] * rank * (width + units)
+        router = NUM_EXPERTS * width if method == "MoE-LoRA" else 0
+        return THIN_PRODUCTS[method] * rank * (width + units) + router
     if method in ("FVAE-LoRA", "finalized"):
         # The hidden layer and the mean of q1, then B.
         return width * rank + rank * rank + rank * units
@@ -88,6 +94,13 @@ def training(method, width, units, rank, decoder_units=(128, 128, 128)):
     if method == "FFA-LoRA":
         # No gradient of A.
         return rank * (2 * width + 3 * units)
+    if method == "MoE-LoRA":
+        # The router; and B once more, without a gradient of its own.
+        router = 3 * NUM_EXPERTS * width
+        return rank * (3 * width + 5 * units) + router
+    if method == "Flat-LoRA":
+        # The product with the noise, and the gradient of x.
+        return 3 * rank * (width + units) + 2 * width * units
     if method in THIN_PRODUCTS:
         return 3 * THIN_PRODUCTS[method] * rank * (width + units)
     # Both encoders in one product, their heads in a block-diagonal one.

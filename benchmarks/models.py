@@ -124,6 +124,16 @@ def make_tokens(size, rng):
     return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
 
 
+NUM_EXPERTS = 4
+
+
+def experts(rank):
+    """MoE-LoRA with as many ranks in all as the others have."""
+    return keras_fvae.MoELoRAConfig(
+        rank // NUM_EXPERTS, num_experts=NUM_EXPERTS, top_k=NUM_EXPERTS // 2
+    )
+
+
 # Of our own, beside KerasHub's LoRA.
 CONFIGS = {
     "LoRA on x": keras_fvae.LoRAConfig,
@@ -131,12 +141,14 @@ CONFIGS = {
     "FFA-LoRA": keras_fvae.FFALoRAConfig,
     "PiSSA": keras_fvae.PiSSAConfig,
     "OLoRA": keras_fvae.OLoRAConfig,
-    "SRLoRA": keras_fvae.SRLoRAConfig,
+    "SRLoRA": lambda rank: keras_fvae.SRLoRAConfig(rank, num_fused=rank),
     "DoRA": keras_fvae.DoRAConfig,
     "HiRA": keras_fvae.HiRAConfig,
     "AdaLoRA": keras_fvae.AdaLoRAConfig,
     "BeamLoRA": keras_fvae.BeamLoRAConfig,
     "DropLoRA": keras_fvae.DropLoRAConfig,
+    "MoE-LoRA": experts,
+    "Flat-LoRA": keras_fvae.FlatLoRAConfig,
 }
 
 

@@ -44,7 +44,12 @@ def test_what_inference_takes_is_what_it_keeps():
         "PiSSA",
         "OLoRA",
         "HiRA",
+        "SRLoRA",
+        "AdaLoRA",
+        "BeamLoRA",
         "DropLoRA",
+        "MoE-LoRA",
+        "Flat-LoRA",
     ],
 )
 def test_what_training_takes_is_counted(method):
@@ -63,6 +68,12 @@ def test_what_training_takes_is_counted(method):
     if method in ("LoRA", "HiRA"):
         # B A and its gradients, once a step.
         counted += 3 * width * units * RANK / NUM_TOKENS
+    if method == "Flat-LoRA":
+        # A B, for the norms of its columns.
+        counted += width * units * RANK / NUM_TOKENS
+    if method == "AdaLoRA":
+        # A^T A and B B^T, and their gradients.
+        counted += 3 * (width + units) * RANK**2 / NUM_TOKENS
     assert counter.get_total_flops() / 2 / NUM_TOKENS == pytest.approx(counted)
 
 
