@@ -25,7 +25,7 @@ TESTS := $(addprefix test-,$(BACKENDS))
 .PHONY: demo bench test test-all lint notebooks table install clean $(TESTS)
 
 demo: install
-	$(BIN)/python examples/quickstart.py $(DEMO)
+	$(BIN)/python -m examples.demo $(DEMO)
 
 # What each change has to pass: the kinds of cases, each once or few times.
 test: install

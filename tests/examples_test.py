@@ -10,6 +10,7 @@ from helpers import ROOT
 from helpers import run_python
 
 import keras_fvae
+from examples import demo
 
 QUICKSTART = ROOT / "examples" / "quickstart.py"
 DEFAULT = ["LoRA", "FVAE-LoRA"]
@@ -60,16 +61,43 @@ def quickstart(*arguments, check=True):
 
 
 def check_output(output, folder, methods):
-    """Each table has a row for each run, and the files are there."""
-    for table in output.split("On the test texts")[1:]:
-        rows = table.splitlines()[2 : 2 + len(methods)]
-        assert [re.split(r" {2,}", row)[0] for row in rows] == methods
-        for row in rows:
-            accuracy, loss, calibration = map(float, row.split()[-6:-3])
-            assert 0 <= accuracy <= 1 and 0 <= calibration <= 1 and loss > 0
-    assert output.count("On the test texts") == 2
+    """The table has a row for each run, and the files are there."""
+    _, table = output.split("On the test texts")
+    rows = table.splitlines()[2 : 2 + len(methods)]
+    assert [re.split(r" {2,}", row)[0] for row in rows] == methods
+    for row in rows:
+        accuracy, loss, calibration = map(float, row.split()[-6:-3])
+        assert 0 <= accuracy <= 1 and 0 <= calibration <= 1 and loss > 0
     assert (folder / "quickstart.png").stat().st_size > 10_000
     assert (folder / "quickstart.safetensors").is_file()
+
+
+@pytest.mark.always_one_backend
+def test_the_demo(tmp_path, capsys):
+    """Each situation, of a toy size, with the comparison's best settings."""
+    for dataset in demo.SITUATIONS:
+        for method in demo.COMPARED:
+            settings = demo.best_settings(dataset, method)
+            assert settings["learning_rate"] > 0
+    situations = ("digits", "spurious_digits")
+    demo.compare(tmp_path, situations, (1, 2), "tiny")
+    output = capsys.readouterr().out
+    table = output.partition("difference")[2]
+    for situation in situations:
+        rows = table.partition(demo.SITUATIONS[situation])[2].splitlines()
+        for row, measure in zip(rows[1:4], demo.MEASURES.values()):
+            assert row.startswith(f"  {measure} ")
+            lora, fvae_lora, difference = map(float, row.split()[-3:])
+            assert fvae_lora - lora == pytest.approx(difference, abs=0.11)
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.always_one_backend
+def test_the_demo_as_it_is(tmp_path):
+    output = run_python("-m", "examples.demo", "--output", tmp_path).stdout
+    assert output.count("FVAE-LoRA, seed") == 9
+    assert (tmp_path / "demo.png").is_file()
 
 
 @pytest.mark.one_backend
