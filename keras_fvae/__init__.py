@@ -23,6 +23,9 @@ from keras_fvae.integrations.hub import upload_adapter
 from keras_fvae.integrations.imports import when_imported
 from keras_fvae.integrations.peft import load_peft_adapter
 from keras_fvae.integrations.peft import save_peft_adapter
+from keras_fvae.layers.adapted import AdaptedConv1D
+from keras_fvae.layers.adapted import AdaptedConv2D
+from keras_fvae.layers.adapted import AdaptedConv3D
 from keras_fvae.layers.adapted import AdaptedDense
 from keras_fvae.layers.adapted import AdaptedEinsumDense
 from keras_fvae.layers.sharding import adapter_layout_map
@@ -79,6 +82,9 @@ __all__ = [
     "FVAE",
     "AdaLoRAAllocator",
     "AdaLoRAConfig",
+    "AdaptedConv1D",
+    "AdaptedConv2D",
+    "AdaptedConv3D",
     "AdaptedDense",
     "AdaptedEinsumDense",
     "AdapterCheckpoint",

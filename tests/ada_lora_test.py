@@ -5,11 +5,11 @@ import json
 import keras
 import numpy as np
 import pytest
-from family import TARGETS
 from family import X
 from family import Y
 from family import adapt
 from family import frozen_bytes
+from family import is_target
 from family import make_model
 from family import predict
 from helpers import ROOT
@@ -27,7 +27,7 @@ def adapted(rank=4, **kwargs):
     keras_fvae.enable_adapter(
         model,
         keras_fvae.AdaLoRAConfig(rank, seed=0, **kwargs),
-        TARGETS,
+        is_target,
         trainable_layer_names=["head"],
     )
     return model

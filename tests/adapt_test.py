@@ -247,6 +247,33 @@ def test_summary_counts_parameters():
     assert "24,864  (4.21 % of the base model)" in text
 
 
+@pytest.mark.one_backend
+def test_what_two_models_hold_stays_frozen():
+    def make():
+        inputs = keras.Input((4,))
+        query = keras.layers.Dense(3, name="query")
+        norm = keras.layers.BatchNormalization()
+        model = keras.Model(inputs, norm(query(inputs)))
+        # As KerasHub's detectors hold their image encoders.
+        model.encoder = keras.Sequential([query, norm])
+        return model, norm
+
+    model, norm = make()
+    keras_fvae.enable_fvae_lora(model, rank=2)
+    state = keras_fvae.get_adapter(model)
+    pairs = [(model, norm), make()]
+    keras_fvae.set_adapter(pairs[1][0], state)
+    for model, norm in pairs:
+        assert not norm.trainable
+        before = norm.get_weights()
+        model.compile("sgd", "mse")
+        model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
+        for weight, value in zip(norm.get_weights(), before):
+            np.testing.assert_array_equal(weight, value)
+        keras_fvae.remove_adapter(model)
+        assert norm.trainable and len(norm.trainable_weights) == 2
+
+
 def unbuilt():
     return keras.Sequential([keras.layers.Dense(3, name="query")])
 
@@ -327,7 +354,7 @@ def with_query():
 
 REFUSED_MODELS = [
     (without_names, r"no query or value.*\['projection'\]"),
-    (with_custom, r"no `Dense`.* derive from those two.*'query' \(`Custom`\)"),
+    (with_custom, r"no `Dense`.* derive from those.*'query' \(`Custom`\)"),
     (unbuilt, "is not built, so its layers have no weights"),
     (unbuilt_subclass, "is not built, so its layers have no weights"),
     (with_attribute, r"can name are: \['to_q'\]"),

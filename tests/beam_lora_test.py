@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from family import TARGETS
 from family import X
 from family import Y
 from family import adapt
 from family import frozen_bytes
+from family import is_target
 from family import make_model
 from helpers import ROOT
 from helpers import to_numpy
@@ -24,7 +24,7 @@ def adapted(rank=4):
     keras_fvae.enable_adapter(
         model,
         keras_fvae.BeamLoRAConfig(rank, seed=0),
-        TARGETS,
+        is_target,
         trainable_layer_names=["head"],
     )
     return model

@@ -4,6 +4,7 @@ import dataclasses
 
 import keras
 import numpy as np
+from helpers import BACKEND
 from helpers import to_numpy
 from keras import ops
 
@@ -17,8 +18,8 @@ class ShiftAdapter(Adapter):
 
     weight_axes = {"shift": ("output",)}
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         self.shift = self.add_adapter_weight(
             "shift", (self.units,), lambda: np.zeros(self.units)
         )
@@ -69,6 +70,18 @@ CONFIGS = {
 # One of each kind: a norm, random numbers, a loss. The others are made of the
 # same parts.
 KINDS = {"DoRA with gradient", "DropLoRA", "FVAE-LoRA"}
+# One for each way to use the frozen layer.
+ON_CONVOLUTIONS = [
+    *sorted(KINDS),
+    "LoRA with dropout",
+    "PiSSA",
+    "HiRA",
+    "linear FVAE-LoRA",
+    "SRLoRA",
+    "AdaLoRA",
+    "MoE-LoRA",
+    "Flat-LoRA",
+]
 # Those that compute the same in training as at inference.
 WITHOUT_NOISE = [
     name
@@ -97,12 +110,44 @@ def make_model(dtype=None):
     )
 
 
-TARGETS = ["query", "output", "up"]
+def make_convolutions(dtype=None):
+    """Convolutions of size 1 and larger, channels last and first, a head."""
+    keras.utils.set_random_seed(0)
+    # On CPUs, TensorFlow has none of each dtype with the channels first.
+    has_channels_first = BACKEND != "tensorflow"
+    data_format = "channels_first" if has_channels_first else "channels_last"
+    inputs = keras.Input((5, 6))
+    x = keras.layers.Conv1D(8, 1, activation="tanh", name="one", dtype=dtype)(
+        inputs
+    )
+    x = keras.layers.Reshape((5, 4, 2), dtype=dtype)(x)
+    x = keras.layers.Conv2D(
+        6, 3, strides=2, padding="same", activation="tanh", use_bias=False,
+        name="larger", dtype=dtype,
+    )(x)  # fmt: skip
+    if has_channels_first:
+        x = keras.layers.Permute((3, 1, 2), dtype=dtype)(x)
+    x = keras.layers.Conv2D(
+        7, (2, 1), dilation_rate=2, activation="tanh", data_format=data_format,
+        name="dilated", dtype=dtype,
+    )(x)  # fmt: skip
+    x = keras.layers.GlobalAveragePooling2D(data_format, dtype=dtype)(x)
+    return keras.Model(
+        inputs, keras.layers.Dense(3, name="head", dtype=dtype)(x)
+    )
+
+
+def is_target(layer):
+    return layer.name != "head"
 
 
 def adapt(model, name, **kwargs):
     keras_fvae.enable_adapter(
-        model, CONFIGS[name], TARGETS, trainable_layer_names=["head"], **kwargs
+        model,
+        CONFIGS[name],
+        is_target,
+        trainable_layer_names=["head"],
+        **kwargs,
     )
     return model
 

@@ -126,6 +126,38 @@ def test_the_kernel_variable(mode):
         assert kernel.path == f"{layer.name}/kernel"
 
 
+class TakesTraining(keras.layers.Conv1D):
+    def call(self, inputs, training=None):
+        self.seen = training
+        return super().call(inputs)
+
+
+def test_a_class_that_takes_training():
+    layer = keras.layers.Conv1D(2, 1)
+    layer.build((None, 3, 1))
+    # Keras quantizes none.
+    assert keras_internals.kernel_of(layer) is layer.kernel
+    with pytest.raises(NotImplementedError, match="does not have a `quantize"):
+        layer.quantize("int8")
+    x = np.ones((1, 3, 1))
+    layer(x, training=True)
+    layer.__class__ = TakesTraining
+    keras_internals.update_call_signature(layer)
+    for training in (True, False):
+        layer(x, training=training)
+        assert layer.seen is training
+    layer.__class__ = keras.layers.Conv1D
+    keras_internals.update_call_signature(layer)
+    plain = vars(keras.layers.Conv1D(2, 1))
+    for name in (
+        "_call_signature",
+        "call_signature_parameters",
+        "_call_has_training_arg",
+        "_call_has_context_arg",
+    ):
+        assert vars(layer)[name] == plain[name]
+
+
 def make_distribution():
     mesh = keras.distribution.DeviceMesh((1,), ("batch",), devices=["cpu:0"])
     layout_map = keras.distribution.LayoutMap(mesh)

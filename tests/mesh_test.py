@@ -138,19 +138,36 @@ def test_sharding_of_every_variable(name, batch):
     assert_sharded_as_kernels(backbone, name)
 
 
-@pytest.mark.parametrize("name", family.WITHOUT_NOISE)
-def test_every_method_computes_what_one_device_does(name):
-    expected = family.train(family.adapt(family.make_model(), name))
+# How a kernel lies, and which of an adapter's axes lie so.
+HEADS = {
+    "query": ((None, "model", None), "output"),
+    "output": (("model", None, None), "input"),
+}
+CHANNELS = {
+    "one": ((None, None, "model"), "output"),
+    "larger": ((None, None, "model", None), "input"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, make_model, kernels",
+    [
+        *[(name, family.make_model, HEADS) for name in family.WITHOUT_NOISE],
+        ("DoRA with gradient", family.make_convolutions, CHANNELS),
+        ("HiRA", family.make_convolutions, CHANNELS),
+    ],
+)
+def test_every_method_computes_what_one_device_does(name, make_model, kernels):
+    expected = family.train(family.adapt(make_model(), name))
     mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"))
     layout_map = keras.distribution.LayoutMap(mesh)
-    layout_map["query/kernel"] = (None, "model", None)
-    layout_map["output/kernel"] = ("model", None, None)
+    for layer_name, (axes, _) in kernels.items():
+        layout_map[f"{layer_name}/kernel"] = axes
     with model_parallel(layout_map).scope():
-        model = family.adapt(family.make_model(), name)
+        model = family.adapt(make_model(), name)
         losses = family.train(model)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    # The mesh's axis, where a weight has the heads.
-    for layer_name, axis in (("query", "output"), ("output", "input")):
+    for layer_name, (_, axis) in kernels.items():
         adapter = model.get_layer(layer_name).adapter
         for weight in adapter.weights:
             assert tuple(weight.value.sharding.spec) == tuple(

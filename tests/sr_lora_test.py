@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from family import TARGETS
 from family import X
 from family import Y
 from family import adapt
 from family import frozen_bytes
+from family import is_target
 from family import make_model
 from family import predict
 from helpers import to_numpy
@@ -22,7 +22,7 @@ def adapted(rank=2, num_fused=2):
     keras_fvae.enable_adapter(
         model,
         keras_fvae.SRLoRAConfig(rank, 4, num_fused=num_fused),
-        TARGETS,
+        is_target,
         trainable_layer_names=["head"],
     )
     return model

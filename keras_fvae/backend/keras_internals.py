@@ -319,6 +319,18 @@ def walk_layers(layer):
     return pairs
 
 
+def outermost_first(layers):
+    """The layers, each after all those that it is in.
+
+    So `trainable` can be set on one after the other: what holds a layer sets
+    it, too, and in the order of `flatten_layers` may come after it, where
+    several hold the layer.
+    """
+    return sorted(
+        layers, key=lambda layer: len(flatten_layers(layer)), reverse=True
+    )
+
+
 @contextlib.contextmanager
 def unlocked(layer):
     """Lets a built layer take new sublayers."""
@@ -334,6 +346,25 @@ def untrack(layer, sublayer):
     layer._tracker.untrack(sublayer)
 
 
+def update_call_signature(layer):
+    """Makes known what `call` of a layer takes, after its class has changed.
+
+    Keras looks when the layer is made, and passes `training` to those that
+    took it then.
+    """
+    signature = inspect.signature(layer.call)
+    names = [*signature.parameters]
+    # Past what keeps track of a layer's attributes.
+    vars(layer).update(
+        _call_signature=signature,
+        call_signature_parameters=names,
+        _call_has_training_arg="training" in names,
+        _call_has_context_arg={
+            name: name in names for name in layer._call_context_args
+        },
+    )
+
+
 def publish_weights(layer):
     """Makes new weights known to what a backend keeps beside Keras's lists.
 
@@ -343,7 +374,7 @@ def publish_weights(layer):
 
 
 def kernel_of(layer):
-    """The variable that holds the kernel of a `Dense` or `EinsumDense`."""
+    """The variable that holds the kernel of a layer that can be adapted."""
     return layer._kernel
 
 
@@ -647,8 +678,8 @@ def float_kernel(layer, full_precision=False):
     """The kernel of a layer in its own shape, dequantized.
 
     Args:
-        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`, quantized
-            in the modes `"int8"` or `"int4"`, or not.
+        layer: Layer with one kernel, quantized in the modes `"int8"` or
+            `"int4"`, or not.
         full_precision: Boolean. Whether it is of the dtype in which the kernel
             is stored, float32 where that is of integers.
 

@@ -18,9 +18,9 @@ from keras_fvae.backend import replicas
 from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.adapted import AdaptedLayer
-from keras_fvae.layers.adapted import contraction_of
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.layers.frozen import linear_map_of
 from keras_fvae.methods.ada_lora import RANK_OFFSET
 from keras_fvae.methods.dora import DoRAConfig
 from keras_fvae.methods.drop_lora import DropLoRAConfig
@@ -261,14 +261,14 @@ def _setter(arrays):
 
 def width_of(layer):
     """Integer, the width of a token of a built layer."""
-    contraction = contraction_of(layer)
-    return contraction.width(layer.kernel.shape)
+    linear_map = linear_map_of(layer)
+    return linear_map.width(layer.kernel.shape)
 
 
 def units_of(layer):
     """Integer, the number of outputs of a built layer for each token."""
-    contraction = contraction_of(layer)
-    return contraction.units(layer.kernel.shape)
+    linear_map = linear_map_of(layer)
+    return linear_map.units(layer.kernel.shape)
 
 
 class Matrices(NamedTuple):

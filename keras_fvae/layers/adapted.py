@@ -1,4 +1,4 @@
-"""Dense layers with an adapter: frozen, and with what a method adds to them."""
+"""Layers with an adapter: frozen, and with what a method adds to them."""
 
 import contextlib
 import functools
@@ -15,15 +15,16 @@ from keras_fvae.layers import call_context
 from keras_fvae.layers import sharding
 from keras_fvae.layers import switching
 from keras_fvae.layers.config import check_config
-from keras_fvae.layers.contraction import analyze_equation
+from keras_fvae.layers.frozen import BASES
 from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.frozen import linear_map_of
 
 # One more entry among the weights that an adapted layer saves.
 ADAPTED_MARK = "keras_fvae"
 
 
 class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
-    """What the adapted layers share: all but how they contract.
+    """What the adapted layers share: all but what they compute.
 
     The frozen layer computes what it always did, with Keras's own code for
     its weights, quantized or not; the adapter has its say before the
@@ -70,7 +71,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
         super().build(input_shape)
         with sharding.distributed_by(None):
             self.adapter.build(
-                input_shape,
+                linear_map_of(self, len(input_shape)),
                 self.kernel.shape,
                 functools.partial(read_kernel, self),
             )
@@ -131,7 +132,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
                 "`adapter_sampling` block first."
             )
         if switching.is_off(self):
-            return base_call(inputs, training=training)
+            return base_call(inputs)
         training = self._trains(inputs, training)
         if self.adapter.changes_state(training):
             call_context.refuse_inside_transformation(self)
@@ -142,7 +143,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
             )
         frozen = FrozenCall(
             self,
-            functools.partial(base_call, inputs, training=training),
+            functools.partial(base_call, inputs),
             keras_internals.to_features(inputs, self.compute_dtype),
         )
         outputs = self.adapter.adapt(frozen, training)
@@ -234,6 +235,105 @@ class AdaptedEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
         self._init_adapter(config)
 
 
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class AdaptedConv1D(AdaptedLayer, keras.layers.Conv1D):
+    """`keras.layers.Conv1D`, frozen, with the adapter of a low-rank method.
+
+    As `keras_fvae.AdaptedConv2D`, along one axis, and with padding that may be
+    `"causal"`.
+
+    Args:
+        filters: Positive integer, the number of channels of the output.
+        kernel_size: Integer or tuple of one.
+        config: Config of the method, such as `keras_fvae.LoRAConfig(rank=8)`.
+        **kwargs: Every argument of `keras.layers.Conv1D`, but for LoRA's.
+
+    Raises:
+        ValueError: If a LoRA argument of Keras's is given, or (when the layer
+            is built) the channels are in several groups.
+        TypeError: If `config` is none of a low-rank method.
+
+    Example:
+
+    >>> layer = keras_fvae.AdaptedConv1D(8, 3, keras_fvae.LoRAConfig(rank=4))
+    >>> tuple(layer(np.ones((2, 10, 16))).shape)
+    (2, 8, 8)
+    """
+
+    def __init__(self, filters, kernel_size, config, **kwargs):
+        super().__init__(filters, kernel_size, **kwargs)
+        self._init_adapter(config)
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class AdaptedConv2D(AdaptedLayer, keras.layers.Conv2D):
+    """`keras.layers.Conv2D`, frozen, with the adapter of a low-rank method.
+
+    A token is a patch, what the kernel sees of the input for one position of
+    the output; a unit is a filter. So a convolution of size 1 is adapted as a
+    `Dense` layer is, at each position. Of a larger one A is a convolution of
+    the same size, strides, padding and dilation to `rank` channels, and B one
+    of size 1, as in `keras.layers.Conv2D.enable_lora`.
+
+    Args:
+        filters: Positive integer, the number of channels of the output.
+        kernel_size: Integer or tuple of two.
+        config: Config of the method, such as `keras_fvae.LoRAConfig(rank=8)`.
+        **kwargs: Every argument of `keras.layers.Conv2D`, but for LoRA's. The
+            `kernel_regularizer` applies to the low-rank factors; the
+            `kernel_constraint` has nothing to act on, since the kernel is
+            frozen.
+
+    Raises:
+        ValueError: If a LoRA argument of Keras's is given, or (when the layer
+            is built) the channels are in several groups.
+        TypeError: If `config` is none of a low-rank method.
+
+    Example:
+
+    >>> layer = keras_fvae.AdaptedConv2D(
+    ...     8, 3, keras_fvae.LoRAConfig(rank=4), strides=2, padding="same"
+    ... )
+    >>> tuple(layer(np.ones((2, 10, 10, 16))).shape)
+    (2, 5, 5, 8)
+    >>> [tuple(weight.shape) for weight in layer.trainable_weights]
+    [(144, 4), (4, 8)]
+    """
+
+    def __init__(self, filters, kernel_size, config, **kwargs):
+        super().__init__(filters, kernel_size, **kwargs)
+        self._init_adapter(config)
+
+
+@keras.saving.register_keras_serializable(package="keras_fvae")
+class AdaptedConv3D(AdaptedLayer, keras.layers.Conv3D):
+    """`keras.layers.Conv3D`, frozen, with the adapter of a low-rank method.
+
+    As `keras_fvae.AdaptedConv2D`, along three axes.
+
+    Args:
+        filters: Positive integer, the number of channels of the output.
+        kernel_size: Integer or tuple of three.
+        config: Config of the method, such as `keras_fvae.LoRAConfig(rank=8)`.
+        **kwargs: Every argument of `keras.layers.Conv3D`, but for LoRA's.
+
+    Raises:
+        ValueError: If a LoRA argument of Keras's is given, or (when the layer
+            is built) the channels are in several groups.
+        TypeError: If `config` is none of a low-rank method.
+
+    Example:
+
+    >>> layer = keras_fvae.AdaptedConv3D(8, 3, keras_fvae.LoRAConfig(rank=4))
+    >>> tuple(layer(np.ones((2, 5, 5, 5, 16))).shape)
+    (2, 3, 3, 3, 8)
+    """
+
+    def __init__(self, filters, kernel_size, config, **kwargs):
+        super().__init__(filters, kernel_size, **kwargs)
+        self._init_adapter(config)
+
+
 @functools.cache
 def in_place_class(adapted_class):
     """The class of adapted layers that have the name of their plain class.
@@ -247,11 +347,7 @@ def in_place_class(adapted_class):
     """
     if getattr(adapted_class, "is_in_place", False):
         return adapted_class
-    base = next(
-        c
-        for c in (keras.layers.Dense, keras.layers.EinsumDense)
-        if issubclass(adapted_class, c)
-    )
+    base = next(base for base in BASES if issubclass(adapted_class, base))
     register = keras.saving.register_keras_serializable(
         package="keras_fvae", name=f"{adapted_class.__name__}InPlace"
     )
@@ -326,9 +422,18 @@ class AdaptedSubclass(AdaptedLayer):
 ADAPTED_CLASSES = {
     keras.layers.Dense: in_place_class(AdaptedDense),
     keras.layers.EinsumDense: in_place_class(AdaptedEinsumDense),
+    keras.layers.Conv1D: in_place_class(AdaptedConv1D),
+    keras.layers.Conv2D: in_place_class(AdaptedConv2D),
+    keras.layers.Conv3D: in_place_class(AdaptedConv3D),
 }
 # What a class may not compute in another way than the one it derives from.
-COMPUTATIONS = ("__call__", "call", "quantized_call", "kernel")
+COMPUTATIONS = (
+    "__call__",
+    "call",
+    "quantized_call",
+    "kernel",
+    "convolution_op",
+)
 
 
 @functools.cache
@@ -348,8 +453,8 @@ def adapted_class_of(plain_class):
     computes_the_same = any(
         issubclass(plain_class, base)
         and all(
-            inspect.getattr_static(plain_class, name)
-            is inspect.getattr_static(base, name)
+            inspect.getattr_static(plain_class, name, None)
+            is inspect.getattr_static(base, name, None)
             for name in COMPUTATIONS
         )
         for base in ADAPTED_CLASSES
@@ -385,7 +490,7 @@ def new_adapter(layer, config, finalized=False):
     """An adapter for a layer, neither built nor attached.
 
     Args:
-        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+        layer: Layer of a class that can be adapted.
         config: Config of the method.
         finalized: Boolean. Whether to hold only what inference needs.
 
@@ -394,7 +499,6 @@ def new_adapter(layer, config, finalized=False):
     """
     return config.adapter_class(
         config,
-        equation=equation_of(layer),
         regularizer=layer.kernel_regularizer,
         finalized=finalized,
         dtype=layer.compute_dtype,
@@ -408,7 +512,7 @@ def read_kernel(layer):
     Raises:
         ValueError: If it has numbers that are not finite.
     """
-    kernel = contraction_of(layer).to_matrix(
+    kernel = linear_map_of(layer).to_matrix(
         keras_internals.float_kernel(layer, full_precision=True)
     )
     kernel = replicas.to_numpy(ops.cast(kernel, "float32"))
@@ -430,25 +534,10 @@ def shard_like_kernel(layer, variables, weight_axes=types.MappingProxyType({})):
     """
     sharding.lay_out_like_kernel(
         keras_internals.kernel_of(layer),
-        contraction_of(layer),
+        linear_map_of(layer),
         variables,
         weight_axes,
     )
-
-
-def contraction_of(layer):
-    """The `Contraction` of a built layer."""
-    return analyze_equation(equation_of(layer), input_rank_of(layer))
-
-
-def equation_of(layer):
-    """String, the einsum equation of a layer, also of a `Dense` one."""
-    return getattr(layer, "equation", "...d,dk->...k")
-
-
-def input_rank_of(layer):
-    """Integer, how many axes the input of a built layer has, at least."""
-    return layer.input_spec.ndim or layer.input_spec.min_ndim
 
 
 class _WithoutActivation:

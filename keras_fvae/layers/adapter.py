@@ -9,7 +9,6 @@ from keras import ops
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
 from keras_fvae.layers import switching
-from keras_fvae.layers.contraction import analyze_equation
 
 
 def refuse_quantization():
@@ -35,7 +34,6 @@ class Adapter(keras.Layer):
 
     Args:
         config: Config of the method.
-        equation: String, the einsum equation of the layer that is adapted.
         regularizer: Optional regularizer of the weights that the method says.
         finalized: Boolean. Whether to hold only what inference needs.
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
@@ -55,31 +53,27 @@ class Adapter(keras.Layer):
     # devices it is sharded as those are.
     weight_axes = {}
 
-    def __init__(
-        self, config, equation, regularizer=None, finalized=False, **kwargs
-    ):
+    def __init__(self, config, regularizer=None, finalized=False, **kwargs):
         super().__init__(**kwargs)
         self.config = config
-        self.equation = equation
         self.regularizer = regularizer
         self.finalized = finalized
         self.initial_seed = noise.choose_seed(config.seed)
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
+    def build(self, linear_map, kernel_shape, read_kernel=None):
         """Makes the weights.
 
         Args:
-            input_shape: Tuple, the shape of the layer's input.
+            linear_map: `LinearMap`, what the layer is.
             kernel_shape: Tuple of integers, the shape of the layer's kernel.
             read_kernel: Optional function that returns the frozen kernel as a
                 float32 NumPy array of shape `(d, k)`, for methods that start
                 from it; to be called inside an initializer. `None` if the
                 initial values do not matter, since others will be set.
         """
-        contraction = analyze_equation(self.equation, len(input_shape))
         self.kernel_shape = tuple(kernel_shape)
-        self.width = contraction.width(kernel_shape)
-        self.units = contraction.units(kernel_shape)
+        self.width = linear_map.width(kernel_shape)
+        self.units = linear_map.units(kernel_shape)
         self.read_kernel = read_kernel
 
     def adapt(self, frozen, training):
@@ -250,8 +244,8 @@ class LowRankAdapter(Adapter):
     # Whether A trains, or stays as it was drawn.
     trains_a = True
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         self.build_projection()
         self.kernel_b = self.add_adapter_weight(
             "kernel_b",

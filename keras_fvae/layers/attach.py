@@ -13,27 +13,42 @@ from keras_fvae.layers import sharding
 from keras_fvae.layers.adapted import ADAPTED_CLASSES
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import adapted_class_of
-from keras_fvae.layers.adapted import contraction_of
-from keras_fvae.layers.adapted import input_rank_of
 from keras_fvae.layers.adapted import new_adapter
 from keras_fvae.layers.adapted import plain_class_of
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.adapted import shard_like_kernel
+from keras_fvae.layers.frozen import linear_map_of
 
 # Those in which Keras gives the gradient with respect to a layer's input.
 QUANTIZATION_MODES = (None, "int8", "int4")
+# Convolutions that are no map of patches to filters by one kernel.
+OTHER_CONVOLUTIONS = {
+    (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D): (
+        "its filters see one channel each, so that more weights would be added "
+        "than are adapted"
+    ),
+    (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D): (
+        "it has two kernels, that of a depthwise convolution and one of size 1"
+    ),
+    (
+        keras.layers.Conv1DTranspose,
+        keras.layers.Conv2DTranspose,
+        keras.layers.Conv3DTranspose,
+    ): "its kernel spreads each position of the input over several outputs",
+}
 
 
 def check_adaptable(layer):
     """Refuses a layer that cannot be adapted in place.
 
     Args:
-        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+        layer: `keras.Layer`.
 
     Raises:
-        ValueError: If the layer is of another class, not built, adapted
-            already, or has LoRA, a kernel constraint, an equation that cannot
-            be adapted, or was quantized in other modes than int8 and int4.
+        ValueError: If the layer is of another class than `BASES`, not built,
+            adapted already, or has LoRA, a kernel constraint, an equation that
+            cannot be adapted, several groups of channels, or was quantized in
+            other modes than int8 and int4.
     """
     what = f"layer '{layer.path or layer.name}'"
     if isinstance(layer, AdaptedLayer):
@@ -48,10 +63,11 @@ def check_adaptable(layer):
                     f", which derives from `{base.__name__}` and computes "
                     "something else"
                 )
+        kind += other_convolution(layer)
         raise ValueError(
-            "Adapters fit layers of the classes `Dense` and `EinsumDense`, and "
-            f"of those that derive from them and keep their `call`. The {what} "
-            f"is {kind}."
+            "Adapters fit layers of the classes `Dense`, `EinsumDense`, "
+            "`Conv1D`, `Conv2D` and `Conv3D`, and of those that derive from "
+            f"them and keep their `call`. The {what} is {kind}."
         )
     if not layer.built:
         raise ValueError(
@@ -74,7 +90,23 @@ def check_adaptable(layer):
             f"The {what} is quantized in the mode '{layer.quantization_mode}'. "
             "Adapters fit quantized layers of the modes 'int8' and 'int4'."
         )
-    contraction_of(layer)
+    linear_map_of(layer)
+
+
+def other_convolution(layer):
+    """Why a convolution that is none of `BASES` cannot be adapted.
+
+    Args:
+        layer: `keras.Layer`.
+
+    Returns:
+        String, the end of a sentence on the class of the layer; `""` if it is
+        no such convolution.
+    """
+    for classes, reason in OTHER_CONVOLUTIONS.items():
+        if isinstance(layer, classes):
+            return f": {reason}"
+    return ""
 
 
 def build_adapter(layer, config, finalized=False, starts_anew=True):
@@ -98,7 +130,7 @@ def build_adapter(layer, config, finalized=False, starts_anew=True):
             _named_refusals(layer, config),
         ):
             adapter.build(
-                (None,) * input_rank_of(layer),
+                linear_map_of(layer),
                 layer.kernel.shape,
                 (lambda: read_kernel(layer)) if starts_anew else None,
             )
@@ -122,7 +154,7 @@ def adapter_shapes(layer, config, finalized=False):
     with keras_internals.without_values(), sharding.distributed_by(None):
         adapter = new_adapter(layer, config, finalized)
         with _named_refusals(layer, config):
-            adapter.build((None,) * input_rank_of(layer), layer.kernel.shape)
+            adapter.build(linear_map_of(layer), layer.kernel.shape)
     return adapter.array_shapes
 
 
@@ -164,6 +196,7 @@ def attach_adapter(layer, adapter):
     with keras_internals.unlocked(layer):
         layer.adapter = adapter
     layer.__class__ = adapted_class_of(type(layer))
+    keras_internals.update_call_signature(layer)
     layer.freeze_base()
 
 
@@ -176,6 +209,7 @@ def detach_adapter(layer):
     keras_internals.untrack(layer, layer.adapter)
     del layer.adapter
     layer.__class__ = plain_class_of(layer)
+    keras_internals.update_call_signature(layer)
 
 
 def merged_weights(layer):
@@ -196,18 +230,18 @@ def merged_weights(layer):
             f"its kernel is quantized ('{layer.quantization_mode}'): nothing "
             "can be added to it. Call `finalize_adapter` instead"
         )
-    contraction = contraction_of(layer)
+    linear_map = linear_map_of(layer)
     kernel = replicas.to_numpy(layer.kernel).astype("float64")
-    matrix = kernel.transpose(contraction.matrix_order).reshape(
+    matrix = kernel.transpose(linear_map.matrix_order).reshape(
         layer.adapter.width, layer.adapter.units
     )
     previous = np.zeros(layer.adapter.units)
     if layer.bias is not None:
         bias = replicas.to_numpy(layer.bias).astype("float64")
-        shape = contraction.bias_shape(layer.kernel.shape)
+        shape = linear_map.bias_shape(layer.kernel.shape)
         previous = np.broadcast_to(bias, shape).reshape(-1)
     matrix, bias = layer.adapter.merge(matrix, previous)
-    return contraction.from_matrix(matrix, kernel.shape), (
+    return linear_map.from_matrix(matrix, kernel.shape), (
         None if np.array_equal(bias, previous) else bias
     )
 
@@ -216,7 +250,7 @@ def set_merged_weights(layer, kernel, bias):
     """Sets the weights of a layer that `detach_adapter` made plain.
 
     Args:
-        layer: `keras.layers.Dense` or `keras.layers.EinsumDense`.
+        layer: Layer.
         kernel: What `merged_weights` returned for it before.
         bias: The same.
     """
@@ -230,10 +264,10 @@ def widen_bias(layer):
     """Gives a layer a bias for each unit, if it has none or a narrower one.
 
     Args:
-        layer: Built `keras.layers.Dense` or `keras.layers.EinsumDense`.
+        layer: Built layer of one of `BASES`.
     """
-    contraction = contraction_of(layer)
-    shape = contraction.bias_shape(layer.kernel.shape)
+    linear_map = linear_map_of(layer)
+    shape = linear_map.bias_shape(layer.kernel.shape)
     if layer.bias is not None and tuple(layer.bias.shape) == shape:
         return
     previous = layer.bias

@@ -1,16 +1,18 @@
 """How a kernel contracts: einsum equations as maps from tokens to units."""
 
+import dataclasses
 import functools
-import math
 import string
-from typing import NamedTuple
 
 from keras import ops
 
-from keras_fvae.backend import fast_ops
+from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.linear_map import is_range
+from keras_fvae.layers.linear_map import transpose
 
 
-class Contraction(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Contraction(LinearMap):
     """An einsum equation, seen as a linear map of each token's vector.
 
     Args:
@@ -33,29 +35,13 @@ class Contraction(NamedTuple):
 
     @property
     def num_leading_token_axes(self):
-        """How many token axes come first in the input."""
         return sum(i == axis for i, axis in enumerate(self.token_axes))
 
     @property
-    def num_kernel_axes(self):
-        """How many axes the kernel has."""
-        return len(self.matrix_order)
-
-    @property
-    def matrix_order(self):
-        """Tuple of integers, the kernel's axes: contracted, then carried."""
-        return self.kernel_contracted_axes + self.kernel_carried_axes
-
-    def width(self, kernel_shape):
-        """The width of a token's vector."""
-        return math.prod(kernel_shape[i] for i in self.kernel_contracted_axes)
-
-    def units(self, kernel_shape):
-        """The number of outputs for each token."""
-        return math.prod(kernel_shape[i] for i in self.kernel_carried_axes)
+    def has_units_last(self):
+        return is_range(self.output_order)
 
     def bias_shape(self, kernel_shape):
-        """The shape of a bias for each unit, added to the output."""
         num_tokens = len(self.token_axes)
         sizes = [1] * num_tokens
         sizes += [kernel_shape[i] for i in self.kernel_carried_axes]
@@ -69,8 +55,7 @@ class Contraction(NamedTuple):
         return tuple(shape[axis] for axis in self.token_axes)
 
     def to_tokens(self, inputs, kernel_shape):
-        """From a layer's input to a vector for each token, on the last axis."""
-        x = _transpose(inputs, self.token_axes + self.contracted_axes)
+        x = transpose(inputs, self.token_axes + self.contracted_axes)
         if len(self.contracted_axes) == 1:
             return x
         return ops.reshape(
@@ -78,45 +63,9 @@ class Contraction(NamedTuple):
         )
 
     def from_tokens(self, outputs, inputs, kernel_shape):
-        """From outputs for each token, on the last axis, to the layer's."""
         units_shape = [kernel_shape[i] for i in self.kernel_carried_axes]
         shape = (*self.token_shape(inputs), *units_shape)
-        return _transpose(ops.reshape(outputs, shape), self.output_order)
-
-    def to_matrix(self, kernel):
-        """A kernel, or array of its shape, as a matrix `(d, k)`."""
-        order = self.matrix_order
-        shape = self.width(kernel.shape), self.units(kernel.shape)
-        return ops.reshape(_transpose(kernel, order), shape)
-
-    def from_matrix(self, matrix, kernel_shape):
-        """A NumPy matrix `(d, k)` in the shape of the kernel."""
-        order = self.matrix_order
-        matrix = matrix.reshape([kernel_shape[axis] for axis in order])
-        return matrix.transpose([order.index(i) for i in range(len(order))])
-
-    def add_product(self, outputs, tokens, matrix, inputs, kernel_shape):
-        """Adds a map of tokens to a layer's outputs.
-
-        Args:
-            outputs: Tensor, the layer's outputs. On PyTorch they change.
-            tokens: Tensor of shape `(..., rank)`, a vector for each token.
-            matrix: Tensor of shape `(rank, units)`.
-            inputs: Tensor, the layer's input.
-            kernel_shape: Tuple of integers, the shape of the layer's kernel.
-
-        Returns:
-            Tensor of the shape and dtype of `outputs`.
-        """
-        if _is_range(self.output_order):
-            total = fast_ops.add_matmul(outputs, tokens, matrix)
-            if total is not None:
-                return total
-        product = ops.matmul(
-            ops.cast(tokens, outputs.dtype), ops.cast(matrix, outputs.dtype)
-        )
-        outputs += self.from_tokens(product, inputs, kernel_shape)
-        return outputs
+        return transpose(ops.reshape(outputs, shape), self.output_order)
 
 
 @functools.cache
@@ -166,11 +115,3 @@ def analyze_equation(equation, input_rank):
         kernel_carried_axes=tuple(kernel.index(c) for c in carried),
         output_order=tuple((tokens + carried).index(c) for c in outputs),
     )
-
-
-def _transpose(x, order):
-    return x if _is_range(order) else ops.transpose(x, order)
-
-
-def _is_range(order):
-    return order == tuple(range(len(order)))

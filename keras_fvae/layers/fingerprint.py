@@ -25,8 +25,7 @@ def fingerprint(layer):
     """Some entries of the frozen kernel of a layer, dequantized.
 
     Args:
-        layer: Built `keras.layers.Dense` or `keras.layers.EinsumDense`,
-            adapted or not.
+        layer: Built layer of a class that can be adapted, adapted or not.
 
     Returns:
         String, 32 numbers of float32 in hexadecimal.

@@ -1,18 +1,63 @@
-"""One call of a frozen layer, as its adapter sees it."""
+"""A frozen layer, and one call of it, as its adapter sees them."""
 
+import keras
 from keras import ops
 
-from keras_fvae.backend import fast_ops
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers import masking
 from keras_fvae.layers.contraction import analyze_equation
+from keras_fvae.layers.convolution import Convolution
+
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+# The layers that can be adapted.
+BASES = (keras.layers.Dense, keras.layers.EinsumDense, *CONVOLUTIONS)
+
+
+def linear_map_of(layer, input_rank=None):
+    """How a layer is a linear map of tokens.
+
+    Args:
+        layer: Layer of one of `BASES`.
+        input_rank: Integer, the number of axes of its input. `None` (default)
+            means as many as a built layer takes, at least.
+
+    Returns:
+        A `LinearMap`.
+
+    Raises:
+        ValueError: If it is none, or a convolution in groups of channels.
+    """
+    input_rank = input_rank or input_rank_of(layer)
+    if isinstance(layer, keras.layers.Dense):
+        return analyze_equation("...d,dk->...k", input_rank)
+    if isinstance(layer, keras.layers.EinsumDense):
+        return analyze_equation(layer.equation, input_rank)
+    if layer.groups > 1:
+        raise ValueError(
+            "No adapter fits a convolution in several groups of channels. Each "
+            "filter sees the channels of its group, and A would see them all: "
+            "with many groups, more weights would be added than are adapted. "
+            f"Received: groups={layer.groups}, for the layer '{layer.name}'."
+        )
+    return Convolution(
+        size=layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+
+
+def input_rank_of(layer):
+    """Integer, how many axes the input of a built layer has, at least."""
+    return layer.input_spec.ndim or layer.input_spec.min_ndim
 
 
 class FrozenCall:
     """One call of a frozen layer: what goes in, what it would give.
 
-    Tokens are the vectors that the kernel is applied to, whatever axes these
-    have in the layer's input; outputs are as the layer has them.
+    Tokens are the vectors that the kernel is applied to, wherever these are in
+    the layer's input; outputs are as the layer has them.
 
     Args:
         layer: Adapted layer.
@@ -25,26 +70,23 @@ class FrozenCall:
         self.layer = layer
         self.outputs = compute_outputs
         self.inputs = inputs
-        self.contraction = analyze_equation(
-            layer.adapter.equation, len(inputs.shape)
-        )
+        self.linear_map = linear_map_of(layer, len(inputs.shape))
         self.kernel_shape = layer.adapter.kernel_shape
-        # Of shape `(..., d)`.
-        self.tokens = self.contraction.to_tokens(inputs, self.kernel_shape)
 
     @property
-    def token_shape(self):
-        """Tuple, the shape of the tokens without their last axis."""
-        return self.contraction.token_shape(self.inputs)
+    def tokens(self):
+        """Tensor of shape `(..., d)`. Of a convolution, all its patches."""
+        return self.linear_map.to_tokens(self.inputs, self.kernel_shape)
 
     def find_mask(self):
         """Tensor that says which tokens count, or `None` if all do.
 
         Of the shape of the first axes of the tokens.
         """
-        return masking.find_token_mask(
-            self.inputs, self.contraction.num_leading_token_axes
+        mask = masking.find_token_mask(
+            self.inputs, self.linear_map.num_leading_token_axes
         )
+        return self.linear_map.mask_tokens(mask, self.inputs)
 
     @property
     def is_quantized(self):
@@ -58,24 +100,28 @@ class FrozenCall:
             full_precision: Boolean. Whether it is of the dtype in which the
                 kernel is stored, and not of the compute dtype.
         """
-        return self.contraction.to_matrix(
+        return self.linear_map.to_matrix(
             keras_internals.float_kernel(self.layer, full_precision)
         )
 
     def bias(self):
         """Tensor that broadcasts to the outputs, or `None`."""
-        return self.layer.bias
+        if self.layer.bias is None:
+            return None
+        return self.linear_map.broadcast_bias(self.layer.bias)
 
-    def project(self, matrix):
+    def project(self, matrix, inputs=None):
         """The tokens times a matrix, in the compute dtype.
 
         Args:
             matrix: Variable or tensor of shape `(d, rank)`.
+            inputs: Optional tensor to take in the place of `self.inputs`.
 
         Returns:
             Tensor of shape `(..., rank)`.
         """
-        return fast_ops.matmul(self.tokens, matrix)
+        inputs = self.inputs if inputs is None else inputs
+        return self.linear_map.project(inputs, matrix, self.kernel_shape)
 
     def add_product(self, outputs, projected, matrix):
         """Adds a map of tokens to outputs.
@@ -89,7 +135,7 @@ class FrozenCall:
         Returns:
             Tensor of the shape and dtype of `outputs`.
         """
-        return self.contraction.add_product(
+        return self.linear_map.add_product(
             outputs, projected, matrix, self.inputs, self.kernel_shape
         )
 
@@ -102,11 +148,9 @@ class FrozenCall:
         Returns:
             Tensor of the shape of the outputs.
         """
-        return self.contraction.from_tokens(
-            self.project(matrix), self.inputs, self.kernel_shape
-        )
+        return self.linear_map.multiply(self.inputs, matrix, self.kernel_shape)
 
     def for_units(self, values):
         """Values `(k,)`, one for each unit, that broadcast to the outputs."""
-        shape = self.contraction.bias_shape(self.kernel_shape)
-        return ops.reshape(values, shape)
+        shape = self.linear_map.bias_shape(self.kernel_shape)
+        return self.linear_map.broadcast_bias(ops.reshape(values, shape))

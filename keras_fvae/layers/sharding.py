@@ -83,12 +83,12 @@ def distributed_by(distribution):
         keras.distribution.set_distribution(previous)
 
 
-def lay_out_like_kernel(kernel, contraction, variables, weight_axes):
+def lay_out_like_kernel(kernel, linear_map, variables, weight_axes):
     """Lays out an adapter's variables as their kernel is, if it is.
 
     Args:
         kernel: `keras.Variable`, the kernel that is adapted.
-        contraction: `Contraction`, how it contracts.
+        linear_map: `LinearMap` of the layer that has it.
         variables: List of `keras.Variable`. Those that have a layout keep it.
         weight_axes: Dict, as `Adapter.weight_axes`.
 
@@ -100,9 +100,9 @@ def lay_out_like_kernel(kernel, contraction, variables, weight_axes):
         return
     axes_by_name = {}
     # Int4 kernels are packed to matrices.
-    if len(kernel_layout.axes) == contraction.num_kernel_axes:
+    if len(kernel_layout.axes) == linear_map.num_kernel_axes:
         axes_by_name = _adapter_axes(
-            kernel_layout.axes, contraction, weight_axes
+            kernel_layout.axes, linear_map, weight_axes
         )
     for variable in variables:
         if keras_internals.layout_of(variable) is None:
@@ -137,7 +137,7 @@ def num_parts(device_mesh, axis_name):
     return sizes.get(axis_name, 1)
 
 
-def _adapter_axes(kernel_axes, contraction, weight_axes):
+def _adapter_axes(kernel_axes, linear_map, weight_axes):
     """By a variable's name, the mesh axes that its axes are sharded over."""
 
     def sharded(axes):
@@ -147,8 +147,8 @@ def _adapter_axes(kernel_axes, contraction, weight_axes):
         return next((name for name in names if name is not None), None)
 
     mesh_axes = {
-        "input": sharded(contraction.kernel_contracted_axes),
-        "output": sharded(contraction.kernel_carried_axes),
+        "input": sharded(linear_map.kernel_contracted_axes),
+        "output": sharded(linear_map.kernel_carried_axes),
         None: None,
     }
     return {

@@ -23,8 +23,8 @@ class DoRAAdapter(LowRankAdapter):
         "ratio": ("output",),
     }
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         name = "ratio" if self.finalized else "magnitude"
         weight = self.add_adapter_weight(
             name, (self.units,), self.initial_magnitude

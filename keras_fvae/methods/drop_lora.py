@@ -10,8 +10,8 @@ from keras_fvae.layers.config import AdapterConfig
 class DropLoRAAdapter(LowRankAdapter):
     """The update `scale * dropout(x A) B`, for each token and rank."""
 
-    def __init__(self, config, equation, **kwargs):
-        super().__init__(config, equation, **kwargs)
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
         self.add_seed_generator()
 
     def project(self, frozen, training):

@@ -48,13 +48,13 @@ class FlatLoRAAdapter(LowRankAdapter):
         "share)` of each adapted layer before a step."
     )
 
-    def __init__(self, config, equation, **kwargs):
-        super().__init__(config, equation, **kwargs)
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
         self.add_seed_generator()
         self.noise_factor = None
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         if not self.finalized:
             self.noise_factor = NoiseFactor()
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-from keras_fvae.backend import fast_ops
 from keras_fvae.backend.noise import dropout
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
@@ -12,8 +11,8 @@ from keras_fvae.layers.config import AdapterConfig
 class LoRAAdapter(LowRankAdapter):
     """The update `scale * x A B`, with dropout on x in training."""
 
-    def __init__(self, config, equation, **kwargs):
-        super().__init__(config, equation, **kwargs)
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
         if config.dropout > 0:
             self.add_seed_generator()
 
@@ -24,8 +23,8 @@ class LoRAAdapter(LowRankAdapter):
     def project(self, frozen, training):
         if not self.changes_state(training):
             return frozen.project(self.kernel_a)
-        x = dropout(frozen.tokens, self.config.dropout, self.seed_generator)
-        return fast_ops.matmul(x, self.kernel_a)
+        x = dropout(frozen.inputs, self.config.dropout, self.seed_generator)
+        return frozen.project(self.kernel_a, x)
 
     def changes_state(self, training):
         return self.config.dropout > 0 and self.is_drawn(training)

@@ -6,7 +6,6 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_fvae.backend import fast_ops
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
 from keras_fvae.layers.adapter import Adapter
@@ -29,13 +28,13 @@ class MoELoRAAdapter(Adapter):
         "kernel_gate": ("input", None),
     }
 
-    def __init__(self, config, equation, **kwargs):
-        super().__init__(config, equation, **kwargs)
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
         if config.dropout > 0:
             self.add_seed_generator()
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         num_experts, rank = self.config.num_experts, self.config.rank
         shape_a = (num_experts, self.width, rank)
         shape_b = (num_experts, rank, self.units)
@@ -79,9 +78,9 @@ class MoELoRAAdapter(Adapter):
         if not self.changes_state(training):
             return frozen.project(kernel_a)
         x = noise.dropout(
-            frozen.tokens, self.config.dropout, self.seed_generator
+            frozen.inputs, self.config.dropout, self.seed_generator
         )
-        return fast_ops.matmul(x, kernel_a)
+        return frozen.project(kernel_a, x)
 
     def gates(self, frozen):
         """How much each expert weighs for each token.

@@ -29,8 +29,8 @@ class FactorAdapter(LowRankAdapter):
         "initial_kernel_b": LowRankAdapter.weight_axes["kernel_b"],
     }
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         rank = self.config.rank
         if rank > min(self.width, self.units):
             raise ValueError(

@@ -31,8 +31,8 @@ class SRLoRAAdapter(FactorAdapter):
         "fused_kernel_b": FactorAdapter.weight_axes["kernel_b"],
     }
 
-    def build(self, input_shape, kernel_shape, read_kernel=None):
-        super().build(input_shape, kernel_shape, read_kernel)
+    def build(self, linear_map, kernel_shape, read_kernel=None):
+        super().build(linear_map, kernel_shape, read_kernel)
         directions_left = min(self.width, self.units) - self.config.rank
         number = 2 * min(self.config.num_fused, directions_left)
         self.fused_kernel_a, self.fused_kernel_b = (

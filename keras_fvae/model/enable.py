@@ -31,21 +31,25 @@ def enable_adapter(
     At first the model predicts what it did.
 
     Args:
-        model: `keras.Model` (or layer) that is built. Every `Dense` and
-            `EinsumDense` layer inside it, at any depth, can be adapted.
+        model: `keras.Model` (or layer) that is built. Every `Dense`,
+            `EinsumDense`, `Conv1D`, `Conv2D` and `Conv3D` layer inside it, at
+            any depth, can be adapted; convolutions in several groups of
+            channels cannot.
         config: Config of the method, such as `keras_fvae.DoRAConfig(rank=16)`.
             A `seed` is counted up from layer to layer.
         target_layer_names: Which layers to adapt: a layer name (for a
             layer without one, the name of the attribute that holds it), a
             compiled regular expression that is searched for in `layer.path`, a
             function that takes a layer and returns a boolean, or a list of
-            such. `"all-linear"` means all that can be adapted but those that
-            train and the layers that give the outputs of a task. A dict says
-            besides how, for each name, expression or function: by a rank, by
-            fields of the config such as `{"rank": 4, "alpha": 8}`, or by a
+            such. `"all-linear"` means all `Dense` and `EinsumDense` layers,
+            and `"all-conv"` all convolutions, that can be adapted, but those
+            that train and the layers that give the outputs of a task. A dict
+            says besides how, for each name, expression or function: by a rank,
+            by fields of the config such as `{"rank": 4, "alpha": 8}`, or by a
             config. `None` (default) means the query and value projections of
             attention, whatever they are called in KerasHub, and what a
-            backbone's `default_lora_layer_names()` says.
+            backbone's `default_lora_layer_names()` says, among the `Dense` and
+            `EinsumDense` layers.
         trainable_layer_names: Layers to train as well, as a name, expression,
             function, or a list of such. Everything else in `model` is frozen.
         exclude_layer_names: Layers not to adapt, in the same forms.

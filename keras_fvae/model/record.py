@@ -5,6 +5,7 @@ Configs and adapter files have such a record, and models are made again by it.
 
 import keras
 
+from keras_fvae.backend import keras_internals
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import has_widened_bias
@@ -151,8 +152,9 @@ def restore_flags(tree, record):
     chosen_layers = {*record["chosen_layers"]}
     before = {*record["trained_before"]}
     layers_before = {*record["trained_layers_before"]}
-    # What holds a layer comes before it, and sets it, too.
-    for path, layer in layers.items():
+    paths = {id(layer): path for path, layer in layers.items()}
+    for layer in keras_internals.outermost_first(layers.values()):
+        path = paths[id(layer)]
         layer.trainable = path in trainable_layers
         training.choose(layer, path in chosen_layers)
         training.note_flag(layer, path in layers_before)

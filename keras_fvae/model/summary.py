@@ -3,12 +3,11 @@
 import dataclasses
 import math
 
-import keras
-
 from keras_fvae.backend import replicas
 from keras_fvae.layers import switching
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import BASES
 from keras_fvae.model import lookup
 from keras_fvae.model.tree import LayerTree
 
@@ -208,9 +207,7 @@ def frozen_new_layers(tree):
     is_zero = {
         path: not replicas.to_numpy(layer.bias).any()
         for path, layer in tree.layers.items()
-        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
-        and layer.built
-        and layer.bias is not None
+        if isinstance(layer, BASES) and layer.built and layer.bias is not None
     }
     if all(is_zero.values()):
         return ()

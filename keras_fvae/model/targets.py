@@ -6,9 +6,13 @@ import re
 import keras
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.attach import other_convolution
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import check_config
 from keras_fvae.layers.config import is_integer
+from keras_fvae.layers.frozen import BASES
+from keras_fvae.layers.frozen import CONVOLUTIONS
 from keras_fvae.model.lookup import adaptable_layers
 from keras_fvae.model.tree import is_adaptable
 
@@ -45,8 +49,9 @@ QUERY_AND_VALUE_NAMES = (
 )
 
 
-# Every layer that can be adapted, but for the head.
+# Every layer of a kind that can be adapted, but for the head.
 ALL_LINEAR = "all-linear"
+ALL_CONV = "all-conv"
 
 
 def find_targets(
@@ -76,24 +81,27 @@ def find_targets(
     candidates = adaptable_layers(model)
     if not candidates:
         raise ValueError(
-            f"Model '{model.name}' has no `Dense` or `EinsumDense` layer to "
-            f"adapt.{_list_derived(model)}"
+            f"Model '{model.name}' has no `Dense`, `EinsumDense` or "
+            f"convolution layer to adapt.{_list_derived(model)}"
         )
+    kinds = _kinds(candidates)
     without = "nothing to adapt"
     excluded = match_layers(
         model, exclude_layer_names, candidates, "exclude_layer_names"
     )
     if target_layer_names is None:
-        pairs = [(c, config) for c in _default_targets(model, candidates)]
+        layers = _default_targets(model, kinds[ALL_LINEAR])
+        pairs = [(layer, config) for layer in layers]
         without = "no query or value projections by a name that is known"
     elif isinstance(target_layer_names, dict):
         pairs = _by_pattern(model, config, target_layer_names, candidates)
     else:
-        if isinstance(target_layer_names, str) and (
-            target_layer_names == ALL_LINEAR
-        ):
+        if isinstance(target_layer_names, str) and target_layer_names in kinds:
             layers = _all_but_the_head(
-                model, candidates, [*excluded, *trainable_layers]
+                model,
+                kinds[target_layer_names],
+                [*excluded, *trainable_layers],
+                target_layer_names,
             )
         else:
             layers = match_layers(
@@ -103,12 +111,27 @@ def find_targets(
     excluded_ids = {id(layer) for layer in excluded}
     targets = [pair for pair in pairs if id(pair[0]) not in excluded_ids]
     if not targets:
+        advice = ""
+        if kinds[ALL_CONV] and target_layer_names != ALL_CONV:
+            advice = f"Pass target_layer_names={ALL_CONV!r} to adapt its "
+            advice += "convolutions. "
         raise ValueError(
             f"Model '{model.name}' has {without}. Received: "
             f"target_layer_names={target_layer_names!r}, exclude_layer_names="
-            f"{exclude_layer_names!r}. {_list_names(model, candidates)}"
+            f"{exclude_layer_names!r}. {advice}{_list_names(model, candidates)}"
         )
     return targets
+
+
+def _kinds(candidates):
+    """Dict of a word for a kind of layers to those of the candidates."""
+    kinds = {ALL_LINEAR: [], ALL_CONV: []}
+    for layer in candidates:
+        if not isinstance(layer, CONVOLUTIONS):
+            kinds[ALL_LINEAR].append(layer)
+        elif layer.groups == 1:
+            kinds[ALL_CONV].append(layer)
+    return kinds
 
 
 def _by_pattern(model, config, patterns, candidates):
@@ -159,7 +182,7 @@ def _changed_config(config, pattern, changes):
     return dataclasses.replace(config, **changes)
 
 
-def _all_but_the_head(model, candidates, others):
+def _all_but_the_head(model, candidates, others, kind):
     """The candidates that do not give the outputs of a task.
 
     A backbone has no head: what gives its outputs is adapted.
@@ -168,9 +191,10 @@ def _all_but_the_head(model, candidates, others):
         model: `keras.Model` or layer.
         candidates: List of layers.
         others: List of layers that are named to train or to be left out.
+        kind: String, the word for the candidates.
     """
     if hasattr(model, "default_lora_layer_names"):
-        return candidates
+        return _in_use(candidates)
     heads = keras_internals.output_layers(model)
     if heads is None:
         if isinstance(model, keras.Model) and not others:
@@ -178,7 +202,7 @@ def _all_but_the_head(model, candidates, others):
                 f"Model '{model.name}' is a subclass, which does not say which "
                 "of its layers is its head. Name it in `trainable_layer_names` "
                 "or `exclude_layer_names`, beside "
-                "target_layer_names='all-linear'."
+                f"target_layer_names={kind!r}."
             )
         heads = []
     other_ids = {
@@ -186,7 +210,7 @@ def _all_but_the_head(model, candidates, others):
         for layer in [*heads, *others]
         for inner in keras_internals.flatten_layers(layer)
     }
-    return [layer for layer in candidates if id(layer) not in other_ids]
+    return _in_use([la for la in candidates if id(la) not in other_ids])
 
 
 def match_layers(model, choices, candidates, argument):
@@ -218,6 +242,7 @@ def match_layers(model, choices, candidates, argument):
     for choice in choices:
         chosen = _choose(model, choice, candidates, argument)
         if not chosen:
+            _refuse_other_convolutions(model, choice, argument)
             raise ValueError(
                 f"In `{argument}`, {choice!r} matches no layer. "
                 f"{_list_names(model, candidates)}"
@@ -245,6 +270,18 @@ def _choose(model, choice, candidates, argument):
     )
 
 
+def _refuse_other_convolutions(model, choice, argument):
+    """Says why convolutions that a name chooses cannot be adapted."""
+    if isinstance(choice, (str, re.Pattern)):
+        others = [
+            layer
+            for layer in keras_internals.flatten_layers(model)
+            if other_convolution(layer)
+        ]
+        for layer in _choose(model, choice, others, argument):
+            check_adaptable(layer)
+
+
 def _default_targets(model, candidates):
     own_names = [
         name
@@ -253,10 +290,16 @@ def _default_targets(model, candidates):
         for name in layer.default_lora_layer_names()
     ]
     names = {*own_names, *QUERY_AND_VALUE_NAMES}
-    targets = _called(model, names, candidates)
-    # Some models hold layers that they do not call themselves, such as the
-    # mask decoder of SAM.
-    return [layer for layer in targets if layer.built] or targets
+    return _in_use(_called(model, names, candidates))
+
+
+def _in_use(layers):
+    """The layers without those that nothing has called, if there are others.
+
+    Some models hold layers that they do not call themselves, such as the mask
+    decoder of SAM.
+    """
+    return [layer for layer in layers if layer.built] or layers
 
 
 def _called(model, names, candidates):
@@ -276,7 +319,11 @@ def _called(model, names, candidates):
 
 def _is_unnamed(layer):
     """Whether Keras made the layer's name up, such as `dense_12`."""
-    return re.fullmatch(r"(einsum_)?dense(_\d+)?", layer.name)
+    return re.fullmatch(
+        r"((einsum_)?dense|(depthwise_|separable_)?conv[123]d(_transpose)?)"
+        r"(_\d+)?",
+        layer.name,
+    )
 
 
 def _list_names(model, candidates):
@@ -310,12 +357,11 @@ def _list_derived(model):
     derived = sorted(
         f"'{layer.name}' (`{type(layer).__name__}`)"
         for layer in keras_internals.flatten_layers(model)
-        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
-        and not is_adaptable(layer)
+        if isinstance(layer, BASES) and not is_adaptable(layer)
     )
     if not derived:
         return ""
     return (
-        " Not adapted are layers of classes that derive from those two and "
+        " Not adapted are layers of classes that derive from those and "
         f"compute something else: {', '.join(derived)}."
     )

@@ -34,7 +34,8 @@ def train_only(model, layers, weights):
         for inner in keras_internals.flatten_layers(layer)
     }
     weight_ids = {id(weight) for weight in weights}
-    for layer in keras_internals.flatten_layers(model):
+    inner_layers = keras_internals.flatten_layers(model)
+    for layer in keras_internals.outermost_first(inner_layers):
         choose(layer, id(layer) in layer_ids)
         layer.trainable = is_chosen(layer) or any(
             id(weight) in weight_ids for weight in layer.weights
@@ -74,7 +75,8 @@ def train_as_before(tree):
     """
     for weight in trained_weights(tree).values():
         weight.was_trained = True
-    parts = [*tree.all_layers, *tree.model.weights]
+    layers = keras_internals.outermost_first(tree.all_layers)
+    parts = [*layers, *tree.model.weights]
     # Before the first is set, since what holds a layer sets that, too.
     flags = [
         part.trainable if trained_before(part) is None else trained_before(part)

@@ -20,7 +20,8 @@ HEADER = """\
 What `backbone.enable_fvae_lora()` adapts, without arguments, in each backbone
 of KerasHub: the projections to queries and values of every attention layer,
 as `attention layer`: `projections`, and how many layers that is at the size at
-which the test makes the model, mostly two blocks.
+which the test makes the model, mostly two blocks; then how many convolutions
+`target_layer_names="all-conv"` adapts there.
 
 A test makes each of these backbones, at the smallest size, and checks that the
 row is true; that predictions are at first what they were; that a step of `fit`
@@ -30,18 +31,23 @@ for rows with a star on JAX and TensorFlow, too; for rows with two stars, which
 PyTorch would need another package for or KerasHub cannot make or train there,
 on TensorFlow.
 
-| Backbone | Adapted by default | Layers |
-|---|---|---:|
+| Backbone | Adapted by default | Layers | Convolutions |
+|---|---|---:|---:|
 """
 
 FOOTER = """
 Backbones that adapt nothing by default raise a `ValueError`, which lists the
-layers that `target_layer_names` can take. Convolutions cannot be adapted; the
+layers that `target_layer_names` can take, and says so where `"all-conv"` is the
+way. Convolutions in several groups of channels, as in MobileNet, depthwise,
+separable and transposed ones cannot be adapted, and are not counted. The
 `Dense` layers of a task around a convolutional backbone can be named.
 
 - Vision encoders: MobileNetV5's attention, also within Gemma 3n, is made of
-  convolutions. Gemma 4 reads the kernels of its vision encoder's projections
-  past the layers that hold them, so that an adapter there would do nothing.
+  convolutions, which `"all-conv"` adapts. Gemma 4 reads the kernels of its
+  vision encoder's projections past the layers that hold them, so that an
+  adapter there would do nothing.
+- BASNet does not call the first convolution of its image encoder, so that an
+  adapter there does nothing.
 - Gemma 4's audio encoder wraps its projections in layers that clip. They can be
   adapted by `target_layer_names=re.compile("attn_[qv]_proj")`.
 - SAM's mask decoder belongs to the task. Adapt `SAMImageSegmenter` as a whole,
@@ -60,6 +66,8 @@ TENSORFLOW_ALONE = (
     "SAM3PromptableConceptBackbone",
     "StableDiffusion3Backbone",
 )
+# Convolutions that a backbone holds and leaves out.
+NOT_CALLED = [("BASNetBackbone", "conv1_conv")]
 SAMPLE = (
     "AlbertBackbone",
     "BartBackbone",
@@ -85,7 +93,21 @@ def row(name, model):
         for holder, names in sorted(projections.items())
     )
     stars = "*" * (name in SAMPLE) + "**" * (name in TENSORFLOW_ALONE)
-    return f"| `{name}`{stars} | {cell or 'nothing'} | {len(tree.adapted)} |"
+    return (
+        f"| `{name}`{stars} | {cell or 'nothing'} | {len(tree.adapted)} | "
+        f"{num_convolutions(model)} |"
+    )
+
+
+def num_convolutions(model):
+    """How many `"all-conv"` adapts of a backbone."""
+    try:
+        pairs = targets.find_targets(
+            model, keras_fvae.LoRAConfig(), targets.ALL_CONV
+        )
+    except ValueError:
+        return 0
+    return len(pairs)
 
 
 def _num_layers(holder):

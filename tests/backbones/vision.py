@@ -207,7 +207,6 @@ BACKBONES = {
         stackwise_strides=[1, 2],
         stackwise_block_types=["v1", "fused"],
         dropout=0.0,
-        num_features=8,
     ),
     "HGNetV2Backbone": lambda: models.HGNetV2Backbone(**HGNETV2),
     "MobileNetBackbone": lambda: models.MobileNetBackbone(

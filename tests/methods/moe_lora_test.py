@@ -15,7 +15,7 @@ def adapt(**options):
     model = family.make_model()
     config = keras_fvae.MoELoRAConfig(2, 4, seed=1, **options)
     keras_fvae.enable_adapter(
-        model, config, family.TARGETS, trainable_layer_names=["head"]
+        model, config, family.is_target, trainable_layer_names=["head"]
     )
     return model
 
@@ -26,7 +26,7 @@ def test_one_expert_is_lora(dropout):
     lora = family.make_model()
     config = keras_fvae.LoRAConfig(2, 4, dropout=dropout, seed=1)
     keras_fvae.enable_adapter(
-        lora, config, family.TARGETS, trainable_layer_names=["head"]
+        lora, config, family.is_target, trainable_layer_names=["head"]
     )
     np.testing.assert_allclose(
         family.train(model), family.train(lora), rtol=1e-5

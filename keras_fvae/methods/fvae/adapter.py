@@ -159,12 +159,14 @@ class FVAELoRAAdapter(LowRankAdapter):
         return rank * units + self.fvae.num_inference_parameters
 
     def _draw_and_add_loss(self, x, frozen):
+        token_shape = ops.shape(x)[:-1]
+        mask = masking.flatten_mask(frozen.find_mask(), token_shape)
         x = ops.reshape(x, (-1, x.shape[-1]))
-        mask = masking.flatten_mask(frozen.find_mask(), frozen.token_shape)
         elbo = self.fvae.elbo(x, training=True, mask=mask)
         self._add_to_mean_loss(self.fvae.loss_weight * elbo.loss)
         z1, _ = ops.unstack(elbo.z, 2, axis=-2)
-        return z1
+        *draws_shape, _, rank = z1.shape
+        return ops.reshape(z1, (*draws_shape, *token_shape, rank))
 
     def _add_to_mean_loss(self, loss):
         """Adds a loss such that those of all calls in a step sum to the mean.

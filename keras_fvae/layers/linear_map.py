@@ -1,0 +1,144 @@
+"""What a frozen layer is to its adapter: a linear map of vectors."""
+
+import math
+
+from keras import ops
+
+from keras_fvae.backend import fast_ops
+
+
+class LinearMap:
+    """A frozen layer, seen as a matrix that multiplies each token's vector.
+
+    A token is a vector of width d that the kernel is applied to, a unit one of
+    the k outputs for each token. All contracted axes of the kernel are joined
+    to d, all carried axes to k: so the kernel is a matrix of shape `(d, k)`.
+
+    Its kinds are `Contraction` and `Convolution`, which say where the tokens
+    are in the layer's input, and the units in its outputs.
+
+    Attributes:
+        kernel_contracted_axes: Tuple of integers, the kernel's axes that are
+            contracted with the input.
+        kernel_carried_axes: Tuple of integers, the kernel's axes that are
+            carried to the output.
+    """
+
+    @property
+    def num_kernel_axes(self):
+        """How many axes the kernel has."""
+        return len(self.matrix_order)
+
+    @property
+    def matrix_order(self):
+        """Tuple of integers, the kernel's axes: contracted, then carried."""
+        return self.kernel_contracted_axes + self.kernel_carried_axes
+
+    @property
+    def num_leading_token_axes(self):
+        """How many axes that count tokens come first in the input."""
+        raise NotImplementedError
+
+    @property
+    def has_units_last(self):
+        """Whether the outputs are the tokens', in their order, units last."""
+        raise NotImplementedError
+
+    def width(self, kernel_shape):
+        """The width of a token's vector."""
+        return math.prod(kernel_shape[i] for i in self.kernel_contracted_axes)
+
+    def units(self, kernel_shape):
+        """The number of outputs for each token."""
+        return math.prod(kernel_shape[i] for i in self.kernel_carried_axes)
+
+    def bias_shape(self, kernel_shape):
+        """The shape of a bias for each unit, as the layer holds it."""
+        raise NotImplementedError
+
+    def to_matrix(self, kernel):
+        """A kernel, or array of its shape, as a matrix `(d, k)`."""
+        shape = self.width(kernel.shape), self.units(kernel.shape)
+        return ops.reshape(transpose(kernel, self.matrix_order), shape)
+
+    def from_matrix(self, matrix, kernel_shape):
+        """A NumPy matrix `(d, k)` in the shape of the kernel."""
+        order = self.matrix_order
+        matrix = matrix.reshape([kernel_shape[axis] for axis in order])
+        return matrix.transpose([order.index(i) for i in range(len(order))])
+
+    def to_tokens(self, inputs, kernel_shape):
+        """From a layer's input to a vector for each token, on the last axis."""
+        raise NotImplementedError
+
+    def from_tokens(self, outputs, inputs, kernel_shape):
+        """From outputs for each token, on the last axis, to the layer's."""
+        raise NotImplementedError
+
+    def broadcast_bias(self, bias):
+        """A bias of the layer, such that it broadcasts to the outputs."""
+        return bias
+
+    def mask_tokens(self, mask, inputs):
+        """From a mask of the first axes of the input to one of the tokens'."""
+        return mask
+
+    def project(self, inputs, matrix, kernel_shape):
+        """The tokens times a matrix.
+
+        Args:
+            inputs: Tensor, the layer's input.
+            matrix: Variable or tensor of shape `(d, rank)`.
+            kernel_shape: Tuple of integers, the shape of the layer's kernel.
+
+        Returns:
+            Tensor of shape `(..., rank)`, of the dtype of `inputs`.
+        """
+        return fast_ops.matmul(self.to_tokens(inputs, kernel_shape), matrix)
+
+    def multiply(self, inputs, matrix, kernel_shape):
+        """The layer's outputs by another kernel, without a bias.
+
+        Args:
+            inputs: Tensor, the layer's input.
+            matrix: Tensor of shape `(d, k)`, that kernel.
+            kernel_shape: Tuple of integers, the shape of the layer's kernel.
+
+        Returns:
+            Tensor of the shape of the outputs, of the dtype of `inputs`.
+        """
+        outputs = self.project(inputs, matrix, kernel_shape)
+        return self.from_tokens(outputs, inputs, kernel_shape)
+
+    def add_product(self, outputs, tokens, matrix, inputs, kernel_shape):
+        """Adds a map of tokens to a layer's outputs.
+
+        Args:
+            outputs: Tensor, the layer's outputs. On PyTorch they change.
+            tokens: Tensor of shape `(..., rank)`, a vector for each token.
+            matrix: Tensor of shape `(rank, k)`.
+            inputs: Tensor, the layer's input.
+            kernel_shape: Tuple of integers, the shape of the layer's kernel.
+
+        Returns:
+            Tensor of the shape and dtype of `outputs`.
+        """
+        if self.has_units_last:
+            total = fast_ops.add_matmul(outputs, tokens, matrix)
+            if total is not None:
+                return total
+        product = ops.matmul(
+            ops.cast(tokens, outputs.dtype), ops.cast(matrix, outputs.dtype)
+        )
+        outputs += self.from_tokens(product, inputs, kernel_shape)
+        return outputs
+
+
+def transpose(x, order):
+    """`x` with its axes in an order, a tuple of integers."""
+    return x if is_range(order) else ops.transpose(x, order)
+
+
+def is_range(order):
+    """Whether an order of axes is that in which they are."""
+    return order == tuple(range(len(order)))
