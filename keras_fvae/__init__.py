@@ -43,6 +43,7 @@ from keras_fvae.methods.lora import FFALoRAConfig
 from keras_fvae.methods.lora import LoRAConfig
 from keras_fvae.methods.lora import RSLoRAConfig
 from keras_fvae.methods.moe_lora import MoELoRAConfig
+from keras_fvae.methods.op_lora import OPLoRAConfig
 from keras_fvae.methods.pissa import OLoRAConfig
 from keras_fvae.methods.pissa import PiSSAConfig
 from keras_fvae.methods.sr_lora import SRLoRAConfig
@@ -105,6 +106,7 @@ __all__ = [
     "LoRAConfig",
     "MoELoRAConfig",
     "OLoRAConfig",
+    "OPLoRAConfig",
     "PiSSAConfig",
     "RSLoRAConfig",
     "SRLoRAConfig",

@@ -59,6 +59,7 @@ CONFIGS = {
     "SRLoRA": keras_fvae.SRLoRAConfig(2, 4, num_fused=2),
     "MoE-LoRA": keras_fvae.MoELoRAConfig(2, 4, num_experts=3, top_k=2, seed=1),
     "Flat-LoRA": keras_fvae.FlatLoRAConfig(2, 4, rho=0.2, seed=1),
+    "OPLoRA": keras_fvae.OPLoRAConfig(2, seed=1),
     "FVAE-LoRA": keras_fvae.FVAELoRAConfig(
         2, 4, decoder_units=(4,), elbo_weight=1e-4, seed=1
     ),
@@ -81,6 +82,7 @@ ON_CONVOLUTIONS = [
     "AdaLoRA",
     "MoE-LoRA",
     "Flat-LoRA",
+    "OPLoRA",
 ]
 # Those that compute the same in training as at inference.
 WITHOUT_NOISE = [

@@ -223,20 +223,23 @@ def test_slots_of_the_optimizer_lie_as_the_weights_do():
 
 
 @pytest.mark.parametrize(
-    "make_optimizer",
+    "method, make_optimizer",
     [
-        lambda: keras_fvae.optimizers.RiemannianPreconditioning(
-            keras.optimizers.Adam(0.05)
-        ),
-        lambda: keras_fvae.optimizers.LoRARITE(
-            0.05, keras.optimizers.Adam(0.05)
+        ("LoRA", keras_fvae.optimizers.RiemannianPreconditioning),
+        ("LoRA", lambda other: keras_fvae.optimizers.LoRARITE(0.05, other)),
+        (
+            "OPLoRA",
+            lambda other: keras_fvae.optimizers.OPLoRA(
+                0.05, other, momentum=0.5
+            ),
         ),
     ],
 )
-def test_optimizers_of_pairs(make_optimizer):
+def test_optimizers_of_pairs(method, make_optimizer):
     def train():
-        model = family.adapt(family.make_model(), "LoRA")
-        return family.train(model, optimizer=make_optimizer())
+        model = family.adapt(family.make_model(), method)
+        optimizer = make_optimizer(keras.optimizers.Adam(0.05))
+        return family.train(model, optimizer=optimizer)
 
     expected = train()
     mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"))

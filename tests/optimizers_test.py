@@ -15,7 +15,9 @@ from keras import ops
 
 import keras_fvae
 from keras_fvae.optimizers import LoRARITE
+from keras_fvae.optimizers import OPLoRA
 from keras_fvae.optimizers import RiemannianPreconditioning
+from keras_fvae.optimizers.lorsum import lorsum
 from keras_fvae.optimizers.pairs import find_pairs
 
 REFERENCE = ROOT / "tests" / "reference" / "methods"
@@ -42,14 +44,27 @@ def random_factors(rng, shape_of_a=(6, 2), shape_of_b=(2, 5), name="adapter"):
     )
 
 
+def factors_for(kind, rng):
+    factors = random_factors(rng)
+    if kind == "OPLoRA":
+        factors.add_weight(
+            name="zero_kernel", shape=(6, 5), initializer="zeros"
+        )
+    return factors
+
+
 def make_optimizer(kind, **settings):
     inner = keras.optimizers.SGD(0.1)
     if kind == "Riemannian":
         return RiemannianPreconditioning(inner, **settings)
+    if kind == "OPLoRA":
+        # What it draws is the same each time.
+        keras.utils.set_random_seed(0)
+        return OPLoRA(0.05, inner, momentum=0.9, **settings)
     return LoRARITE(0.05, inner, **settings)
 
 
-KINDS = ["Riemannian", "LoRA-RITE"]
+KINDS = ["Riemannian", "LoRA-RITE", "OPLoRA"]
 
 
 def make_step(optimizer, variables, jit_compile=BACKEND == "jax"):
@@ -224,12 +239,91 @@ def test_authors_adamw_of_experts():
             before = after
 
 
+def load_reference(name):
+    with np.load(REFERENCE / f"{name}.npz") as file:
+        return dict(file), json.loads(str(file["config"]))
+
+
+@pytest.mark.parametrize(
+    "num_iterations, is_scaled",
+    [(1, False), (2, False), (8, False), (1, True), (2, True)],
+)
+def test_lorsum_of_the_reference(num_iterations, is_scaled):
+    arrays, settings = load_reference("lorsum")
+    factors = [(arrays[f"a_{i}"], arrays[f"b_{i}"]) for i in range(3)]
+    prefix = ""
+    of_rows, of_columns = np.ones((12, 1)), np.ones(10)
+    if is_scaled:
+        prefix = "scaled_"
+        of_rows = np.sqrt(arrays["metric_in"])[:, None]
+        of_columns = np.sqrt(arrays["metric_out"])
+    # The first is in the space of weights, others are in that of gradients.
+    start = (factors[0][0] * of_rows, factors[0][1] * of_columns)
+    gradient, momentum = [(a / of_rows, b / of_columns) for a, b in factors[1:]]
+    for first_term in (gradient, (gradient[0] @ gradient[1],)):
+        tensors = [
+            tuple(ops.convert_to_tensor(m, "float32") for m in term)
+            for term in (start, first_term, momentum)
+        ]
+        (left,), (right,) = lorsum(
+            [tensors[0][0]],
+            [tensors[0][1]],
+            [[*zip(settings["coefficients"], tensors)][1:]],
+            settings["lmbd"],
+            num_iterations,
+        )
+        assert_all_close(
+            [to_numpy(left) / of_rows, to_numpy(right) / of_columns],
+            [arrays[f"{prefix}{m}_after_{num_iterations}"] for m in "ab"],
+            atol=2e-5,
+        )
+
+
+@pytest.mark.parametrize("jit_compile", JIT_COMPILE)
+@pytest.mark.parametrize(
+    "name", ["oplora_1_iteration", "oplora_2_iterations", "oplora_momentum"]
+)
+def test_oplora_of_the_reference(name, jit_compile):
+    arrays, settings = load_reference(name)
+    layer = keras_fvae.AdaptedDense(10, keras_fvae.OPLoRAConfig(3))
+    model = keras.Sequential([keras.Input((5, 12)), layer])
+    for variable, key in (
+        (layer.kernel, "kernel"),
+        (layer.bias, "bias"),
+        (layer.adapter.kernel_a, "initial_lora_a"),
+        (layer.adapter.kernel_b, "initial_lora_b"),
+    ):
+        variable.assign(arrays[key])
+    optimizer = OPLoRA(
+        settings["learning_rate"],
+        momentum=settings["momentum"],
+        num_iterations=settings["lookahead_iters"],
+        proximal_weight=settings["lmbd"],
+    )
+    optimizer.build(model.trainable_variables)
+    if settings["momentum"]:
+        optimizer.momentums_a[0].assign(arrays["initial_momentum_a"])
+    model.compile(
+        optimizer,
+        lambda y_true, y_pred: ops.sum(ops.square(y_pred - y_true), -1) / 2,
+        jit_compile=jit_compile,
+    )
+    for i in range(3):
+        model.train_on_batch(arrays["x"], arrays["target"])
+        assert_all_close(
+            values_of([layer.adapter.kernel_a, layer.adapter.kernel_b]),
+            [arrays["steps_lora_a"][i], arrays["steps_lora_b"][i]],
+            atol=2e-5,
+        )
+        assert not to_numpy(layer.adapter.zero_kernel).any()
+
+
 # --- What must be equal.
 
 
 @pytest.mark.one_backend
 def test_experts_are_pairs_by_themselves(rng):
-    for kind in KINDS:
+    for kind in ("Riemannian", "LoRA-RITE"):
         experts = random_factors(rng, (2, 6, 2), (2, 2, 5))
         kernel_a, kernel_b, _ = values_of(experts.trainable_variables)
         pairs = [
@@ -303,7 +397,7 @@ def test_decay_is_of_the_weights_before_the_step(rng):
     ids=str,
 )
 def test_gradients_are_clipped_first(kind, settings, rng):
-    factors = random_factors(rng)
+    factors = factors_for(kind, rng)
     variables = factors.trainable_variables
     before = values_of(variables)
     gradients = [rng.normal(size=value.shape) for value in before]
@@ -312,7 +406,7 @@ def test_gradients_are_clipped_first(kind, settings, rng):
     else:
         norms = [np.linalg.norm(g) for g in gradients]
         if "global_clipnorm" in settings:
-            norms = [np.linalg.norm(norms)] * 3
+            norms = [np.linalg.norm(norms)] * len(norms)
         clipped = [g * 0.5 / norm for g, norm in zip(gradients, norms)]
     expected = make_step(make_optimizer(kind), variables)(clipped)
     for variable, value in zip(variables, before):
@@ -323,7 +417,7 @@ def test_gradients_are_clipped_first(kind, settings, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_are_those_of_a_larger_batch(kind, rng):
-    factors = random_factors(rng)
+    factors = factors_for(kind, rng)
     variables = factors.trainable_variables
     before = values_of(variables)
     batches = [
@@ -348,7 +442,7 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(kind, rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scaled_gradients(kind, rng):
-    factors = random_factors(rng)
+    factors = factors_for(kind, rng)
     variables = factors.trainable_variables
     before = values_of(variables)
     gradients = [0.1 * rng.normal(size=value.shape) for value in before]
@@ -364,7 +458,7 @@ def test_scaled_gradients(kind, rng):
 @pytest.mark.one_backend
 @pytest.mark.parametrize("kind", KINDS)
 def test_moving_averages(kind, rng):
-    variables = random_factors(rng).trainable_variables
+    variables = factors_for(kind, rng).trainable_variables
     average = {"use_ema": True, "ema_momentum": 0.7}
     if kind == "Riemannian":
         optimizer = RiemannianPreconditioning(
@@ -380,6 +474,69 @@ def test_moving_averages(kind, rng):
         averages = [0.7 * a + 0.3 * v for a, v in zip(averages, values)]
     optimizer.finalize_variable_values(variables)
     assert_all_close(values_of(variables), averages)
+
+
+@pytest.mark.one_backend
+def test_oplora_without_a_step_leaves_factors_as_they_are(rng):
+    """Also where B is 0, as at the start of a warm-up."""
+    kernel_a, gradient = rng.normal(size=(6, 2)), rng.normal(size=(6, 5))
+    variables = Factors(
+        kernel_a=kernel_a, kernel_b=np.zeros((2, 5)), zero_kernel=gradient * 0
+    ).trainable_variables
+    optimizer = OPLoRA(0.0)
+    step = make_step(optimizer, variables)
+    gradients = [np.zeros((6, 2)), kernel_a.T @ gradient, gradient]
+    after = step(gradients)
+    assert_all_close(after, [kernel_a, np.zeros((2, 5)), gradient * 0])
+    optimizer.learning_rate = 0.1
+    assert np.abs(step(gradients)[1]).max() > 0.01
+
+
+@pytest.mark.one_backend
+def test_oplora_comes_near_to_the_step_of_the_kernel(rng):
+    """With a rank that is enough, it is that of gradient descent."""
+    variables = Factors(
+        kernel_a=rng.normal(size=(6, 5)),
+        kernel_b=rng.normal(size=(5, 5)),
+        zero_kernel=np.zeros((6, 5)),
+    ).trainable_variables
+    optimizer = OPLoRA(
+        0.1, momentum=0.9, num_iterations=2, proximal_weight=1e-5
+    )
+    step = make_step(optimizer, variables)
+    product = np.matmul(*values_of(variables[:2]))
+    momentum = 0
+    for _ in range(2):
+        gradient = rng.normal(size=(6, 5))
+        momentum = 0.9 * momentum + gradient
+        product = product - 0.1 * momentum
+        kernel_a, kernel_b, _ = step(
+            [np.zeros((6, 5)), np.zeros((5, 5)), gradient]
+        )
+        np.testing.assert_allclose(kernel_a @ kernel_b, product, atol=5e-3)
+
+
+@pytest.mark.one_backend
+def test_oplora_bears_ranks_that_nothing_needs(rng):
+    """Most directions of B and of the momentum are 0 up to rounding."""
+    target = rng.normal(size=(64, 2)) @ rng.normal(size=(2, 48))
+    kernel_a = rng.uniform(-0.1, 0.1, size=(64, 16))
+    variables = Factors(
+        kernel_a=kernel_a,
+        kernel_b=np.zeros((16, 48)),
+        zero_kernel=np.zeros((64, 48)),
+    ).trainable_variables
+    keras.utils.set_random_seed(0)
+    step = make_step(OPLoRA(1e-3, momentum=0.9, num_iterations=2), variables)
+    expected, momentum = np.zeros((64, 48)), 0
+    product = expected
+    for _ in range(300):
+        gradients = [kernel_a * 0, np.zeros((16, 48)), 10 * (product - target)]
+        kernel_a, kernel_b, _ = step(gradients)
+        product = kernel_a @ kernel_b
+        momentum = 0.9 * momentum + 10 * (expected - target)
+        expected = expected - 1e-3 * momentum
+    np.testing.assert_allclose(product, expected, atol=0.05)
 
 
 @pytest.mark.one_backend
@@ -403,8 +560,9 @@ def test_an_optimizer_for_each_kind_of_weights(rng):
 # --- In `fit`.
 
 
-def make_model(dtype=None):
-    return family.adapt(family.make_model(dtype), "LoRA")
+def make_model(kind="LoRA", dtype=None):
+    method = "OPLoRA" if kind == "OPLoRA" else "LoRA"
+    return family.adapt(family.make_model(dtype), method)
 
 
 def fit(model, optimizer=None, epochs=2, callbacks=(), **options):
@@ -425,13 +583,15 @@ def make_for_fit(kind):
     adam = keras.optimizers.Adam(schedule)
     if kind == "Riemannian":
         return RiemannianPreconditioning(adam, global_clipnorm=1.0)
+    if kind == "OPLoRA":
+        return OPLoRA(schedule, adam, momentum=0.5, num_iterations=2)
     return LoRARITE(schedule, adam, weight_decay=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("jit_compile", JIT_COMPILE)
 def test_fit(kind, jit_compile):
-    model = make_model()
+    model = make_model(kind)
     frozen = family.frozen_bytes(model)
     losses = fit(model, make_for_fit(kind), 8, jit_compile=jit_compile)
     assert losses[-1] < 0.9 * losses[0]
@@ -442,7 +602,7 @@ def test_fit(kind, jit_compile):
 def test_fit_in_mixed_precision(kind):
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        model = make_model()
+        model = make_model(kind)
     finally:
         keras.config.set_dtype_policy("float32")
     losses = fit(model, make_for_fit(kind), 8)
@@ -452,10 +612,10 @@ def test_fit_in_mixed_precision(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_resumed(kind, tmp_path):
-    whole = make_model()
+    whole = make_model(kind)
     expected = fit(whole, make_for_fit(kind), 4)
 
-    model = make_model()
+    model = make_model(kind)
     losses = fit(model, make_for_fit(kind), 2)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -471,7 +631,7 @@ def test_saved_and_resumed(kind, tmp_path):
         backup = keras.callbacks.BackupAndRestore(
             tmp_path / "backup", delete_checkpoint=False
         )
-        losses += fit(make_model(), make_for_fit(kind), epochs, [backup])
+        losses += fit(make_model(kind), make_for_fit(kind), epochs, [backup])
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
@@ -563,9 +723,27 @@ def test_models_without_pairs(kind):
 
 
 @pytest.mark.one_backend
+def test_oplora_needs_the_gradient_of_the_kernel(rng):
+    with pytest.raises(ValueError, match="query/adapter' .*OPLoRAConfig"):
+        fit(make_model(), make_optimizer("OPLoRA"))
+    variables = factors_for("OPLoRA", rng).trainable_variables
+    before = values_of(variables)
+    optimizer = make_optimizer("OPLoRA")
+    gradients = [ops.convert_to_tensor(value) for value in before[:3]]
+    with (
+        pytest.warns(UserWarning, match="Gradients do not exist"),
+        pytest.raises(ValueError, match="zero_kernel'.*training=True"),
+    ):
+        optimizer.apply([*gradients, None], variables)
+    assert_all_close(values_of(variables), before, atol=0)
+
+
+@pytest.mark.one_backend
 def test_other_weights_need_an_optimizer():
     with pytest.raises(ValueError, match="2 other .*'head/kernel'.*other_opti"):
         fit(make_model(), LoRARITE())
+    with pytest.raises(ValueError, match="2 other .*'head/kernel'.*other_opti"):
+        fit(make_model("OPLoRA"), OPLoRA(0.1))
 
 
 def in_map(optimizer):
@@ -600,6 +778,8 @@ def test_inner_optimizers_that_are_refused(kind, make_inner, message):
     with pytest.raises(ValueError, match=message):
         if kind == "Riemannian":
             RiemannianPreconditioning(inner)
+        elif kind == "OPLoRA":
+            OPLoRA(0.1, inner)
         else:
             LoRARITE(other_optimizer=inner)
 
@@ -618,6 +798,11 @@ def test_inner_optimizers_that_are_refused(kind, make_inner, message):
         lambda: LoRARITE(unmagnified_clipnorm="1"),
         lambda: LoRARITE(escaped_mass=0.5),
         lambda: LoRARITE(other_optimizer=keras.optimizers.SGD(use_ema=True)),
+        lambda: OPLoRA(0.1, momentum=1.0),
+        lambda: OPLoRA(0.1, num_iterations=0),
+        lambda: OPLoRA(0.1, num_iterations=1.5),
+        lambda: OPLoRA(0.1, proximal_weight=0.0),
+        lambda: OPLoRA(0.1, weight_decay=0.01),
     ],
 )
 def test_arguments_that_are_refused(make):

@@ -170,6 +170,7 @@ CONFIGS = {
     "beam_lora": keras_fvae.BeamLoRAConfig(2, alpha=3),
     "ada_lora": keras_fvae.AdaLoRAConfig(2, alpha=3),
     "flat_lora": keras_fvae.FlatLoRAConfig(2),
+    "op_lora": keras_fvae.OPLoRAConfig(2),
     "pissa": keras_fvae.PiSSAConfig(2, alpha=3),
     "sr_lora": keras_fvae.SRLoRAConfig(2, alpha=3, num_fused=1),
     "olora": keras_fvae.OLoRAConfig(2),

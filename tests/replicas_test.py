@@ -114,16 +114,29 @@ def make_lora_rite():
     return keras_fvae.optimizers.LoRARITE(0.05, keras.optimizers.SGD(0.05))
 
 
-@pytest.mark.parametrize("make_optimizer", [make_riemannian, make_lora_rite])
+def make_oplora():
+    return keras_fvae.optimizers.OPLoRA(
+        0.05, keras.optimizers.SGD(0.05), momentum=0.5
+    )
+
+
+@pytest.mark.parametrize(
+    "make_optimizer, config_class",
+    [
+        (make_riemannian, keras_fvae.LoRAConfig),
+        (make_lora_rite, keras_fvae.LoRAConfig),
+        (make_oplora, keras_fvae.OPLoRAConfig),
+    ],
+)
 def test_optimizers_of_pairs(
-    make_optimizer, make_attention_model, strategy, data
+    make_optimizer, config_class, make_attention_model, strategy, data
 ):
     def fit():
         keras.utils.set_random_seed(0)
         model = make_attention_model()
         keras_fvae.enable_adapter(
             model,
-            keras_fvae.LoRAConfig(2, seed=0),
+            config_class(2, seed=0),
             trainable_layer_names=["head"],
         )
         compile_model(model, optimizer=make_optimizer())

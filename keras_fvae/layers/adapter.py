@@ -147,6 +147,11 @@ class Adapter(keras.Layer):
     def check_can_scale(self):
         """Raises a `ValueError` if its update cannot weigh more or less."""
 
+    @property
+    def saved_weights(self):
+        """List of the weights that `get_arrays` returns."""
+        return self.weights
+
     def get_arrays(self, finalized=False, read_kernel=None):
         """The weights as NumPy arrays.
 
@@ -158,17 +163,19 @@ class Adapter(keras.Layer):
         Returns:
             Dict of name to NumPy array.
         """
-        return {w.name: replicas.to_numpy(w) for w in self.weights}
+        return {w.name: replicas.to_numpy(w) for w in self.saved_weights}
 
     def set_arrays(self, arrays):
         """Sets the weights from what `get_arrays` returned."""
-        for weight in self.weights:
+        for weight in self.saved_weights:
             weight.assign(arrays[weight.name])
 
     @property
     def array_shapes(self):
         """Dict of name to shape, of the arrays that `get_arrays` returns."""
-        return {weight.name: tuple(weight.shape) for weight in self.weights}
+        return {
+            weight.name: tuple(weight.shape) for weight in self.saved_weights
+        }
 
     @property
     def num_inference_parameters(self):

@@ -24,21 +24,19 @@ def batched_eigh(matrices):
     for size in sorted({matrix.shape[-1] for matrix in matrices}):
         chosen = [i for i, m in enumerate(matrices) if m.shape[-1] == size]
         batches = [tuple(matrices[i].shape[:-2]) for i in chosen]
-        ends = [*itertools.accumulate(math.prod(batch) for batch in batches)]
+        counts = [math.prod(batch) for batch in batches]
+        ends = [*itertools.accumulate(counts)]
         eigenvalues, eigenvectors = ops.eigh(
             ops.concatenate(
                 [ops.reshape(matrices[i], (-1, size, size)) for i in chosen]
             )
         )
-        for i, batch, values, vectors in zip(
-            chosen,
-            batches,
-            ops.split(ops.maximum(eigenvalues, 0.0), ends[:-1]),
-            ops.split(eigenvectors, ends[:-1]),
-        ):
+        eigenvalues = ops.maximum(eigenvalues, 0.0)
+        for i, batch, count, end in zip(chosen, batches, counts, ends):
+            own = slice(end - count, end)
             results[i] = (
-                ops.reshape(values, (*batch, size)),
-                ops.reshape(vectors, (*batch, size, size)),
+                ops.reshape(eigenvalues[own], (*batch, size)),
+                ops.reshape(eigenvectors[own], (*batch, size, size)),
             )
     return [results[i] for i in range(len(matrices))]
 

@@ -10,6 +10,7 @@ from keras import ops
 from keras_fvae.backend import replicas
 from keras_fvae.backend.keras_internals import JointOptimizer
 from keras_fvae.optimizers.arguments import BEFORE_THE_STEP
+from keras_fvae.optimizers.arguments import build_other_optimizer
 from keras_fvae.optimizers.arguments import check_number
 from keras_fvae.optimizers.arguments import get_inner_optimizer
 from keras_fvae.optimizers.eigen import transpose
@@ -165,18 +166,11 @@ class LoRARITE(JointOptimizer):
             for index in range(len(variables))
             if index not in self.factors
         )
-        others = [variables[index] for index in self.others]
-        if self.other_optimizer is not None:
-            self.other_optimizer.build(others)
-        elif others:
-            paths = ", ".join(f"'{variable.path}'" for variable in others[:3])
-            raise ValueError(
-                f"`{type(self).__name__}` optimizes pairs of `kernel_a` and "
-                f"`kernel_b`. {len(others)} other variables train, too "
-                f"({paths}{', ...' if len(others) > 3 else ''}): say what is "
-                "to optimize them, for example by "
-                "`other_optimizer=keras.optimizers.AdamW(1e-3)`."
-            )
+        build_other_optimizer(
+            self.other_optimizer,
+            [variables[index] for index in self.others],
+            type(self).__name__,
+        )
         super().build(variables)
         kernels = [variables[index] for index in self.factors]
         self.momentums, self.bases = self.add_optimizer_variables(

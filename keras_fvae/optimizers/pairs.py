@@ -48,6 +48,42 @@ def find_pairs(variables, optimizer_name):
     return tuple(pairs)
 
 
+def find_zero_kernels(variables, pairs, optimizer_name):
+    """Finds the zeros beside each pair, whose gradient is the kernel's.
+
+    Args:
+        variables: List of `keras.Variable`, what trains.
+        pairs: What `find_pairs` returned for them.
+        optimizer_name: String, for messages.
+
+    Returns:
+        Tuple of integers, where they are in the list, one for each pair.
+
+    Raises:
+        ValueError: If they are missing for a pair; the message says what is
+            needed.
+    """
+    indices = []
+    for _, b in pairs:
+        adapter = variables[b].path.rpartition("/")[0]
+        found = [
+            index
+            for index, variable in enumerate(variables)
+            if index > b and variable.path == f"{adapter}/zero_kernel"
+        ]
+        if not found:
+            raise ValueError(
+                f"`{optimizer_name}` needs the gradient of the whole kernel, "
+                f"and '{adapter}' computes those of its factors alone. Adapt "
+                "the model by `keras_fvae.enable_adapter(model, "
+                "keras_fvae.OPLoRAConfig())`, whose docstring says what memory "
+                "that takes. `keras_fvae.optimizers.RiemannianPreconditioning` "
+                "does without, on any LoRA."
+            )
+        indices.append(found[0])
+    return tuple(indices)
+
+
 def _are_factors(a, b):
     """Whether the product of two variables is an update, or one an expert."""
     return (
