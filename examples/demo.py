@@ -152,7 +152,8 @@ def plot(results, situations, seeds):
             )
             axis.margins(x=0.2)
             axis.set_ylabel(MEASURES[name])
-        column[0].set_title(SITUATIONS[dataset], fontsize=9)
+        title = SITUATIONS[dataset].replace(", ", ",\n")
+        column[0].set_title(title, fontsize=10)
     axes[0, 0].legend(frameon=False)
     return figure
 

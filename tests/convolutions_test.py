@@ -3,8 +3,10 @@
 import re
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
+from backbones import BACKBONES
 from family import CONFIGS
 from helpers import move_adapters
 from helpers import remove_latent_noise
@@ -14,6 +16,7 @@ from helpers import value_and_gradients
 from keras import layers
 from keras import ops
 from keras.src.testing import TestCase
+from sklearn.datasets import load_digits
 
 import keras_fvae
 from keras_fvae.layers.frozen import linear_map_of
@@ -402,3 +405,82 @@ def test_a_quantized_model_keeps_its_convolutions(rng):
     adapted = to_numpy(model(x))
     keras_fvae.merge_adapter(model)
     assert_close(to_numpy(model(x)), adapted, 1e-3)
+
+
+def fit_digits(model, x, labels, epochs):
+    """Trains a classifier; the loss on what it trained on, before and after."""
+    model.compile(
+        keras.optimizers.Adam(5e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+
+    def loss():
+        return model.evaluate(x, labels, verbose=0, return_dict=True)["loss"]
+
+    before = loss()
+    model.fit(x, labels, epochs=epochs, batch_size=32, verbose=0)
+    return before, loss()
+
+
+def make_resnet():
+    return keras_hub.models.ResNetImageClassifier(
+        BACKBONES["ResNetBackbone"](), num_classes=10, preprocessor=None
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        keras_fvae.LoRAConfig(4, seed=0),
+        pytest.param(
+            keras_fvae.FVAELoRAConfig(4, decoder_units=(16,), seed=0),
+            marks=pytest.mark.one_backend,
+        ),
+    ],
+    ids=lambda config: config.method_name,
+)
+def test_a_resnet_of_kerashub(config, tmp_path):
+    data = load_digits()
+    x = (data.images[:512, ..., None] / 16).repeat(3, axis=-1)
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    labels = data.target[:512]
+    base = make_resnet()
+    fit_digits(base, x, labels, epochs=4)
+    # Black on white, from now on.
+    x = 1 - x
+
+    model = make_resnet()
+    model.set_weights(base.get_weights())
+    before = model.predict(x, verbose=0)
+    summary = keras_fvae.enable_adapter(model, config, "all-conv")
+    assert len(summary.layer_paths) == 10
+    assert_close(model.predict(x, verbose=0), before)
+    loss_before, loss_after = fit_digits(model, x, labels, epochs=3)
+    assert loss_after < 0.85 * loss_before
+    adapted = model.predict(x, verbose=0)
+    with keras_fvae.adapter_disabled(model):
+        # To the bit, averages of `BatchNormalization` and all.
+        np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+
+    keras_fvae.save_adapter(model, tmp_path / "digits.safetensors")
+    keras_fvae.load_adapter(base, tmp_path / "digits.safetensors")
+    assert_close(base.predict(x, verbose=0), adapted)
+    model.save_to_preset(str(tmp_path / "preset"))
+    loaded = keras_hub.models.ImageClassifier.from_preset(
+        str(tmp_path / "preset"), preprocessor=None
+    )
+    assert_close(loaded.predict(x, verbose=0), adapted)
+    keras_fvae.finalize_adapter(loaded)
+    assert_close(loaded.predict(x, verbose=0), adapted)
+    if config.method_name == "LoRA":
+        keras_fvae.merge_adapter(model)
+        assert_close(model.predict(x, verbose=0), adapted, 1e-4)
+
+
+@pytest.mark.one_backend
+def test_pefts_format_has_no_place_for_them(tmp_path):
+    backbone = BACKBONES["ViTBackbone"]()
+    backbone.enable_adapter(LORA, "all-conv")
+    with pytest.raises(ValueError, match="'.*' is a convolution, and those"):
+        keras_fvae.save_peft_adapter(backbone, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

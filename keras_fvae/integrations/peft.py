@@ -15,6 +15,7 @@ from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.frozen import CONVOLUTIONS
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.model import lookup
 from keras_fvae.model import training
@@ -139,8 +140,8 @@ def save_peft_adapter(
 
     Raises:
         ValueError: If no layer is adapted, the architecture or an adapted
-            layer has no name there, the layers have several methods, the
-            method or its settings have no counterpart there, or an argument
+            layer has no name there or is a convolution, the layers have
+            several methods, the method or its settings have no counterpart there, or an argument
             is not allowed.
 
     Example:
@@ -218,6 +219,11 @@ def _modules_with(adapted, modules):
     ]
     named_ids = {id(layer) for name in chosen for layer in modules[name]}
     for layer in adapted:
+        if isinstance(layer, CONVOLUTIONS):
+            raise ValueError(
+                f"The adapted layer '{layer.path}' is a convolution, and those "
+                "are not written in PEFT's format. Save it by `save_adapter`."
+            )
         if id(layer) not in named_ids:
             raise ValueError(
                 f"The adapted layer '{layer.path}' has no name in the Hugging "
