@@ -141,7 +141,8 @@ def save_peft_adapter(
     Raises:
         ValueError: If no layer is adapted, the architecture or an adapted
             layer has no name there or is a convolution, the layers have
-            several methods, the method or its settings have no counterpart there, or an argument
+            several methods, the method or its settings have no counterpart
+            there, or an argument
             is not allowed.
 
     Example:
