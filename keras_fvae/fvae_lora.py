@@ -22,13 +22,15 @@ def enable_fvae_lora(
     adds its share of the FVAE's loss to `model.losses`.
 
     Args:
-        model: `keras.Model` (or layer) that is built. Every `Dense` and
-            `EinsumDense` layer inside it, at any depth, can be adapted.
+        model: `keras.Model` (or layer) that is built. Every `Dense`,
+            `EinsumDense`, `Conv1D`, `Conv2D` and `Conv3D` layer inside it, at
+            any depth, can be adapted. Of a convolution the FVAE sees patches,
+            which for one larger than 1 are wide, and dear.
         rank: Positive integer, width of the latents. Defaults to `16`.
         target_layer_names: Which layers to adapt, as in
             `keras_fvae.enable_adapter`: names, expressions, functions,
-            `"all-linear"`, or a dict of such to ranks. `None` (default) means
-            the query and value projections of attention.
+            `"all-linear"`, `"all-conv"`, or a dict of such to ranks. `None`
+            (default) means the query and value projections of attention.
         trainable_layer_names: Layers to train as well, as a name, expression,
             function, or a list of such. Everything else in `model` is frozen.
         exclude_layer_names: Layers not to adapt, in the same forms.

@@ -484,3 +484,12 @@ def test_pefts_format_has_no_place_for_them(tmp_path):
     with pytest.raises(ValueError, match="'.*' is a convolution, and those"):
         keras_fvae.save_peft_adapter(backbone, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.one_backend
+def test_a_new_head_of_a_convolution_is_told():
+    model = make_picture_model()
+    model.get_layer("stem").bias.assign(np.ones(4))
+    with pytest.warns(UserWarning, match="'head'"):
+        summary = keras_fvae.enable_adapter(model, LORA, "all-conv")
+    assert "head" in summary.fresh

@@ -142,8 +142,7 @@ def save_peft_adapter(
         ValueError: If no layer is adapted, the architecture or an adapted
             layer has no name there or is a convolution, the layers have
             several methods, the method or its settings have no counterpart
-            there, or an argument
-            is not allowed.
+            there, or an argument is not allowed.
 
     Example:
 
