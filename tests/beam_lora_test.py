@@ -168,6 +168,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.one_backend
 def test_a_killed_run_goes_on(tmp_path):
     def run(kill_after=None):
         def on_epoch_begin(epoch, logs):

@@ -239,6 +239,7 @@ def test_patches_of_padding_count_for_nothing(padding, rng):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_images_of_any_size(rng):
     inputs = keras.Input((None, None, 2))
     x = layers.Conv2D(4, 3, strides=2, padding="same", name="first")(inputs)
@@ -428,6 +429,7 @@ def make_resnet():
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "config",
     [

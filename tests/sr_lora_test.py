@@ -44,6 +44,7 @@ def fit(model, callbacks, epochs=4, optimizer=None):
     )
 
 
+@pytest.mark.one_backend
 def test_fusing_changes_nothing_and_starts_the_next_direction():
     model = adapted()
     rng = np.random.default_rng(0)
@@ -88,6 +89,7 @@ def test_restarts_while_it_trains():
     assert "experimental" in str(keras_fvae.adapter_summary(model))
 
 
+@pytest.mark.one_backend
 def test_the_least_important_pair_is_fused():
     """By closed form: of one step of SGD the averages are known."""
     model = adapted(rank=3, num_fused=1)
@@ -138,6 +140,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.one_backend
 def test_a_killed_run_goes_on(tmp_path):
     def run(kill_after=None):
         def on_epoch_begin(epoch, logs):

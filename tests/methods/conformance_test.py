@@ -46,7 +46,7 @@ on_all_models = pytest.mark.parametrize(
     "name, make_model",
     [
         *[(name, make_model) for name in CONFIGS],
-        *[(name, make_convolutions) for name in ON_CONVOLUTIONS],
+        *[once(name, make_convolutions) for name in ON_CONVOLUTIONS],
     ],
 )
 on_all_models_once = pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def adapt(**options):
     return model
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_one_expert_is_lora(dropout):
     model = adapt(num_experts=1, top_k=1, dropout=dropout)
