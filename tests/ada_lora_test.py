@@ -1,15 +1,18 @@
 """AdaLoRA's allocation of ranks, through `fit`."""
 
 import json
+import warnings
 
 import keras
 import numpy as np
 import pytest
+from family import Killed
 from family import X
 from family import Y
 from family import adapt
 from family import frozen_bytes
 from family import is_target
+from family import kill_before
 from family import make_model
 from family import predict
 from helpers import ROOT
@@ -216,24 +219,15 @@ def test_with_any_optimizer(name):
     assert np.count_nonzero(singular_values(model)) == 6
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on(tmp_path):
     def run(kill_after=None):
         model = adapted(target_rank=2)
         compile_model(model)
-
-        def on_epoch_begin(epoch, logs):
-            if epoch == kill_after:
-                raise Killed
-
         # Whatever their order.
         callbacks = [
             keras.callbacks.BackupAndRestore(tmp_path / "backup"),
             keras_fvae.AdaLoRAAllocator(),
-            keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin),
+            kill_before(kill_after),
         ]
         model.fit(
             X,
@@ -301,6 +295,11 @@ def test_what_cannot_be_right_is_refused():
         layer.trainable = False
     with pytest.raises(ValueError, match="frozen"):
         fit(model, keras_fvae.AdaLoRAAllocator())
+    # Nor is it missed then.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*AdaLoRAAllocator")
+        compile_model(model)
+        model.fit(X, Y, verbose=0)
 
 
 @pytest.mark.one_backend
@@ -317,6 +316,12 @@ def test_a_run_that_was_stopped_leaves_nothing_behind():
             model.fit(
                 X, Y, batch_size=1, callbacks=[allocator, stop], verbose=0
             )
+        assert len(model.optimizer.variables) == num_variables
+    before = np.count_nonzero(singular_values(model))
+    with pytest.warns(UserWarning, match="AdaLoRAAllocator"):
+        model.fit(X, Y, batch_size=1, epochs=2, verbose=0)
+    # None is set to 0 any more, and what was trains again.
+    assert np.count_nonzero(singular_values(model)) == 12 > before
     allocator = keras_fvae.AdaLoRAAllocator()
     model.fit(X, Y, batch_size=1, callbacks=[allocator], verbose=0)
     assert np.count_nonzero(singular_values(model)) == 6

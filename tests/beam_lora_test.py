@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
+from family import Killed
 from family import X
 from family import Y
 from family import adapt
 from family import frozen_bytes
 from family import is_target
+from family import kill_before
 from family import make_model
 from helpers import ROOT
 from helpers import to_numpy
@@ -164,23 +166,15 @@ def test_ranks_start_anew_while_it_trains(accumulated):
     assert [v.path for v in optimizer.variables] == variables
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.one_backend
 def test_a_killed_run_goes_on(tmp_path):
     def run(kill_after=None):
-        def on_epoch_begin(epoch, logs):
-            if epoch == kill_after:
-                raise Killed
-
         model = adapted()
         callbacks = [
             keras.callbacks.BackupAndRestore(tmp_path / "backup"),
             # A pruning soon after each epoch, of copies from before.
             keras_fvae.BeamLoRAPruner(5, first_share=0.6, last_step=100),
-            keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin),
+            kill_before(kill_after),
         ]
         fit(model, callbacks)
         return arrays_of(model)

@@ -40,6 +40,20 @@ class ShiftConfig(AdapterConfig):
     method_name = "Shift"
 
 
+class Killed(Exception):
+    """What `kill_before` raises."""
+
+
+def kill_before(epoch):
+    """A callback that ends `fit` before an epoch; `None` for none of them."""
+
+    def on_epoch_begin(begun, logs):
+        if begun == epoch:
+            raise Killed
+
+    return keras.callbacks.LambdaCallback(on_epoch_begin=on_epoch_begin)
+
+
 # Of rank 2, with a scale where there is one.
 CONFIGS = {
     "LoRA": keras_fvae.LoRAConfig(2, 4, seed=1),

@@ -606,12 +606,6 @@ def add_to_update(optimizer, function):
     vars(optimizer)["_backend_update_step"] = update_and_call
 
 
-def sync_state(model):
-    """Puts into a model that trains the values that JAX's steps have given."""
-    if keras.config.backend() == "jax":
-        model.jax_state_sync()
-
-
 def restore_update(optimizer):
     """Takes away what `add_to_update` added."""
     vars(optimizer).pop("_backend_update_step", None)

@@ -8,12 +8,14 @@ import numpy as np
 from keras import ops
 
 from keras_fvae.callbacks.importance import Importance
+from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.layers.config import is_finite
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
 
-FACTORS = ("kernel_a", "kernel_b", "singular_values")
+# Which axis of each weight is that of the ranks.
+RANK_AXES = {"kernel_a": 1, "kernel_b": 0, "singular_values": 0}
 
 
 class AdaLoRAAllocator(ObservingCallback):
@@ -160,7 +162,7 @@ class Table:
         self.is_choice[self.last_choice + 1 :] = False
 
 
-class Allocation:
+class Allocation(Observer):
     """What `AdaLoRAAllocator` does inside the step.
 
     Args:
@@ -172,35 +174,31 @@ class Allocation:
     table = None
 
     def __init__(self, adapters, betas):
-        self.adapters = adapters
+        super().__init__(adapters)
         self.betas = betas
 
     def build(self, optimizer):
-        """Makes the averages, the last choice and the number of updates."""
-        self.num_updates = optimizer.add_variable(
-            (), dtype="int32", name="num_updates"
-        )
+        super().build(optimizer)
         self.importance, self.kept = [], []
         for adapter in self.adapters:
-            weights = {name: getattr(adapter, name) for name in FACTORS}
-            self.importance.append(Importance(optimizer, weights, self.betas))
+            self.importance.append(
+                Importance(optimizer, adapter, RANK_AXES, self.betas)
+            )
             self.kept.append(
                 optimizer.add_variable_from_reference(
                     adapter.singular_values, name="kept", initializer="ones"
                 )
             )
 
-    def observe(self, gradients, variables):
+    def after_update(self, num_updates, gradients):
         """Scores the ranks, and sets singular values to 0."""
-        by_id = {id(v): g for v, g in zip(variables, gradients)}
-        table, num_updates = self.table, self.num_updates + 1
-        self.num_updates.assign(num_updates)
+        table = self.table
         # `fit` may make more than it said.
         row = ops.minimum(num_updates, len(table.budgets) - 1)
         is_scored = num_updates < table.last_choice
         for importance in self.importance:
-            importance.update(by_id, is_scored)
-        scores = [_of_ranks(found.scores()) for found in self.importance]
+            importance.update(gradients, is_scored)
+        scores = [found.scores_of_ranks() for found in self.importance]
         is_kept = _highest(scores, ops.take(table.budgets, row))
         is_choice = ops.take(table.is_choice, row)
         is_masked = ops.logical_or(is_choice, num_updates > table.last_choice)
@@ -217,15 +215,6 @@ class Allocation:
         for adapter, kept in zip(self.adapters, self.kept):
             values = adapter.singular_values
             values.assign(values * kept)
-
-
-def _of_ranks(scores):
-    """Tensor of shape `(rank,)`, from the scores of an adapter's elements."""
-    return (
-        scores["singular_values"]
-        + ops.mean(scores["kernel_a"], axis=0)
-        + ops.mean(scores["kernel_b"], axis=1)
-    )
 
 
 def _highest(scores, number):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.callbacks.observing import forget_moments
@@ -115,20 +115,21 @@ class BeamLoRAPruner(ObservingCallback):
         share = 1 - (1 - self.first_share) * cosine
         if share == 1:
             return
-        keras_internals.sync_state(self.model)
+        # By way of the model, which has its variables' values then.
+        optimizer = self.model.optimizer
         adapters = self.observer.adapters
         scores = [replicas.to_numpy(adapter.scores) for adapter in adapters]
-        for adapter, is_pruned, copies in zip(
-            adapters, pruned(scores, share), self.observer.copies
+        for adapter, of_layer, is_pruned, copies in zip(
+            adapters, scores, pruned(scores, share), self.observer.copies
         ):
             rng = np.random.default_rng([adapter.initial_seed, update])
-            found = parents(replicas.to_numpy(adapter.scores), is_pruned, rng)
+            found = parents(of_layer, is_pruned, rng)
             start_anew(adapter, found, copies)
             self._num_pruned += len(found)
-            forget_moments(self.model.optimizer, adapter.gate)
+            forget_moments(optimizer, adapter.gate)
 
 
-class Copies:
+class Copies(Observer):
     """A and B of each adapter as they were half an interval before a pruning.
 
     Args:
@@ -138,14 +139,8 @@ class Copies:
     # Set before the first step.
     interval = None
 
-    def __init__(self, adapters):
-        self.adapters = adapters
-
     def build(self, optimizer):
-        """Makes the copies, and the number of updates."""
-        self.num_updates = optimizer.add_variable(
-            (), dtype="int32", name="num_updates"
-        )
+        super().build(optimizer)
         self.copies = [
             {
                 name: optimizer.add_variable_from_reference(
@@ -156,10 +151,8 @@ class Copies:
             for adapter in self.adapters
         ]
 
-    def observe(self, gradients, variables):
-        """Counts the updates, and copies when it is time."""
-        num_updates = self.num_updates + 1
-        self.num_updates.assign(num_updates)
+    def after_update(self, num_updates, gradients):
+        """Copies when it is time."""
         until_pruning = self.interval - self.interval // 2
         is_time = num_updates % self.interval == until_pruning
         for adapter, copies in zip(self.adapters, self.copies):

@@ -8,21 +8,24 @@ class Importance:
 
     Args:
         optimizer: `keras.optimizers.Optimizer`, whose state the averages are.
-        weights: Dict of name to `keras.Variable`.
+        adapter: `Adapter`.
+        rank_axes: Dict of the name of each of its weights that count to the
+            axis that has the ranks.
         betas: Pair of floats, the decays of the averages.
 
     Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), equations 8 to 10.
     """
 
-    def __init__(self, optimizer, weights, betas):
-        self.weights = weights
+    def __init__(self, optimizer, adapter, rank_axes, betas):
+        self.weights = {name: getattr(adapter, name) for name in rank_axes}
+        self.rank_axes = rank_axes
         self.betas = betas
         self.sensitivity, self.uncertainty = (
             {
                 name: optimizer.add_variable_from_reference(
                     weight, name=average
                 )
-                for name, weight in weights.items()
+                for name, weight in self.weights.items()
             }
             for average in ("sensitivity", "uncertainty")
         )
@@ -49,9 +52,15 @@ class Importance:
             for average, new in ((sensitivity, mean), (uncertainty, spread)):
                 average.assign(ops.where(is_scored, new, average.value))
 
-    def scores(self):
-        """Dict of name to tensor: the importance of each element."""
-        return {
-            name: self.sensitivity[name] * self.uncertainty[name]
-            for name in self.weights
-        }
+    def scores_of_ranks(self):
+        """Tensor of shape `(rank,)`: the importance of each rank.
+
+        The product of both averages is that of an element; a rank has the sum
+        over the weights of the mean of its elements.
+        """
+        scores = []
+        for name, rank_axis in self.rank_axes.items():
+            score = self.sensitivity[name] * self.uncertainty[name]
+            axes = [a for a in range(len(score.shape)) if a != rank_axis]
+            scores.append(ops.mean(score, axis=axes) if axes else score)
+        return sum(scores)

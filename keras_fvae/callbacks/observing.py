@@ -20,7 +20,7 @@ class ObservingCallback(keras.callbacks.Callback):
 
     Attributes:
         layers: List of the adapted layers that train.
-        observer: What `make_observer` returned.
+        observer: `Observer`, what `make_observer` returned.
         steps_per_update: Integer, the steps whose gradients the optimizer
             accumulates.
 
@@ -37,9 +37,7 @@ class ObservingCallback(keras.callbacks.Callback):
         self.total_steps = checked_integer("total_steps", total_steps, 1)
 
     def make_observer(self, adapters):
-        """What `backend.gradients.watch_gradients` takes.
-
-        Its variable `num_updates` counts the updates.
+        """The `Observer` of a `fit` that begins.
 
         Args:
             adapters: List of the adapters that train.
@@ -68,6 +66,10 @@ class ObservingCallback(keras.callbacks.Callback):
         self._tell_adapters(self)
 
     def on_train_end(self, logs=None):
+        self.leave()
+
+    def leave(self):
+        """Ends the watching, also where an error has ended `fit`."""
         stop_watching(self.model.optimizer)
         self._tell_adapters(None)
 
@@ -109,6 +111,42 @@ class ObservingCallback(keras.callbacks.Callback):
         since = (batch + 1) // self.steps_per_update
         self._last_update = self._updates_before + since
         return range(begin, self._last_update + 1)
+
+
+class Observer:
+    """What `backend.gradients.watch_gradients` takes: it counts the updates.
+
+    One that derives from it makes variables of its own in `build`, and
+    overrides `after_update`.
+
+    Args:
+        adapters: List of the adapters that train.
+    """
+
+    def __init__(self, adapters):
+        self.adapters = adapters
+
+    def build(self, optimizer):
+        """Makes the variables, as state of the optimizer."""
+        self.num_updates = optimizer.add_variable(
+            (), dtype="int32", name="num_updates"
+        )
+
+    def observe(self, gradients, variables):
+        """Counts an update, inside the compiled step."""
+        num_updates = self.num_updates + 1
+        self.num_updates.assign(num_updates)
+        by_id = {id(v): g for v, g in zip(variables, gradients)}
+        self.after_update(num_updates, by_id)
+
+    def after_update(self, num_updates, gradients):
+        """What is done after an update, inside the compiled step.
+
+        Args:
+            num_updates: Scalar integer tensor, how many there have been.
+            gradients: Dict of the id of a variable to its gradient.
+        """
+        raise NotImplementedError
 
 
 def forget_moments(optimizer, variable, index=...):

@@ -2,16 +2,17 @@
 
 import numpy as np
 
-from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
 from keras_fvae.callbacks.importance import Importance
+from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.callbacks.observing import forget_moments
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.methods.sr_lora import SRLoRAConfig
 
-FACTORS = ("kernel_a", "kernel_b")
+# Which axis of each weight is that of the ranks.
+RANK_AXES = {"kernel_a": 1, "kernel_b": 0}
 # AdaLoRA's.
 BETAS = (0.85, 0.85)
 
@@ -81,56 +82,34 @@ class SRLoRARestarter(ObservingCallback):
             logs["fused_ranks"] = float(np.mean(fused))
 
     def _restart(self):
-        keras_internals.sync_state(self.model)
+        # By way of the model, which has its variables' values then.
         optimizer = self.model.optimizer
-        for layer, scores in zip(self.layers, self.observer.scores()):
+        for layer, importance in zip(self.layers, self.observer.importance):
             adapter = layer.adapter
             if adapter.num_fused == adapter.max_fused:
                 continue
+            scores = replicas.to_numpy(importance.scores_of_ranks())
             rank = int(np.argmin(scores))
             adapter.fuse(rank, read_kernel(layer))
             forget_moments(optimizer, adapter.kernel_a, np.s_[:, rank])
             forget_moments(optimizer, adapter.kernel_b, rank)
 
 
-class PairImportance:
+class PairImportance(Observer):
     """The importance of each pair of A and B, observed inside the step.
 
     Args:
         adapters: List of `SRLoRAAdapter`.
     """
 
-    def __init__(self, adapters):
-        self.adapters = adapters
-
     def build(self, optimizer):
-        """Makes the averages, and the number of updates."""
-        self.num_updates = optimizer.add_variable(
-            (), dtype="int32", name="num_updates"
-        )
+        super().build(optimizer)
         self.importance = [
-            Importance(
-                optimizer,
-                {name: getattr(adapter, name) for name in FACTORS},
-                BETAS,
-            )
+            Importance(optimizer, adapter, RANK_AXES, BETAS)
             for adapter in self.adapters
         ]
 
-    def observe(self, gradients, variables):
+    def after_update(self, num_updates, gradients):
         """Goes on with the averages."""
-        self.num_updates.assign(self.num_updates + 1)
-        by_id = {id(v): g for v, g in zip(variables, gradients)}
         for importance in self.importance:
-            importance.update(by_id)
-
-    def scores(self):
-        """List of arrays of shape `(rank,)`."""
-        scores = []
-        for importance in self.importance:
-            of_elements = importance.scores()
-            kernel_a, kernel_b = (
-                replicas.to_numpy(of_elements[name]) for name in FACTORS
-            )
-            scores.append(kernel_a.mean(axis=0) + kernel_b.mean(axis=1))
-        return scores
+            importance.update(gradients)

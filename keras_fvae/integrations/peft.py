@@ -123,9 +123,9 @@ def save_peft_adapter(
 ):
     """Saves adapters, and the head, as PEFT reads them.
 
-    FVAE-LoRA as the authors' fork of PEFT reads it; LoRA, rsLoRA, FFA-LoRA,
-    DropLoRA, Flat-LoRA, PiSSA and OLoRA as LoRA on the untouched base model;
-    DoRA and HiRA as themselves.
+    FVAE-LoRA as the authors' fork of PEFT reads it; DoRA and HiRA as
+    themselves; all others whose update is that of A and B, such as PiSSA and
+    AdaLoRA, as LoRA on the untouched base model.
 
     Args:
         model: KerasHub task or backbone with adapted layers.

@@ -42,7 +42,8 @@ class Adapter(keras.Layer):
     # What `FVAELoRAMonitor` has seen of it last, in a word.
     health = None
     # What is missing, in words, where a `fit` has not the callback that the
-    # method needs; and that callback, while such a `fit` runs.
+    # method needs; and that callback, while such a `fit` runs: its `leave()`
+    # is called where an error ends that.
     without_callback = None
     callback = None
     # Whether it adds a loss in training.

@@ -111,7 +111,8 @@ class SRLoRAConfig(PiSSAConfig):
     B; the optimizer forgets its moments of a pair that starts anew.
 
     Learning rate: not known; PiSSA's is 2e-5. Cost: PiSSA's, and two thin
-    products for each pair that can be fused; merged, none.
+    products for each pair that can be fused; a singular value decomposition of
+    each kernel whenever pairs are fused; merged, none.
 
     Args:
         rank: Positive integer, the rank that trains, at most that of the

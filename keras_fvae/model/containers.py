@@ -246,8 +246,11 @@ class AdaptedModel(AdaptedContainer):
 
     def fit(self, *args, **kwargs):
         refuse_training_if_finalized(self)
-        with keras_internals.values_kept(self):
-            return super().fit(*args, **kwargs)
+        try:
+            with keras_internals.values_kept(self):
+                return super().fit(*args, **kwargs)
+        finally:
+            training.dismiss_callbacks(adapted_layers(self))
 
     def train_on_batch(self, *args, **kwargs):
         refuse_training_if_finalized(self)

@@ -229,10 +229,22 @@ def warn_of_missing_callbacks(model, layers):
     messages = {
         layer.adapter.without_callback
         for layer in layers
-        if layer.adapter.callback is None
+        if layer.adapter.callback is None and layer.adapter.is_trainable
     }
     for message in sorted(messages - {None}):
         warnings.warn(f"Model '{model.name}': {message}", stacklevel=4)
+
+
+def dismiss_callbacks(layers):
+    """Ends what the callbacks of adapters do, if an error has ended `fit`.
+
+    Args:
+        layers: List of adapted layers.
+    """
+    for layer in layers:
+        # It leaves all of its adapters.
+        if layer.adapter.callback is not None:
+            layer.adapter.callback.leave()
 
 
 def remember_training(model):

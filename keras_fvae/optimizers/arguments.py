@@ -76,27 +76,3 @@ def get_inner_optimizer(name, optimizer, outer, reserved):
                 f"{name}.{setting}={getattr(result, setting)!r}"
             )
     return result
-
-
-def build_other_optimizer(optimizer, variables, outer):
-    """Builds the optimizer of the weights that are in no pair.
-
-    Args:
-        optimizer: Optional `keras.optimizers.Optimizer`.
-        variables: List of `keras.Variable`, those weights.
-        outer: String, the class of the optimizer of pairs.
-
-    Raises:
-        ValueError: If there are such weights, and no optimizer.
-    """
-    if optimizer is not None:
-        optimizer.build(variables)
-    elif variables:
-        paths = ", ".join(f"'{variable.path}'" for variable in variables[:3])
-        raise ValueError(
-            f"`{outer}` optimizes pairs of `kernel_a` and `kernel_b`. "
-            f"{len(variables)} other variables train, too "
-            f"({paths}{', ...' if len(variables) > 3 else ''}): say what is to "
-            "optimize them, for example by "
-            "`other_optimizer=keras.optimizers.AdamW(1e-3)`."
-        )

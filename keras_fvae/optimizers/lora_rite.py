@@ -8,15 +8,12 @@ import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
-from keras_fvae.backend.keras_internals import JointOptimizer
-from keras_fvae.optimizers.arguments import BEFORE_THE_STEP
-from keras_fvae.optimizers.arguments import build_other_optimizer
 from keras_fvae.optimizers.arguments import check_number
-from keras_fvae.optimizers.arguments import get_inner_optimizer
 from keras_fvae.optimizers.eigen import transpose
 from keras_fvae.optimizers.lora_rite_step import State
 from keras_fvae.optimizers.lora_rite_step import corrected_decay
-from keras_fvae.optimizers.lora_rite_step import step_pairs
+from keras_fvae.optimizers.lora_rite_step import step_factors
+from keras_fvae.optimizers.pair_optimizer import PairOptimizer
 from keras_fvae.optimizers.pairs import find_pairs
 
 # For how many steps a factor is skipped until that is told.
@@ -24,7 +21,7 @@ STALLED_STEPS = 10
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class LoRARITE(JointOptimizer):
+class LoRARITE(PairOptimizer):
     """Optimizer that implements LoRA-RITE.
 
     An adaptive optimizer, as Adam, for each pair of `kernel_a`, A of shape
@@ -137,17 +134,13 @@ class LoRARITE(JointOptimizer):
                 "`escaped_mass` must be a boolean. "
                 f"Received: escaped_mass={escaped_mass!r}"
             )
-        if other_optimizer is not None:
-            other_optimizer = get_inner_optimizer(
-                "other_optimizer",
-                other_optimizer,
-                type(self).__name__,
-                (*BEFORE_THE_STEP, "use_ema"),
-            )
         super().__init__(
-            learning_rate, weight_decay=weight_decay, name=name, **kwargs
+            learning_rate,
+            other_optimizer,
+            weight_decay=weight_decay,
+            name=name,
+            **kwargs,
         )
-        self.other_optimizer = other_optimizer
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
@@ -161,16 +154,7 @@ class LoRARITE(JointOptimizer):
         pairs = find_pairs(variables, type(self).__name__)
         # A, B, A, B ...: so go all lists of what factors have.
         self.factors = tuple(index for pair in pairs for index in pair)
-        self.others = tuple(
-            index
-            for index in range(len(variables))
-            if index not in self.factors
-        )
-        build_other_optimizer(
-            self.other_optimizer,
-            [variables[index] for index in self.others],
-            type(self).__name__,
-        )
+        self.build_others(variables, {*self.factors})
         super().build(variables)
         kernels = [variables[index] for index in self.factors]
         self.momentums, self.bases = self.add_optimizer_variables(
@@ -204,35 +188,15 @@ class LoRARITE(JointOptimizer):
             (len(self.paths),), dtype="int32", name="skips"
         )
 
-    def joint_step(self, gradients, learning_rate):
+    def step_pairs(self, gradients, learning_rate):
         variables = self.optimized_variables
-        self._step_pairs(
-            [variables[index] for index in self.factors],
-            [gradients[index] for index in self.factors],
-            learning_rate,
-        )
-        others = [
-            (gradients[index], variables[index])
-            for index in self.others
-            if gradients[index] is not None
-        ]
-        if others:
-            self.other_optimizer.apply_gradients(others)
-
-    def _step_pairs(self, kernels, gradients, learning_rate):
+        kernels = [variables[index] for index in self.factors]
+        gradients = self.whole_gradients(gradients, self.factors)
         dtype = kernels[0].dtype
         learning_rate = ops.cast(learning_rate, dtype)
         step = ops.cast(self.iterations + 1, dtype)
-        gradients = replicas.sum_over_replicas(
-            [
-                ops.zeros(kernel.shape, dtype)
-                if gradient is None
-                else ops.cast(gradient, dtype)
-                for kernel, gradient in zip(kernels, gradients)
-            ]
-        )
         weights = tall(kernels)
-        directions, state, is_skipped = step_pairs(
+        directions, state, is_skipped = step_factors(
             weights,
             tall(gradients),
             State(
@@ -272,12 +236,6 @@ class LoRARITE(JointOptimizer):
             ],
         )
 
-    @property
-    def variables(self):
-        if self.other_optimizer is None:
-            return super().variables
-        return super().variables + self.other_optimizer.variables
-
     def finalize_variable_values(self, var_list):
         super().finalize_variable_values(var_list)
         if self.built:
@@ -304,8 +262,6 @@ class LoRARITE(JointOptimizer):
     def get_config(self):
         return {
             **super().get_config(),
-            "other_optimizer": self.other_optimizer
-            and keras.saving.serialize_keras_object(self.other_optimizer),
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,

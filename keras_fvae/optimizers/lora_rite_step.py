@@ -38,7 +38,7 @@ class State(typing.NamedTuple):
     escaped_masses: list
 
 
-def step_pairs(
+def step_factors(
     weights,
     gradients,
     state,

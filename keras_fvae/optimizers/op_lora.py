@@ -4,13 +4,10 @@ import keras
 from keras import ops
 
 from keras_fvae.backend import replicas
-from keras_fvae.backend.keras_internals import JointOptimizer
 from keras_fvae.layers.config import is_integer
-from keras_fvae.optimizers.arguments import BEFORE_THE_STEP
-from keras_fvae.optimizers.arguments import build_other_optimizer
 from keras_fvae.optimizers.arguments import check_number
-from keras_fvae.optimizers.arguments import get_inner_optimizer
 from keras_fvae.optimizers.lorsum import lorsum
+from keras_fvae.optimizers.pair_optimizer import PairOptimizer
 from keras_fvae.optimizers.pairs import find_pairs
 from keras_fvae.optimizers.pairs import find_zero_kernels
 
@@ -20,7 +17,7 @@ SMALLEST_PROXIMAL_WEIGHT = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class OPLoRA(JointOptimizer):
+class OPLoRA(PairOptimizer):
     """Optimizer that implements OPLoRA, by Proximal Subspace Iteration.
 
     A step of the whole kernel would be `-learning_rate * (G + momentum * M)`,
@@ -131,15 +128,7 @@ class OPLoRA(JointOptimizer):
             "a positive number",
             lambda v: v > 0,
         )
-        if other_optimizer is not None:
-            other_optimizer = get_inner_optimizer(
-                "other_optimizer",
-                other_optimizer,
-                type(self).__name__,
-                (*BEFORE_THE_STEP, "use_ema"),
-            )
-        super().__init__(learning_rate, name=name, **kwargs)
-        self.other_optimizer = other_optimizer
+        super().__init__(learning_rate, other_optimizer, name=name, **kwargs)
         self.momentum = momentum
         self.num_iterations = num_iterations
         self.proximal_weight = proximal_weight
@@ -152,12 +141,8 @@ class OPLoRA(JointOptimizer):
             variables, pairs, type(self).__name__
         )
         self.kernels_a, self.kernels_b = zip(*pairs)
-        known = {*self.kernels_a, *self.kernels_b, *self.zero_kernels}
-        self.others = tuple(i for i in range(len(variables)) if i not in known)
-        build_other_optimizer(
-            self.other_optimizer,
-            [variables[index] for index in self.others],
-            type(self).__name__,
+        self.build_others(
+            variables, {*self.kernels_a, *self.kernels_b, *self.zero_kernels}
         )
         super().build(variables)
         self.momentums_a, self.momentums_b = [], []
@@ -171,37 +156,9 @@ class OPLoRA(JointOptimizer):
                 [variables[index] for index in self.kernels_b], "momentum"
             )
 
-    def joint_step(self, gradients, learning_rate):
-        self._step_pairs(self._kernel_gradients(gradients), learning_rate)
-        variables = self.optimized_variables
-        others = [
-            (gradients[index], variables[index])
-            for index in self.others
-            if gradients[index] is not None
-        ]
-        if others:
-            self.other_optimizer.apply_gradients(others)
-
-    def _kernel_gradients(self, gradients):
-        """List of the gradients of whole kernels, 0 where nothing trains."""
-        variables = self.optimized_variables
-        found = []
-        for b, zeros in zip(self.kernels_b, self.zero_kernels):
-            gradient, variable = gradients[zeros], variables[zeros]
-            if gradient is None and gradients[b] is not None:
-                raise ValueError(
-                    f"There is a gradient of '{variables[b].path}', and none "
-                    f"of '{variable.path}', which enters in training alone: "
-                    "call the model with `training=True`."
-                )
-            found.append(
-                ops.zeros(variable.shape, variable.dtype)
-                if gradient is None
-                else ops.cast(gradient, variable.dtype)
-            )
-        return replicas.sum_over_replicas(found)
-
-    def _step_pairs(self, gradients, learning_rate):
+    def step_pairs(self, gradients, learning_rate):
+        self._check_gradients(gradients)
+        gradients = self.whole_gradients(gradients, self.zero_kernels)
         variables = self.optimized_variables
         variables_a = [variables[index] for index in self.kernels_a]
         variables_b = [variables[index] for index in self.kernels_b]
@@ -231,17 +188,20 @@ class OPLoRA(JointOptimizer):
         )
         replicas.assign([*variables_a, *variables_b], [*lefts, *rights])
 
-    @property
-    def variables(self):
-        if self.other_optimizer is None:
-            return super().variables
-        return super().variables + self.other_optimizer.variables
+    def _check_gradients(self, gradients):
+        """Raises a `ValueError` if a B trains and its kernel has none."""
+        variables = self.optimized_variables
+        for b, zeros in zip(self.kernels_b, self.zero_kernels):
+            if gradients[zeros] is None and gradients[b] is not None:
+                raise ValueError(
+                    f"There is a gradient of '{variables[b].path}', and none "
+                    f"of '{variables[zeros].path}', which enters in training "
+                    "alone: call the model with `training=True`."
+                )
 
     def get_config(self):
         return {
             **super().get_config(),
-            "other_optimizer": self.other_optimizer
-            and keras.saving.serialize_keras_object(self.other_optimizer),
             "momentum": self.momentum,
             "num_iterations": self.num_iterations,
             "proximal_weight": self.proximal_weight,

@@ -126,6 +126,8 @@ def test_a_fit_without_the_schedule_says_so(rng):
             warnings.filterwarnings("error", ".*FlatLoRASchedule")
             fit(model, x, y, [SCHEDULE()])
             model.predict(x, verbose=0)
+        with pytest.raises(family.Killed):
+            fit(model, x, y, [SCHEDULE(), family.kill_before(0)])
 
 
 def test_the_schedule_refuses_what_it_cannot_do(rng):
