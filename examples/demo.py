@@ -116,16 +116,20 @@ def table(results, situations, seeds):
     for dataset in situations:
         lines.append(SITUATIONS[dataset])
         for name, label in MEASURES.items():
-            first, second = (
-                np.mean([results[dataset, m, seed][name] for seed in seeds])
-                for m in COMPARED
-            )
+            first, second = means(results, dataset, name, seeds)
             digits = 2 if label == "loss" else 1
-            numbers = [first, second]
-            cells = "".join(f"{n:>14.{digits}f}" for n in numbers)
+            cells = "".join(f"{n:>14.{digits}f}" for n in (first, second))
             cells += f"{second - first:>+14.{digits}f}"
             lines.append(f"  {label:<22}{cells}")
     return "\n".join(lines)
+
+
+def means(results, dataset, name, seeds):
+    """List of the mean of a measure over the seeds, of each method."""
+    return [
+        np.mean([results[dataset, method, seed][name] for seed in seeds])
+        for method in COMPARED
+    ]
 
 
 def plot(results, situations, seeds):
@@ -138,13 +142,9 @@ def plot(results, situations, seeds):
             for seed in seeds:
                 values = [results[dataset, m, seed][name] for m in COMPARED]
                 axis.plot(labels, values, color="0.6", marker="o", linewidth=1)
-            means = [
-                np.mean([results[dataset, m, seed][name] for seed in seeds])
-                for m in COMPARED
-            ]
             axis.plot(
                 labels,
-                means,
+                means(results, dataset, name, seeds),
                 color=plots.COLORS[0],
                 marker="s",
                 linewidth=2.5,
