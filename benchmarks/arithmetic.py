@@ -34,6 +34,8 @@ def frozen(task, length):
     return kernels + attention
 
 
+# The width of FVAE-LoRA's encoders, by the rank.
+HIDDEN_BY_RANK = 4
 # How often a method multiplies the tokens by thin matrices, A and B.
 THIN_PRODUCTS = {
     "LoRA on x": 1,
@@ -75,7 +77,8 @@ def inference(method, width, units, rank):
         return THIN_PRODUCTS[method] * rank * (width + units) + router
     if method in ("FVAE-LoRA", "finalized"):
         # The hidden layer and the mean of q1, then B.
-        return width * rank + rank * rank + rank * units
+        hidden = HIDDEN_BY_RANK * rank
+        return width * hidden + hidden * rank + rank * units
     # KerasHub's LoRA adds B A to the kernel, once for all tokens.
     return 0
 
@@ -104,7 +107,8 @@ def training(method, width, units, rank, decoder_units=(128, 128, 128)):
     if method in THIN_PRODUCTS:
         return 3 * THIN_PRODUCTS[method] * rank * (width + units)
     # Both encoders in one product, their heads in a block-diagonal one.
-    encoders = width * 2 * rank + 2 * rank * 4 * rank
+    hidden = HIDDEN_BY_RANK * rank
+    encoders = width * 2 * hidden + 2 * hidden * 4 * rank
     widths = (2 * rank, *decoder_units, width)
     decoder = sum(a * b for a, b in itertools.pairwise(widths))
     return 3 * (encoders + decoder + rank * units)

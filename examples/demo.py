@@ -26,7 +26,7 @@ from examples.paper.methods import METHODS
 from keras_fvae import plots
 
 RESULTS = pathlib.Path(__file__).parent / "paper" / "results" / "local" / "full"
-COMPARED = ("lora", "fvae_lora")
+COMPARED = ("lora", "fvae_lora_of_4_ranks")
 SEEDS = (101, 102, 103)
 # By data set, what it shows.
 SITUATIONS = {

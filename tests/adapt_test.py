@@ -233,7 +233,8 @@ def test_summary_counts_parameters():
     # The figures of the paper: 24 layers of ViT-B/16 at rank 16.
     inputs = keras.Input((768,))
     model = keras.Model(inputs, keras.layers.Dense(768, name="query")(inputs))
-    summary = keras_fvae.enable_fvae_lora(model, rank=16)
+    config = keras_fvae.FVAELoRAConfig.from_paper(rank=16)
+    summary = keras_fvae.enable_adapter(model, config)
     assert 24 * summary.inference_parameters == 596_736
     encoder = 768 * 16 + 16 + 2 * (16 * 16 + 16)
     decoder = 32 * 128 + 128 + 2 * (128 * 128 + 128) + 128 * 768 + 2 * 768

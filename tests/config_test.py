@@ -9,14 +9,35 @@ import keras_fvae
 from keras_fvae.methods.fvae.config import resolve_config
 
 
-def test_defaults_are_the_published_settings():
-    config = keras_fvae.FVAELoRAConfig()
+def test_published_settings():
+    config = keras_fvae.FVAELoRAConfig.from_paper()
     assert (config.rank, config.hidden_units) == (16, (16,))
     assert config.decoder_units == (128, 128, 128)
+    assert config.dropout == 0.1
     assert config.prior == (1.5, 1.0)
     assert config.scale == 1.0
     assert config.gamma_weights == (0.125, 0.125)
     assert config.elbo_weight == 1e-3
+
+
+def test_defaults_are_the_published_settings_but_for_the_encoders():
+    config = keras_fvae.FVAELoRAConfig(rank=8)
+    assert (config.hidden_units, config.dropout) == ((32,), 0.3)
+    published = keras_fvae.FVAELoRAConfig.from_paper(rank=8)
+    assert published == dataclasses.replace(
+        config, encoder_units=(8,), dropout=0.1
+    )
+
+
+def test_published_settings_with_others():
+    config = keras_fvae.FVAELoRAConfig.from_paper(4, alpha=2, dropout=0.2)
+    assert (config.rank, config.alpha, config.hidden_units) == (4, 2.0, (4,))
+    assert config.dropout == 0.2
+
+
+def test_published_settings_refuse_a_rank_that_is_none():
+    with pytest.raises(ValueError, match="rank='8'"):
+        keras_fvae.FVAELoRAConfig.from_paper("8")
 
 
 @pytest.mark.parametrize(

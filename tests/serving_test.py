@@ -72,7 +72,9 @@ def test_what_remains_of_vit_b_16():
         mlp_dim=3072,
     )
     base_parameters = backbone.count_params()
-    summary = backbone.enable_fvae_lora(rank=16)
+    summary = backbone.enable_fvae_lora(
+        config=keras_fvae.FVAELoRAConfig.from_paper(rank=16)
+    )
     assert len(summary.layer_paths) == 24
     keras_fvae.finalize_adapter(backbone)
     assert backbone.count_params() - base_parameters == 596_736

@@ -31,15 +31,15 @@ class Method:
 
 
 def variant(label, objective, elbo_choices):
-    """FVAE-LoRA with one of its objectives."""
+    """FVAE-LoRA as published, with one of its objectives."""
     make_config = functools.partial(
-        keras_fvae.FVAELoRAConfig, objective=objective
+        keras_fvae.FVAELoRAConfig.from_paper, objective=objective
     )
     return Method(label, make_config, elbo_choices=elbo_choices)
 
 
 def wide(rank, widths=(8,), alpha_by_rank=1.0, **options):
-    """FVAE-LoRA with a wider hidden layer in its encoders, and more dropout.
+    """FVAE-LoRA with another hidden layer in its encoders.
 
     Args:
         rank: Positive integer.
@@ -50,10 +50,14 @@ def wide(rank, widths=(8,), alpha_by_rank=1.0, **options):
     options = {
         "encoder_units": tuple(width * rank for width in widths),
         "alpha": alpha_by_rank * rank,
-        "dropout": 0.3,
         **options,
     }
     return keras_fvae.FVAELoRAConfig(rank, **options)
+
+
+def three_ranks(rank, **options):
+    """LoRA with what `FVAELoRAConfig(rank)` has at inference."""
+    return keras_fvae.LoRAConfig(3 * rank, **options)
 
 
 def four_experts(rank, **options):
@@ -91,6 +95,9 @@ METHODS = {
     "head_only": Method("head only"),
     "full_fine_tuning": Method("full fine-tuning", trains_backbone=True),
     "lora": Method("LoRA", keras_fvae.LoRAConfig, dropouts=INPUT_DROPOUTS),
+    "lora_of_3_ranks": Method(
+        "LoRA of 3 times the rank", three_ranks, dropouts=INPUT_DROPOUTS
+    ),
     "rslora": Method(
         "rsLoRA", keras_fvae.RSLoRAConfig, dropouts=INPUT_DROPOUTS
     ),
@@ -127,17 +134,17 @@ METHODS = {
     ),
     "vae2lat": variant("VAE2LAT", "vae2lat", VAE2LAT_CHOICES),
     "beta_vae2lat": variant("beta-VAE2LAT", "beta_vae2lat", BETA_CHOICES),
-    "fvae_lora": variant("FVAE-LoRA", "fvae", FVAE_CHOICES),
+    "fvae_lora": variant("FVAE-LoRA as published", "fvae", FVAE_CHOICES),
     "fvae_lora_of_4_ranks": Method(
-        "FVAE-LoRA, encoders of 4 ranks",
-        functools.partial(wide, widths=(4,)),
+        "FVAE-LoRA",
+        keras_fvae.FVAELoRAConfig,
         elbo_choices=WIDE_CHOICES,
     ),
     "wide_fvae_lora": Method(
         "FVAE-LoRA, wide encoders", wide, elbo_choices=WIDE_CHOICES
     ),
 }
-OF_OUR_OWN = ("fvae_lora_of_4_ranks", "wide_fvae_lora")
+OF_OUR_OWN = ("lora_of_3_ranks", "fvae_lora_of_4_ranks", "wide_fvae_lora")
 # Those that the paper names, and does not compare with.
 RELATED = ("sr_lora", "ada_lora", "beam_lora", "moe_lora", "flat_lora")
 # Those of the paper's tables.
