@@ -9,6 +9,7 @@
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import pathlib
 import re
@@ -17,6 +18,7 @@ import time
 import keras
 
 from benchmarks import arithmetic
+from benchmarks.models import CALLBACKS
 from benchmarks.models import METHODS
 from benchmarks.models import SIZES
 from benchmarks.models import TRAINING_METHODS
@@ -35,6 +37,7 @@ def steps(size, rank, rounds, methods, jit_compile="auto"):
         models[method] = task
         results[method] = {"train": [], "predict": []}
         if method in TRAINING_METHODS:
+            task.train_on_batch = with_callback(task, method, rounds)
             results[method]["first"] = seconds(task.train_on_batch, x, y)
             results[method]["counted"] = arithmetic.step(
                 method, task, size.num_tokens, rank
@@ -55,6 +58,36 @@ def steps(size, rank, rounds, methods, jit_compile="auto"):
                 taken = seconds(calls[method], *arguments)
                 results[method][what].append(taken)
     return results
+
+
+def with_callback(task, method, rounds):
+    """`task.train_on_batch` with what `fit` does for a method's callback.
+
+    Args:
+        task: Compiled task.
+        method: String, a key of `TRAINING_METHODS`.
+        rounds: Integer, how many steps are timed.
+    """
+    if method not in CALLBACKS:
+        return task.train_on_batch
+    callbacks = keras.callbacks.CallbackList(
+        # The first step compiles, the second one is not timed.
+        [CALLBACKS[method]()],
+        model=task,
+        epochs=1,
+        steps=rounds + 2,
+    )
+    callbacks.on_train_begin()
+    callbacks.on_epoch_begin(0)
+    train_on_batch, batches = task.train_on_batch, itertools.count()
+
+    def step(x, y):
+        batch = next(batches)
+        callbacks.on_train_batch_begin(batch)
+        logs = train_on_batch(x, y, return_dict=True)
+        callbacks.on_train_batch_end(batch, logs)
+
+    return step
 
 
 def memory(size, rank, method):

@@ -152,6 +152,15 @@ CONFIGS = {
 }
 
 
+# What else they train with.
+CALLBACKS = {
+    "SRLoRA": keras_fvae.SRLoRARestarter,
+    "AdaLoRA": keras_fvae.AdaLoRAAllocator,
+    "BeamLoRA": keras_fvae.BeamLoRAPruner,
+    "Flat-LoRA": keras_fvae.FlatLoRASchedule,
+}
+
+
 def enable_method(task, rank, method):
     keras_fvae.enable_adapter(
         task.backbone, CONFIGS[method](rank), ["query", "value"]

@@ -41,6 +41,17 @@ CONFIGS = {
     ),
     "DoRA": (keras_fvae.DoRAConfig, lambda: lora(use_dora=True)),
     "HiRA": (keras_fvae.HiRAConfig, lambda: peft.HiraConfig(**COMMON)),
+    # Without the allocation of ranks between steps.
+    "AdaLoRA": (
+        keras_fvae.AdaLoRAConfig,
+        lambda: peft.AdaLoraConfig(
+            init_r=RANK,
+            target_r=RANK // 2,
+            total_step=1000,
+            lora_alpha=RANK,
+            target_modules=COMMON["target_modules"],
+        ),
+    ),
 }
 SHAPE = BATCH_SIZE, NUM_TOKENS, WIDTH
 # As Keras does.

@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_fvae
 from benchmarks import arithmetic
+from benchmarks.measure import with_callback
 from benchmarks.models import Size
 from benchmarks.models import make_adapted
 from keras_fvae.model.lookup import adapted_layers
@@ -28,7 +29,8 @@ def test_what_inference_takes_is_what_it_keeps():
         width, units = arithmetic.width_and_units(layer)
         counted = arithmetic.inference("FVAE-LoRA", width, units, RANK)
         # The biases of the hidden layer and of the mean.
-        kept = layer.adapter.num_inference_parameters - 2 * RANK
+        biases = arithmetic.HIDDEN_BY_RANK * RANK + RANK
+        kept = layer.adapter.num_inference_parameters - biases
         assert counted == kept
 
 
@@ -75,6 +77,16 @@ def test_what_training_takes_is_counted(method):
         # A^T A and B B^T, and their gradients.
         counted += 3 * (width + units) * RANK**2 / NUM_TOKENS
     assert counter.get_total_flops() / 2 / NUM_TOKENS == pytest.approx(counted)
+
+
+@pytest.mark.one_backend
+def test_steps_are_timed_with_what_a_method_trains_with():
+    task, x, y = make_adapted(SMALL, "AdaLoRA", RANK)
+    step = with_callback(task, "AdaLoRA", rounds=8)
+    for _ in range(10):
+        step(x, y)
+    ranks = [layer.adapter.num_ranks for layer in adapted_layers(task)]
+    assert sum(ranks) < len(ranks) * RANK
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PEFT has PyTorch alone")
