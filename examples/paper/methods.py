@@ -19,7 +19,8 @@ class Method:
         elbo_choices: Tuple of dicts of options, one of which is searched for
             where an ELBO is part of the loss. Else there is none.
         dropouts: Tuple of floats, the rates one of which is searched for.
-        callbacks: Tuple of the classes of callbacks that it trains with.
+        callbacks: Tuple of functions that return a callback, which it trains
+            with.
     """
 
     label: str
@@ -67,9 +68,18 @@ def four_experts(rank, **options):
     )
 
 
-def ablation(label, **changes):
+def ablation(label, callbacks=(), **changes):
     """`wide` with one change."""
-    return Method(label, functools.partial(wide, **changes))
+    return Method(
+        label, functools.partial(wide, **changes), callbacks=callbacks
+    )
+
+
+def warmed_up_elbo():
+    """Callback that lets the ELBO come in over the first hundred steps."""
+    return keras_fvae.FVAELoRASchedule(
+        elbo_weight=lambda step: 1e-3 * min(1.0, step / 100)
+    )
 
 
 # Of what enters an adapter, and of an update's ranks.
@@ -170,7 +180,13 @@ ABLATIONS = {
     "zero_in_b": ablation("B zero at the start", zero_at_start="kernel_b"),
     "alpha_2": ablation("alpha twice the rank", alpha_by_rank=2.0),
     "four_samples": ablation("four samples in training", num_samples=4),
+    "narrow_decoder": ablation(
+        "a decoder of one layer of 32", decoder_units=(32,)
+    ),
     "no_elbo": ablation("no ELBO", elbo_weight=0.0),
+    "elbo_warm_up": ablation(
+        "ELBO warmed up over 100 steps", callbacks=(warmed_up_elbo,)
+    ),
     "elbo_10": ablation("ELBO x 10", elbo_weight=1e-2),
     "elbo_10_reconstruction_0.1": ablation(
         "ELBO x 10, reconstruction x 0.1",
