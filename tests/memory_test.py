@@ -88,9 +88,9 @@ def test_eight_billion_weights(method):
         assert alone.trainable_weights == trained
         assert shared.trainable_weights == trained
         return
-    # Of each token's features: two encoders of 16, the decoder's last weights.
-    features = d * (2 * 16 + 128 + 1 + 1)
-    encoders = 2 * 16 + 2 * (16 + 1) * 32
+    # Of each token's features: two encoders of 64, the decoder's last weights.
+    features = d * (2 * 64 + 128 + 1 + 1)
+    encoders = 2 * 64 + 2 * (64 + 1) * 32
     decoder = (32 + 1) * 128 + 2 * (128 + 1) * 128
     kernels_b = 16 * (4096 + 1024)
     latents = 2 * (encoders + decoder)

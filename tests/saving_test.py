@@ -207,8 +207,8 @@ def test_a_file_is_small(tmp_path):
     keras_fvae.enable_fvae_lora(model, 16, lambda layer: True)
     keras_fvae.save_adapter(model, tmp_path / FILE)
     keras_fvae.save_adapter(model, tmp_path / "i.safetensors", "inference")
-    assert (tmp_path / FILE).stat().st_size < 20e6
-    assert (tmp_path / "i.safetensors").stat().st_size < 3e6
+    assert (tmp_path / FILE).stat().st_size < 25e6
+    assert (tmp_path / "i.safetensors").stat().st_size < 6.1e6
 
 
 def edit(path, change):
