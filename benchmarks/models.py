@@ -154,7 +154,8 @@ CONFIGS = {
 
 # What else they train with.
 CALLBACKS = {
-    "SRLoRA": keras_fvae.SRLoRARestarter,
+    # Of ten times in a training that a rank starts anew, no timed step is one.
+    "SRLoRA": functools.partial(keras_fvae.SRLoRARestarter, interval=1000),
     "AdaLoRA": keras_fvae.AdaLoRAAllocator,
     "BeamLoRA": keras_fvae.BeamLoRAPruner,
     "Flat-LoRA": keras_fvae.FlatLoRASchedule,
