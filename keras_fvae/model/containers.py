@@ -36,6 +36,7 @@ from keras_fvae.model.record import check_version
 from keras_fvae.model.record import describe
 from keras_fvae.model.record import find_layers
 from keras_fvae.model.record import restore_flags
+from keras_fvae.model.summary import shown_with_methods
 from keras_fvae.model.tree import LayerTree
 
 
@@ -235,6 +236,10 @@ class AdaptedModel(AdaptedContainer):
             if not kept:
                 return step(*args)
             return keras_internals.without_moving(kept, self, step, args)
+
+    def summary(self, *args, **kwargs):
+        with shown_with_methods(self):
+            return super().summary(*args, **kwargs)
 
     # What cannot be done is refused here, before any weight is touched.
 

@@ -1,11 +1,14 @@
 """What is adapted in a model, how, and what of it trains, in words."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 
 from keras_fvae.backend import replicas
 from keras_fvae.layers import switching
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapted import seen_as
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import BASES
 from keras_fvae.model import lookup
@@ -190,6 +193,37 @@ def summarize(model):
             layer.adapter.num_inference_parameters for layer in tree.adapted
         ),
     )
+
+
+@contextlib.contextmanager
+def shown_with_methods(model):
+    """Names the method beside the class of each layer, inside the block.
+
+    For `keras.Model.summary`, which shows a layer as what its class is called.
+    That is the plain layer's name at all other times, because Keras finds the
+    weights in a file by it.
+
+    Args:
+        model: `keras.Model` with adapted layers.
+    """
+    layers = {id(la): la for la in LayerTree(model).all_layers}
+    del layers[id(model)]
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():
+            adapted = lookup.adapted_layers(layer)
+            methods = sorted({one.config.method_name for one in adapted})
+            if methods:
+                name = ", ".join([type(layer).__name__, *methods])
+                name += "" if layer in adapted else " inside"
+                stack.enter_context(
+                    seen_as(layer, _class_called(name, type(layer)))
+                )
+        yield
+
+
+@functools.cache
+def _class_called(name, base):
+    return type(name, (base,), {"__module__": base.__module__})
 
 
 def frozen_new_layers(tree):
