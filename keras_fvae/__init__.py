@@ -1,7 +1,6 @@
 """Low-rank adapters for Keras 3: FVAE-LoRA and the family around it."""
 
 import importlib
-import importlib.metadata
 
 from keras_fvae import optimizers
 from keras_fvae.analysis.groups import WorstGroupAccuracy
@@ -63,6 +62,9 @@ from keras_fvae.model.state import AdapterState
 from keras_fvae.model.state import read_adapter
 from keras_fvae.model.summary import adapter_summary
 
+# The one place that says which version this is; `pyproject.toml` reads it.
+__version__ = "0.1.0"
+
 when_imported("keras_hub", keras_hub.extend_keras_hub)
 
 
@@ -70,8 +72,6 @@ def __getattr__(name):
     # Only when it is asked for, since it takes matplotlib.
     if name == "plots":
         return importlib.import_module("keras_fvae.analysis.plots")
-    if name == "__version__":
-        return importlib.metadata.version("keras-fvae")
     raise AttributeError(f"module 'keras_fvae' has no attribute '{name}'")
 
 

@@ -22,6 +22,7 @@ from helpers import ROOT
 import keras_fvae
 
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 GUIDES = sorted((ROOT / "guides").glob("*.py"))
 MODULES = sorted(
     module.name
@@ -35,8 +36,8 @@ PUBLIC = [
 ]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, document=README):
+    return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
 
 
 @pytest.mark.one_backend
@@ -57,30 +58,57 @@ def test_the_readme_has_examples():
     "command",
     [
         line.split("#")[0].strip()
-        for block in blocks("shell")
+        for document in (README, (ROOT / "CONTRIBUTING.md").read_text())
+        for block in blocks("shell", document)
         for line in block.splitlines()
     ],
 )
-def test_commands_of_the_readme(command):
+def test_commands(command):
     words = shlex.split(command)
     if words[0] == "make":
         # What they run is run by the tests; that they know it, is asked here.
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True)
         return
     assert words[:2] == ["pip", "install"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name, _, extras = words[-1].rstrip("]").partition("[")
     if extras:
-        assert name == project["name"]
-        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+        assert name == PROJECT["name"]
+        assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
     else:
         assert name in (ROOT / "constraints.txt").read_text()
 
 
+def links(document):
+    return re.findall(r"\]\(([^)\s]+)\)", document)
+
+
 @pytest.mark.always_one_backend
-def test_pictures_and_links_of_the_readme_are_there():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+def test_links_of_the_readme_lead_somewhere_on_the_index_too():
+    """Where it is shown without the repository around it."""
+    ours = []
+    for target in links(README):
+        assert target.startswith("https://"), target
+        # A document by its page, a picture as it is.
+        kind = "raw" if target.endswith((".svg", ".png")) else "blob"
+        prefix = f"{PROJECT['urls']['Homepage']}/{kind}/main/"
+        if target.startswith(PROJECT["urls"]["Homepage"]):
+            assert (ROOT / target.removeprefix(prefix)).is_file(), target
+            ours.append(target)
+    assert ours
+
+
+@pytest.mark.always_one_backend
+@pytest.mark.parametrize(
+    "name", ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+)
+def test_other_documents_name_what_is_there(name):
+    """Files by their links, and by the paths that they have in code."""
+    document = (ROOT / name).read_text()
+    for target in links(document):
         assert target.startswith("https://") or (ROOT / target).is_file()
+    for path in re.findall(r"`((?:[\w.]+/)+[\w.]+\.\w+)`", document):
+        if "your_method" not in path:
+            assert (ROOT / path).is_file(), path
 
 
 def read_notebook(guide):
