@@ -359,6 +359,47 @@ def test_another_process_unpickles_without_a_word_of_the_package():
     assert output.split() == ["3"]
 
 
+@pytest.mark.one_backend
+def test_keras_refuses_code_in_the_file_of_an_adapted_model(tmp_path):
+    inner = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(8, name="query"),
+            keras.layers.Lambda(lambda x: 2 * x),
+        ]
+    )
+    model = keras.Sequential([inner, keras.layers.Dense(3, name="head")])
+    enable(model, "sequential")
+    path = tmp_path / "model.keras"
+    model.save(path)
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        keras.saving.load_model(path)
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        type(model).from_config(model.get_config())
+    loaded = keras.saving.load_model(path, safe_mode=False)
+    x = np.ones((2, 8))
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"module": "os", "class_name": "system"},
+        {"module": "subprocess", "class_name": "Popen"},
+        {"module": "builtins", "class_name": "eval"},
+        {"module": "keras.utils", "class_name": "get_file"},
+    ],
+)
+def test_what_a_config_says_of_the_plain_model_names_no_code(named):
+    model = small_models.make_sequential()
+    enable(model, "sequential")
+    config = model.get_config()
+    config["keras_fvae"]["layer"] |= {"registered_name": None, **named}
+    with pytest.raises((TypeError, ValueError), match=named["class_name"]):
+        type(model).from_config(config)
+
+
 @pytest.mark.parametrize("name", ["functional", "text_classifier"])
 @pytest.mark.parametrize("suffix", [".h5", ".hdf5"])
 def test_keras_old_format_is_refused_when_saving(name, suffix, tmp_path):
