@@ -139,6 +139,21 @@ class FrozenCall:
             outputs, projected, matrix, self.inputs, self.kernel_shape
         )
 
+    def add_for_tokens(self, outputs, values):
+        """Adds to outputs what there is for each token.
+
+        Args:
+            outputs: Tensor, what `outputs()` returned. On PyTorch they change.
+            values: Tensor of shape `(..., k)`, a vector for each token.
+
+        Returns:
+            Tensor of the shape and dtype of `outputs`.
+        """
+        outputs += self.linear_map.from_tokens(
+            ops.cast(values, outputs.dtype), self.inputs, self.kernel_shape
+        )
+        return outputs
+
     def multiply(self, matrix):
         """Outputs by another kernel than the frozen one, and no bias.
 

@@ -10,8 +10,34 @@ from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.methods.lora import LoRAConfig
 
 
+@ops.custom_gradient
+def zero_product(x, kernel):
+    """0 for each token, with the gradient that `x kernel` has for the kernel.
+
+    Args:
+        x: Tensor of shape `(..., d)`, which has no gradient.
+        kernel: Tensor of shape `(d, k)`, whatever it is.
+
+    Returns:
+        Tensor of shape `(..., k)` and of the dtype of `x`.
+    """
+
+    def gradients(*arguments, upstream=None):
+        # PyTorch passes it by its name.
+        upstream = arguments[-1] if upstream is None else upstream
+        product = ops.matmul(ops.transpose(_rows(x)), _rows(upstream))
+        return None, ops.cast(product, kernel.dtype)
+
+    shape = (*ops.shape(x)[:-1], kernel.shape[-1])
+    return ops.zeros(shape, x.dtype), gradients
+
+
+def _rows(x):
+    return ops.reshape(x, (-1, x.shape[-1]))
+
+
 class OPLoRAAdapter(LowRankAdapter):
-    """LoRA's update, and in training x times a kernel that is always 0.
+    """LoRA's update, and in training x times a kernel that counts as 0.
 
     The gradient of that kernel is the one that the frozen kernel would have.
     """
@@ -33,11 +59,10 @@ class OPLoRAAdapter(LowRankAdapter):
         outputs = super().adapt(frozen, training)
         if not training:
             return outputs
-        # 0 also after the step of an optimizer that does not know of it.
-        zero_kernel = self.zero_kernel - ops.stop_gradient(self.zero_kernel)
-        return frozen.add_product(
-            outputs, ops.stop_gradient(frozen.tokens), zero_kernel
+        zeros = zero_product(
+            ops.stop_gradient(frozen.tokens), self.zero_kernel.value
         )
+        return frozen.add_for_tokens(outputs, zeros)
 
     @property
     def saved_weights(self):
@@ -72,7 +97,7 @@ class OPLoRAConfig(AdapterConfig):
     Learning rate: as `keras_fvae.optimizers.OPLoRA` says. Cost: in training,
     two float32 arrays as large as the kernel for each adapted layer, the zeros
     and their gradient (one more with gradient accumulation or moving
-    averages), and two products as large as the layer's own; else, and merged,
+    averages), and a product as large as the layer's own; else, and merged,
     LoRA's. `model.summary()` counts `zero_kernel` among what trains.
 
     Args:
