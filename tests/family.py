@@ -74,6 +74,9 @@ CONFIGS = {
     "MoE-LoRA": keras_fvae.MoELoRAConfig(2, 4, num_experts=3, top_k=2, seed=1),
     "Flat-LoRA": keras_fvae.FlatLoRAConfig(2, 4, rho=0.2, seed=1),
     "OPLoRA": keras_fvae.OPLoRAConfig(2, seed=1),
+    "OPLoRA with mean squares": keras_fvae.OPLoRAConfig(
+        2, mean_squares=True, seed=1
+    ),
     "FVAE-LoRA": keras_fvae.FVAELoRAConfig(
         2, 4, decoder_units=(4,), elbo_weight=1e-4, seed=1
     ),

@@ -519,3 +519,37 @@ def test_a_joint_step_gets_what_became_of_the_gradients():
     assert [optimizer.weight_decay_of(v) for v in variables] == [0, 0.1, 0.1]
     # Decay is left to the step, too.
     assert all(to_numpy(v).tolist() == [1, 1] for v in variables)
+
+
+def test_gradients_that_are_never_clipped():
+    variables = [
+        keras.Variable(np.ones(1, "float32"), name=name) for name in "abc"
+    ]
+    optimizer = RecordingOptimizer(0.5, global_clipnorm=1.0)
+    optimizer.build(variables)
+    optimizer.never_clipped = (1,)
+    gradients = [keras.ops.full((1,), number) for number in (100.0, 3.0, 4.0)]
+    # In another order.
+    optimizer.apply(gradients, [variables[i] for i in (1, 0, 2)])
+    seen = [float(gradient[0]) for gradient in optimizer.seen[0]]
+    np.testing.assert_allclose(seen, [0.6, 100.0, 0.8], rtol=1e-6)
+
+
+def test_the_losses_that_a_layer_has_added():
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.ActivityRegularization(l1=1.0)
+            self.weight = self.add_weight(shape=(2,), regularizer="l2")
+
+        def call(self, x):
+            self.inner(x)
+            self.add_loss(3.0 + 0.0 * keras.ops.sum(x))
+            self.seen = len(keras_internals.added_losses(self))
+            return x
+
+    layer = Outer()
+    for _ in range(2):
+        layer(np.ones((2, 3), "float32"))
+        assert layer.seen == 1
+    assert len(layer.losses) == 3

@@ -233,6 +233,10 @@ def test_slots_of_the_optimizer_lie_as_the_weights_do():
                 0.05, other, momentum=0.5
             ),
         ),
+        (
+            "OPLoRA with mean squares",
+            lambda other: keras_fvae.optimizers.OPLoRA(0.5, other, scaled=True),
+        ),
     ],
 )
 def test_optimizers_of_pairs(method, make_optimizer):

@@ -18,6 +18,7 @@ from keras_fvae.optimizers import LoRARITE
 from keras_fvae.optimizers import OPLoRA
 from keras_fvae.optimizers import RiemannianPreconditioning
 from keras_fvae.optimizers.lorsum import lorsum
+from keras_fvae.optimizers.lorsum import scaled_lorsum
 from keras_fvae.optimizers.pairs import find_pairs
 
 REFERENCE = ROOT / "tests" / "reference" / "methods"
@@ -246,46 +247,84 @@ def load_reference(name):
 
 @pytest.mark.parametrize(
     "num_iterations, is_scaled",
-    [(1, False), (2, False), (8, False), (1, True), (2, True)],
+    [(1, False), (2, False), (8, False), (0, True), (1, True), (2, True)],
 )
 def test_lorsum_of_the_reference(num_iterations, is_scaled):
     arrays, settings = load_reference("lorsum")
-    factors = [(arrays[f"a_{i}"], arrays[f"b_{i}"]) for i in range(3)]
-    prefix = ""
-    of_rows, of_columns = np.ones((12, 1)), np.ones(10)
-    if is_scaled:
-        prefix = "scaled_"
-        of_rows = np.sqrt(arrays["metric_in"])[:, None]
-        of_columns = np.sqrt(arrays["metric_out"])
-    # The first is in the space of weights, others are in that of gradients.
-    start = (factors[0][0] * of_rows, factors[0][1] * of_columns)
-    gradient, momentum = [(a / of_rows, b / of_columns) for a, b in factors[1:]]
-    for first_term in (gradient, (gradient[0] @ gradient[1],)):
-        tensors = [
-            tuple(ops.convert_to_tensor(m, "float32") for m in term)
-            for term in (start, first_term, momentum)
-        ]
-        (left,), (right,) = lorsum(
-            [tensors[0][0]],
-            [tensors[0][1]],
-            [[*zip(settings["coefficients"], tensors)][1:]],
-            settings["lmbd"],
-            num_iterations,
+    start, gradient, momentum = (
+        tuple(
+            ops.convert_to_tensor(arrays[f"{m}_{i}"], "float32") for m in "ab"
         )
+        for i in range(3)
+    )
+    prefix = "scaled_" if is_scaled else ""
+    how = settings["lmbd"], num_iterations
+    for first_term in (gradient, (ops.matmul(*gradient),)):
+        sums = [[*zip(settings["coefficients"][1:], (first_term, momentum))]]
+        lefts, rights = [start[0]], [start[1]]
+        if is_scaled:
+            rows, columns = (
+                ops.sqrt(ops.convert_to_tensor(arrays[metric], "float32"))
+                for metric in ("metric_in", "metric_out")
+            )
+            scales = [(rows[:, None], columns)]
+            results = scaled_lorsum(lefts, rights, sums, scales, *how)
+        else:
+            results = lorsum(lefts, rights, sums, *how)
         assert_all_close(
-            [to_numpy(left) / of_rows, to_numpy(right) / of_columns],
+            [to_numpy(result) for (result,) in results],
             [arrays[f"{prefix}{m}_after_{num_iterations}"] for m in "ab"],
             atol=2e-5,
         )
 
 
+def make_oplora(name, settings):
+    momentum = settings.get("momentum", 0.0)
+    shared = {
+        "learning_rate": settings["learning_rate"],
+        "num_iterations": settings["lookahead_iters"],
+        "proximal_weight": settings["lmbd"],
+    }
+    if "betas" not in settings:
+        is_projected = name == "oplora_projected_momentum"
+        return OPLoRA(
+            momentum=momentum, projected_momentum=is_projected, **shared
+        )
+    beta_1, beta_2 = settings["betas"]
+    if settings["lookahead_iters"] == 0:
+        # There their momentum stays 0, and G weighs as it would beside one.
+        shared["learning_rate"] *= 1 - beta_1
+        shared["proximal_weight"] /= 1 - beta_1
+        beta_1 = 0.0
+    return OPLoRA(
+        scaled=True,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        damping=settings["damping"],
+        **shared,
+    )
+
+
+# Those with all the state there is.
+RESUMED = ["oplora_scaled_1_iteration", "oplora_projected_momentum"]
+
+
 @pytest.mark.parametrize("jit_compile", JIT_COMPILE)
 @pytest.mark.parametrize(
-    "name", ["oplora_1_iteration", "oplora_2_iterations", "oplora_momentum"]
+    "name",
+    [
+        "oplora_1_iteration",
+        "oplora_2_iterations",
+        "oplora_momentum",
+        "oplora_scaled",
+        *RESUMED,
+    ],
 )
-def test_oplora_of_the_reference(name, jit_compile):
+def test_oplora_of_the_reference(name, jit_compile, tmp_path):
     arrays, settings = load_reference(name)
-    layer = keras_fvae.AdaptedDense(10, keras_fvae.OPLoRAConfig(3))
+    is_scaled = "betas" in settings
+    config = keras_fvae.OPLoRAConfig(3, mean_squares=is_scaled)
+    layer = keras_fvae.AdaptedDense(10, config)
     model = keras.Sequential([keras.Input((5, 12)), layer])
     for variable, key in (
         (layer.kernel, "kernel"),
@@ -294,28 +333,34 @@ def test_oplora_of_the_reference(name, jit_compile):
         (layer.adapter.kernel_b, "initial_lora_b"),
     ):
         variable.assign(arrays[key])
-    optimizer = OPLoRA(
-        settings["learning_rate"],
-        momentum=settings["momentum"],
-        num_iterations=settings["lookahead_iters"],
-        proximal_weight=settings["lmbd"],
-    )
+    optimizer = make_oplora(name, settings)
     optimizer.build(model.trainable_variables)
-    if settings["momentum"]:
+    if "initial_momentum_a" in arrays and optimizer.momentums_a:
         optimizer.momentums_a[0].assign(arrays["initial_momentum_a"])
-    model.compile(
-        optimizer,
-        lambda y_true, y_pred: ops.sum(ops.square(y_pred - y_true), -1) / 2,
-        jit_compile=jit_compile,
-    )
+    model.compile(optimizer, half_squared_error, jit_compile=jit_compile)
     for i in range(3):
-        model.train_on_batch(arrays["x"], arrays["target"])
+        if i == 2 and name in RESUMED:
+            model.save(tmp_path / "model.keras")
+            model = keras.saving.load_model(tmp_path / "model.keras")
+            [layer], optimizer = model.layers, model.optimizer
+        model.fit(arrays["x"], arrays["target"], batch_size=2, verbose=0)
         assert_all_close(
             values_of([layer.adapter.kernel_a, layer.adapter.kernel_b]),
             [arrays["steps_lora_a"][i], arrays["steps_lora_b"][i]],
             atol=2e-5,
         )
-        assert not to_numpy(layer.adapter.zero_kernel).any()
+        if is_scaled:
+            assert_all_close(
+                values_of(optimizer.metrics),
+                [arrays["steps_metric_in"][i], arrays["steps_metric_out"][i]],
+            )
+        weights = layer.adapter.trainable_weights
+        assert not any(value.any() for value in values_of(weights[2:]))
+
+
+@keras.saving.register_keras_serializable("optimizers_test")
+def half_squared_error(y_true, y_pred):
+    return ops.sum(ops.square(y_pred - y_true), -1) / 2
 
 
 # --- What must be equal.
@@ -493,6 +538,23 @@ def test_oplora_without_a_step_leaves_factors_as_they_are(rng):
 
 
 @pytest.mark.one_backend
+def test_oplora_without_iterations_is_riemannian_preconditioning(rng):
+    kernel_a, kernel_b = rng.normal(size=(6, 2)), rng.normal(size=(2, 5))
+    gradient = rng.normal(size=(6, 5))
+    gradients = [gradient @ kernel_b.T, kernel_a.T @ gradient, gradient]
+    results = []
+    for optimizer in (
+        OPLoRA(0.1, num_iterations=0),
+        RiemannianPreconditioning(keras.optimizers.SGD(0.1), 1e-3),
+    ):
+        variables = Factors(
+            kernel_a=kernel_a, kernel_b=kernel_b, zero_kernel=np.zeros((6, 5))
+        ).trainable_variables
+        results.append(make_step(optimizer, variables)(gradients)[:2])
+    assert_all_close(*results, atol=1e-5)
+
+
+@pytest.mark.one_backend
 def test_oplora_comes_near_to_the_step_of_the_kernel(rng):
     """With a rank that is enough, it is that of gradient descent."""
     variables = Factors(
@@ -560,8 +622,22 @@ def test_an_optimizer_for_each_kind_of_weights(rng):
 # --- In `fit`.
 
 
+# The references have the variants of OPLoRA in `fit` on each backend.
+IN_FIT = [
+    *KINDS,
+    *(
+        pytest.param(kind, marks=pytest.mark.one_backend)
+        for kind in ("scaled OPLoRA", "projected OPLoRA")
+    ),
+]
+
+
 def make_model(kind="LoRA", dtype=None):
-    method = "OPLoRA" if kind == "OPLoRA" else "LoRA"
+    method = {
+        "OPLoRA": "OPLoRA",
+        "projected OPLoRA": "OPLoRA",
+        "scaled OPLoRA": "OPLoRA with mean squares",
+    }.get(kind, "LoRA")
     return family.adapt(family.make_model(dtype), method)
 
 
@@ -585,10 +661,15 @@ def make_for_fit(kind):
         return RiemannianPreconditioning(adam, global_clipnorm=1.0)
     if kind == "OPLoRA":
         return OPLoRA(schedule, adam, momentum=0.5, num_iterations=2)
+    if kind == "projected OPLoRA":
+        return OPLoRA(schedule, adam, momentum=0.5, projected_momentum=True)
+    if kind == "scaled OPLoRA":
+        schedule.initial_learning_rate = 0.5
+        return OPLoRA(schedule, adam, scaled=True)
     return LoRARITE(schedule, adam, weight_decay=0.01)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_FIT)
 @pytest.mark.parametrize("jit_compile", JIT_COMPILE)
 def test_fit(kind, jit_compile):
     model = make_model(kind)
@@ -598,7 +679,7 @@ def test_fit(kind, jit_compile):
     assert family.frozen_bytes(model) == frozen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_FIT)
 def test_fit_in_mixed_precision(kind):
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -610,7 +691,7 @@ def test_fit_in_mixed_precision(kind):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_FIT)
 def test_saved_and_resumed(kind, tmp_path):
     whole = make_model(kind)
     expected = fit(whole, make_for_fit(kind), 4)
@@ -633,6 +714,44 @@ def test_saved_and_resumed(kind, tmp_path):
         )
         losses += fit(make_model(kind), make_for_fit(kind), epochs, [backup])
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def fit_scaled_oplora(
+    batch_size=8, wrap=lambda optimizer: optimizer, **settings
+):
+    """All weights and metrics after two steps, each of the whole data."""
+    keras.utils.set_random_seed(0)
+    model = make_model("scaled OPLoRA")
+    optimizer = OPLoRA(
+        0.5, keras.optimizers.SGD(0.1), scaled=True, beta_2=0.5, **settings
+    )
+    model.compile(
+        wrap(optimizer),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    for _ in range(2):
+        model.fit(
+            family.X, family.Y, batch_size=batch_size, shuffle=False, verbose=0
+        )
+    return values_of([*model.trainable_variables, *optimizer.metrics])
+
+
+def test_mean_squares_are_those_of_the_whole_data_and_of_the_loss_itself():
+    expected = fit_scaled_oplora()
+    for settings in (
+        {"batch_size": 4, "gradient_accumulation_steps": 2},
+        {"wrap": lambda o: keras.optimizers.LossScaleOptimizer(o, 64.0)},
+    ):
+        assert_all_close(fit_scaled_oplora(**settings), expected, atol=1e-5)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", ["clipnorm", "global_clipnorm", "clipvalue"])
+def test_mean_squares_are_not_clipped(name):
+    """Nor do they clip others: they are far above all gradients here."""
+    expected = fit_scaled_oplora()
+    assert max(metric.max() for metric in expected[-6:]) > 0.5
+    assert_all_close(fit_scaled_oplora(**{name: 0.5}), expected, atol=0)
 
 
 @pytest.mark.one_backend
@@ -739,6 +858,26 @@ def test_oplora_needs_the_gradient_of_the_kernel(rng):
 
 
 @pytest.mark.one_backend
+def test_scaled_oplora_needs_mean_squares_and_their_loss(rng):
+    with pytest.raises(ValueError, match="query/adapter' .*mean_squares=True"):
+        fit(make_model("OPLoRA"), make_for_fit("scaled OPLoRA"))
+    model = make_model("scaled OPLoRA")
+    variables = model.trainable_variables
+    optimizer = make_for_fit("scaled OPLoRA")
+    gradients = [
+        None if "input_squares" in variable.path else ops.ones(variable.shape)
+        for variable in variables
+    ]
+    before = values_of(variables)
+    with (
+        pytest.warns(UserWarning, match="Gradients do not exist"),
+        pytest.raises(ValueError, match="input_squares'.*`model.losses`"),
+    ):
+        optimizer.apply(gradients, variables)
+    assert_all_close(values_of(variables), before, atol=0)
+
+
+@pytest.mark.one_backend
 def test_other_weights_need_an_optimizer():
     with pytest.raises(ValueError, match="2 other .*'head/kernel'.*other_opti"):
         fit(make_model(), LoRARITE())
@@ -799,8 +938,13 @@ def test_inner_optimizers_that_are_refused(kind, make_inner, message):
         lambda: LoRARITE(escaped_mass=0.5),
         lambda: LoRARITE(other_optimizer=keras.optimizers.SGD(use_ema=True)),
         lambda: OPLoRA(0.1, momentum=1.0),
-        lambda: OPLoRA(0.1, num_iterations=0),
+        lambda: OPLoRA(0.1, num_iterations=-1),
         lambda: OPLoRA(0.1, num_iterations=1.5),
+        lambda: OPLoRA(0.1, projected_momentum=True),
+        lambda: OPLoRA(0.1, scaled=True, momentum=0.9),
+        lambda: OPLoRA(0.1, scaled=True, beta_1=1.0),
+        lambda: OPLoRA(0.1, scaled=True, beta_2=-0.1),
+        lambda: OPLoRA(0.1, scaled=True, damping=0.0),
         lambda: OPLoRA(0.1, proximal_weight=0.0),
         lambda: OPLoRA(0.1, weight_decay=0.01),
     ],

@@ -1,5 +1,7 @@
 """Adapted models on two replicas of TensorFlow."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -120,12 +122,22 @@ def make_oplora():
     )
 
 
+def make_scaled_oplora():
+    return keras_fvae.optimizers.OPLoRA(
+        0.5, keras.optimizers.SGD(0.05), scaled=True, beta_2=0.5
+    )
+
+
 @pytest.mark.parametrize(
     "make_optimizer, config_class",
     [
         (make_riemannian, keras_fvae.LoRAConfig),
         (make_lora_rite, keras_fvae.LoRAConfig),
         (make_oplora, keras_fvae.OPLoRAConfig),
+        (
+            make_scaled_oplora,
+            functools.partial(keras_fvae.OPLoRAConfig, mean_squares=True),
+        ),
     ],
 )
 def test_optimizers_of_pairs(

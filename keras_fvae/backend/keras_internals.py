@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import json
 import sys
 import zipfile
@@ -210,7 +211,13 @@ class JointOptimizer(keras.optimizers.Optimizer):
     until then the gradients have been unscaled, accumulated and clipped. But
     weight decay is left to `joint_step`, which is to see the variables as they
     were before the step.
+
+    Attributes:
+        never_clipped: Set of integers, where in `optimized_variables` are those
+            whose gradients are neither clipped nor part of a norm.
     """
+
+    never_clipped = frozenset()
 
     def joint_step(self, gradients, learning_rate):
         """Assigns new values to the variables, and to those of the optimizer.
@@ -233,6 +240,25 @@ class JointOptimizer(keras.optimizers.Optimizer):
         if self.weight_decay is None or not self._use_weight_decay(variable):
             return 0.0
         return self.weight_decay
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        # Past Keras's tracking. To clip, it is told the gradients alone.
+        vars(self)["is_clipped"] = [
+            self._get_variable_index(variable) not in self.never_clipped
+            for variable in trainable_variables
+        ]
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _clip_gradients(self, grads):
+        clipped = iter(
+            super()._clip_gradients(
+                [*itertools.compress(grads, self.is_clipped)]
+            )
+        )
+        return [
+            next(clipped) if is_clipped else gradient
+            for gradient, is_clipped in zip(grads, self.is_clipped)
+        ]
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         gradients = [None] * len(self._trainable_variables)
@@ -419,6 +445,11 @@ def without_values():
             yield
     finally:
         global_state.set_global_attribute(name, previous)
+
+
+def added_losses(layer):
+    """The losses that a layer itself has added in this step, a list."""
+    return layer._get_own_losses()
 
 
 def clear_losses(layer):

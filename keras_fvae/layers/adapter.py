@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend import keras_internals
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
 from keras_fvae.layers import switching
@@ -46,7 +47,7 @@ class Adapter(keras.Layer):
     # is called where an error ends that.
     without_callback = None
     callback = None
-    # Whether it adds a loss in training.
+    # Whether it adds a loss in training, of which each adapter has a share.
     adds_loss = False
 
     # By the name of a weight, for each of its axes, which axes of the kernel
@@ -117,6 +118,15 @@ class Adapter(keras.Layer):
         Args:
             num_adapters: Positive integer, how many add one.
         """
+
+    def add_to_mean_loss(self, loss):
+        """Adds a loss such that those of all calls in a step sum to the mean.
+
+        A layer that is called twice, such as ALBERT's, weighs as much as one
+        that is called once.
+        """
+        previous = keras_internals.added_losses(self)
+        self.add_loss((loss - sum(previous)) / (len(previous) + 1))
 
     def is_drawn(self, training):
         """Whether what is random in the update is drawn: also to sample it."""

@@ -1,10 +1,14 @@
 """LoRA for OPLoRA, with the gradient of the whole kernel."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend import replicas
+from keras_fvae.backend.token_mean import token_mean
+from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.methods.lora import LoRAConfig
@@ -32,6 +36,57 @@ def zero_product(x, kernel):
     return ops.zeros(shape, x.dtype), gradients
 
 
+@ops.custom_gradient
+def note_squares(outputs, squares, token_weights):
+    """The outputs as they are; their squared gradients go to `squares`.
+
+    The loss is taken for a mean over the tokens, with these weights. So if u is
+    the gradient of a token's outputs and w its weight, `u / w` is that of the
+    token's own loss, and the mean of its square is the sum of `u^2 / w`.
+
+    Args:
+        outputs: Tensor of shape `(..., k)`.
+        squares: Tensor of shape `(k,)`, whatever it is. That mean is its
+            gradient.
+        token_weights: Tensor of shape `(tokens,)`, 0 for those that do not
+            count.
+
+    Returns:
+        Tensor, `outputs`.
+    """
+
+    def gradients(*arguments, upstream=None):
+        upstream = arguments[-1] if upstream is None else upstream
+        u = ops.cast(_rows(upstream), "float32")
+        squared = ops.divide_no_nan(ops.square(u), token_weights[:, None])
+        return upstream, ops.sum(squared, axis=0), None
+
+    return outputs, gradients
+
+
+@ops.custom_gradient
+def divide_by_loss_scale(squares):
+    """A vector whose gradient is divided by that of a loss.
+
+    Squares of gradients go with the square of what the loss is multiplied by,
+    as loss scaling and replicas do it. Divided once, they go with it as
+    gradients do, and are put right with these.
+
+    Args:
+        squares: Tensor of shape `(k,)`, whatever it is.
+
+    Returns:
+        Tensor of shape `(k + 1,)`, zeros: what is to take the place of
+        `squares`, and a loss.
+    """
+
+    def gradients(*arguments, upstream=None):
+        upstream = arguments[-1] if upstream is None else upstream
+        return upstream[:-1] / upstream[-1]
+
+    return ops.zeros((squares.shape[0] + 1,), squares.dtype), gradients
+
+
 def _rows(x):
     return ops.reshape(x, (-1, x.shape[-1]))
 
@@ -45,24 +100,55 @@ class OPLoRAAdapter(LowRankAdapter):
     weight_axes = {
         **LowRankAdapter.weight_axes,
         "zero_kernel": ("input", "output"),
+        "input_squares": ("input",),
+        "output_squares": ("output",),
     }
 
     def build(self, linear_map, kernel_shape, read_kernel=None):
         super().build(linear_map, kernel_shape, read_kernel)
-        if not self.finalized:
-            shape = (self.width, self.units)
-            self.zero_kernel = self.add_adapter_weight(
-                "zero_kernel", shape, lambda: np.zeros(shape)
+        if self.finalized:
+            return
+        self.zero_kernel = self._add_zeros(
+            "zero_kernel", (self.width, self.units)
+        )
+        if self.config.mean_squares:
+            self.input_squares = self._add_zeros("input_squares", (self.width,))
+            self.output_squares = self._add_zeros(
+                "output_squares", (self.units,)
             )
+
+    def _add_zeros(self, name, shape):
+        return self.add_adapter_weight(
+            name, shape, functools.partial(np.zeros, shape)
+        )
 
     def adapt(self, frozen, training):
         outputs = super().adapt(frozen, training)
         if not training:
             return outputs
-        zeros = zero_product(
-            ops.stop_gradient(frozen.tokens), self.zero_kernel.value
-        )
+        x = ops.stop_gradient(frozen.tokens)
+        zeros = zero_product(x, self.zero_kernel.value)
+        if self.config.mean_squares:
+            zeros = self._note_mean_squares(x, zeros, frozen.find_mask())
         return frozen.add_for_tokens(outputs, zeros)
+
+    def _note_mean_squares(self, x, outputs, mask):
+        """The outputs, and a loss of 0, with gradients of the mean squares."""
+        token_shape = ops.shape(x)[:-1]
+        if mask is None:
+            mask = ops.ones(token_shape)
+        mask = masking.flatten_mask(mask, token_shape)
+        weights = replicas.token_weights(mask, ops.shape(mask)[0])
+        squares = ops.square(ops.cast(_rows(x), "float32"))
+        means = token_mean(squares, weights, feature_axes=1)
+        of_inputs = self.input_squares.value
+        loss = ops.sum(means * (of_inputs - ops.stop_gradient(of_inputs)))
+        of_outputs = divide_by_loss_scale(self.output_squares.value)
+        self.add_to_mean_loss(loss + of_outputs[-1])
+        return note_squares(outputs, of_outputs[:-1], weights)
+
+    def changes_state(self, training):
+        return training and self.config.mean_squares
 
     @property
     def saved_weights(self):
@@ -94,6 +180,14 @@ class OPLoRAConfig(AdapterConfig):
     defined for. Other optimizers train it as LoRA, and pay for the gradient in
     vain.
 
+    With `scaled=True` that optimizer needs the mean squares, over the tokens,
+    of a layer's input and of its outputs' gradients. With `mean_squares=True`
+    they are the gradients of two vectors of the same kind, `input_squares` and
+    `output_squares`. The first comes from a loss of 0 that is added to the
+    model's. A token's outputs have here the gradient of the token's own loss,
+    as if the model's were the mean of those over the tokens. Tokens of padding
+    do not count. The calls of a layer that is called several times count alike.
+
     Learning rate: as `keras_fvae.optimizers.OPLoRA` says. Cost: in training,
     two float32 arrays as large as the kernel for each adapted layer, the zeros
     and their gradient (one more with gradient accumulation or moving
@@ -102,6 +196,9 @@ class OPLoRAConfig(AdapterConfig):
 
     Args:
         rank: Positive integer, the rank of the update. Defaults to `16`.
+        mean_squares: Boolean. Whether to compute what
+            `keras_fvae.optimizers.OPLoRA(scaled=True)` needs. Defaults to
+            `False`.
         seed: Non-negative integer. Seed of A. `None` (default) draws one,
             which `keras.utils.set_random_seed` controls.
 
@@ -120,6 +217,12 @@ class OPLoRAConfig(AdapterConfig):
     """
 
     alpha: None = dataclasses.field(default=None, init=False)
+    mean_squares: bool = False
 
     adapter_class = OPLoRAAdapter
     method_name = "OPLoRA"
+    training_settings = ("mean_squares", "seed")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("mean_squares", (True, False))

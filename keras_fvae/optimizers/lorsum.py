@@ -25,8 +25,7 @@ def lorsum(lefts, rights, sums, proximal_weight, num_iterations):
         B = (A^T A + w I)^-1 (w B_0 + A^T (A_0 B_0 + S))
 
     but by how much they differ from A_0 and B_0, so that these do not have to
-    come out of a product with a nearly singular inverse. For diagonal metrics,
-    scale factors and sums before, and unscale the results.
+    come out of a product with a nearly singular inverse.
 
     Args:
         lefts: List of tensors A_0 of shape `(d, rank)`.
@@ -35,13 +34,14 @@ def lorsum(lefts, rights, sums, proximal_weight, num_iterations):
         proximal_weight: Positive scalar, how much the factors are held where
             they are. It is at least what rounding leaves of the matrices that
             are inverted.
-        num_iterations: Positive integer.
+        num_iterations: Non-negative integer. With 0 both factors are solved
+            for once, each with the other one as given.
 
     Returns:
         The new lists of A and B.
     """
     new_lefts, new_rights = lefts, rights
-    for _ in range(num_iterations):
+    for _ in range(max(num_iterations, 1)):
         inverses = proximal_inverses(
             [ops.matmul(right, transpose(right)) for right in new_rights],
             proximal_weight,
@@ -59,8 +59,9 @@ def lorsum(lefts, rights, sums, proximal_weight, num_iterations):
                 lefts, rights, new_rights, sums, inverses
             )
         ]
+        known_lefts = new_lefts if num_iterations else lefts
         inverses = proximal_inverses(
-            [ops.matmul(transpose(left), left) for left in new_lefts],
+            [ops.matmul(transpose(left), left) for left in known_lefts],
             proximal_weight,
         )
         new_rights = [
@@ -68,15 +69,58 @@ def lorsum(lefts, rights, sums, proximal_weight, num_iterations):
             + ops.matmul(
                 inverse,
                 multiply(
-                    transpose(new_left),
-                    [*terms, (1.0, (left - new_left, right))],
+                    transpose(known_left),
+                    [*terms, (1.0, (left - known_left, right))],
                 ),
             )
-            for left, right, new_left, terms, inverse in zip(
-                lefts, rights, new_lefts, sums, inverses
+            for left, right, known_left, terms, inverse in zip(
+                lefts, rights, known_lefts, sums, inverses
             )
         ]
     return new_lefts, new_rights
+
+
+def scaled_lorsum(lefts, rights, sums, scales, proximal_weight, num_iterations):
+    """LoRSum that is near in a norm of its own, `|rows * . * columns|`.
+
+    So it is LoRSum of `rows * A_0` and `B_0 * columns`. Sums are of gradients,
+    which go the other way: they enter as `S / rows / columns`.
+
+    Args:
+        lefts: List of tensors A_0 of shape `(d, rank)`.
+        rights: List of tensors B_0 of shape `(rank, k)`.
+        sums: List of sums S, of the shape `(d, k)` each.
+        scales: List of pairs of positive tensors: what the rows weigh, of shape
+            `(d, 1)`, and the columns, of shape `(k,)`.
+        proximal_weight: As of `lorsum`.
+        num_iterations: As of `lorsum`.
+
+    Returns:
+        The new lists of A and B.
+    """
+    rows, columns = zip(*scales)
+    lefts, rights = lorsum(
+        [left * scale for left, scale in zip(lefts, rows)],
+        [right * scale for right, scale in zip(rights, columns)],
+        [unscale(terms, *pair) for terms, pair in zip(sums, scales)],
+        proximal_weight,
+        num_iterations,
+    )
+    return (
+        [left / scale for left, scale in zip(lefts, rows)],
+        [right / scale for right, scale in zip(rights, columns)],
+    )
+
+
+def unscale(terms, rows, columns):
+    """A sum whose rows and columns are divided by what they weigh."""
+    unscaled = []
+    for coefficient, factors in terms:
+        factors = [*factors]
+        factors[0] = factors[0] / rows
+        factors[-1] = factors[-1] / columns
+        unscaled.append((coefficient, factors))
+    return unscaled
 
 
 def proximal_inverses(grams, proximal_weight):

@@ -6,10 +6,11 @@ from keras import ops
 from keras_fvae.backend import replicas
 from keras_fvae.layers.config import is_integer
 from keras_fvae.optimizers.arguments import check_number
-from keras_fvae.optimizers.lorsum import lorsum
+from keras_fvae.optimizers.op_lora_step import projected_step
+from keras_fvae.optimizers.op_lora_step import step
 from keras_fvae.optimizers.pair_optimizer import PairOptimizer
+from keras_fvae.optimizers.pairs import find_beside
 from keras_fvae.optimizers.pairs import find_pairs
-from keras_fvae.optimizers.pairs import find_zero_kernels
 
 # Beside the proximal weight. The authors add it to the matrices that are
 # inverted alone, and so make A smaller while B is 0.
@@ -28,25 +29,33 @@ class OPLoRA(PairOptimizer):
     where they are by a proximal weight. M is a product of two factors itself,
     `momentum * M + G` after each step, in the same way.
 
+    With `projected_momentum=True` there is a momentum of A and one of B. Before
+    each use they are projected on what A and B have become.
+
+    With `scaled=True` near is what K-FAC says. Averages of mean squares over
+    the tokens, of a layer's input and of its outputs' gradients, are diagonal
+    metrics; their square roots say how much the rows and the columns of the
+    kernel weigh. And M is an average, as in Adam: the step is
+    `-learning_rate * ((1 - beta_1) * G + beta_1 * M)`.
+
     G is more than the gradients of A and B. It is computed for models that are
-    adapted by `keras_fvae.OPLoRAConfig`, and for no others. Least squares from
-    the gradients of A and B alone, without an iteration, are
-    `keras_fvae.optimizers.RiemannianPreconditioning` of `SGD`. What is in no
-    pair, such as a head, goes to `other_optimizer`.
+    adapted by `keras_fvae.OPLoRAConfig`, and for no others; the mean squares,
+    by `keras_fvae.OPLoRAConfig(mean_squares=True)`. What is in no pair, such as
+    a head, goes to `other_optimizer`.
 
     Learning rate: as of gradient descent, and so it goes with the scale of the
-    loss; 0.5 in the authors' example, a linear task. Those in their scripts for
-    language models (0.2 to 1, with a linear decay) are of their scaled variant,
-    which is not here: its metrics are means of squares over tokens, of a
-    layer's input and of its outputs' gradients, which G does not tell. Cost:
-    that of `keras_fvae.OPLoRAConfig`, and in each step, for A and B and for
-    M, `2 * num_iterations` products of G with thin matrices, and as many
-    eigenvalues of `(rank, rank)` matrices; with momentum the memory of A and B
-    once more.
+    loss; 0.5 in the authors' example, a linear task. Of the scaled variant 0.2
+    to 1 for language models, with a linear decay, `num_iterations=0` and no
+    momentum: their code says `beta_1=0.9`, but without iterations it leaves M
+    at 0, so that theirs is here a tenth of that with `beta_1=0`. With a
+    projected momentum 5e-3. Cost: that of `keras_fvae.OPLoRAConfig`, and in
+    each step, for A and B and for M, `2 * num_iterations` products of G with
+    thin matrices, and as many eigenvalues of `(rank, rank)` matrices; with
+    momentum the memory of A and B once more, three times with a projected one.
 
     Clipping takes G for the gradient of a variable like others: `clipnorm` and
     `clipvalue` count for it, and `global_clipnorm` for the norm of G, the
-    gradients of A and B, and all others together.
+    gradients of A and B, and all others together. Mean squares are not clipped.
 
     Args:
         learning_rate: Float, or
@@ -55,10 +64,23 @@ class OPLoRA(PairOptimizer):
             that are in no pair, with a learning rate and weight decay of its
             own. Needed if there are such weights. Defaults to `None`.
         momentum: Float in `[0, 1)`. Defaults to `0.0`.
-        num_iterations: Positive integer, how often A and B are solved for in a
-            step. The authors have 1 or 2. Defaults to `1`.
+        num_iterations: Non-negative integer, how often A and B are solved for
+            in a step. The authors have 1 or 2. With 0 they are once, each with
+            the other one as it was; without momentum, and not scaled, that is
+            `keras_fvae.optimizers.RiemannianPreconditioning` of `SGD`, which
+            needs no G. Defaults to `1`.
         proximal_weight: Positive float, times the learning rate. Defaults to
             `1e-2`.
+        projected_momentum: Boolean, as above. It needs a `momentum`. Defaults
+            to `False`.
+        scaled: Boolean, as above. Its momentum is `beta_1`, and `momentum` must
+            be 0. Defaults to `False`.
+        beta_1: Float in `[0, 1)`, with `scaled=True` what M keeps of itself.
+            Defaults to `0.9`.
+        beta_2: Float in `[0, 1)`, with `scaled=True` what the averages of mean
+            squares, which start at 1, keep of themselves. Defaults to `0.99`.
+        damping: Positive float, with `scaled=True` added to these averages.
+            Defaults to `1e-5`.
         name: String. Defaults to `"op_lora"`.
         **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`, which come before
             all else and count for all weights, `gradient_accumulation_steps`,
@@ -68,8 +90,9 @@ class OPLoRA(PairOptimizer):
 
     Raises:
         ValueError: If an argument is not allowed; in `build`, which `fit`
-            calls, if there is no pair of A and B that train, G is not computed
-            for one, or there is no `other_optimizer` for other weights.
+            calls, if there is no pair of A and B that train, G or mean squares
+            are not computed for one, or there is no `other_optimizer` for other
+            weights.
 
     Example:
 
@@ -103,6 +126,11 @@ class OPLoRA(PairOptimizer):
         momentum=0.0,
         num_iterations=1,
         proximal_weight=1e-2,
+        projected_momentum=False,
+        scaled=False,
+        beta_1=0.9,
+        beta_2=0.99,
+        damping=1e-5,
         name="op_lora",
         **kwargs,
     ):
@@ -112,91 +140,190 @@ class OPLoRA(PairOptimizer):
                 "weights is a setting of `other_optimizer`. Received: "
                 f"weight_decay={kwargs['weight_decay']!r}"
             )
-        check_number(
-            "momentum", momentum, "a number in [0, 1)", lambda v: 0 <= v < 1
-        )
-        if not is_integer(num_iterations) or num_iterations < 1:
+        for rate_name, rate in (
+            ("momentum", momentum),
+            ("beta_1", beta_1),
+            ("beta_2", beta_2),
+        ):
+            check_number(
+                rate_name, rate, "a number in [0, 1)", lambda v: 0 <= v < 1
+            )
+        for positive_name, number in (
+            ("proximal_weight", proximal_weight),
+            ("damping", damping),
+        ):
+            check_number(
+                positive_name, number, "a positive number", lambda v: v > 0
+            )
+        if not is_integer(num_iterations) or num_iterations < 0:
             raise ValueError(
-                "`num_iterations` must be a positive integer: without an "
-                "iteration, take "
-                "`keras_fvae.optimizers.RiemannianPreconditioning`. Received: "
+                "`num_iterations` must be a non-negative integer. Received: "
                 f"num_iterations={num_iterations!r}"
             )
-        check_number(
-            "proximal_weight",
-            proximal_weight,
-            "a positive number",
-            lambda v: v > 0,
-        )
+        if scaled and (momentum or projected_momentum):
+            raise ValueError(
+                "With `scaled=True` the momentum is an average, and `beta_1` "
+                f"what it keeps of itself. Received: momentum={momentum!r}, "
+                f"projected_momentum={projected_momentum!r}"
+            )
+        if projected_momentum and not momentum:
+            raise ValueError(
+                "`projected_momentum=True` needs a momentum. Received: "
+                f"momentum={momentum!r}"
+            )
         super().__init__(learning_rate, other_optimizer, name=name, **kwargs)
         self.momentum = momentum
         self.num_iterations = num_iterations
         self.proximal_weight = proximal_weight
+        self.projected_momentum = projected_momentum
+        self.scaled = scaled
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.damping = damping
 
     def build(self, variables):
         if self.built:
             return
         pairs = find_pairs(variables, type(self).__name__)
-        self.zero_kernels = find_zero_kernels(
-            variables, pairs, type(self).__name__
-        )
         self.kernels_a, self.kernels_b = zip(*pairs)
+        self.zero_kernels, self.input_squares, self.output_squares = (
+            find_beside(name, variables, pairs)
+            for name in ("zero_kernel", "input_squares", "output_squares")
+        )
+        self._check_adapters(variables)
+        squares = {*self.input_squares, *self.output_squares} - {None}
+        self.never_clipped = tuple(squares)
         self.build_others(
-            variables, {*self.kernels_a, *self.kernels_b, *self.zero_kernels}
+            variables,
+            {*self.kernels_a, *self.kernels_b, *self.zero_kernels, *squares},
         )
         super().build(variables)
+
+        def add(indices, name, initializer="zeros"):
+            references = [variables[index] for index in indices]
+            return self.add_optimizer_variables(references, name, initializer)
+
         self.momentums_a, self.momentums_b = [], []
-        if self.momentum > 0:
-            self.momentums_a = self.add_optimizer_variables(
-                [variables[index] for index in self.kernels_a],
-                "momentum",
-                keras.initializers.RandomNormal(stddev=1.0),
+        self.former_a, self.former_b = [], []
+        if self.projected_momentum:
+            self.momentums_a = add(self.kernels_a, "momentum")
+            self.former_a = add(self.kernels_a, "former")
+            self.former_b = add(self.kernels_b, "former")
+        elif self.coefficients[1] > 0:
+            # A product of factors that are both 0 would stay 0.
+            random = keras.initializers.RandomNormal(stddev=1.0)
+            self.momentums_a = add(self.kernels_a, "momentum", random)
+        if self.momentums_a:
+            self.momentums_b = add(self.kernels_b, "momentum")
+        self.metrics = []
+        if self.scaled:
+            self.metrics = add(
+                [*self.input_squares, *self.output_squares], "metric", "ones"
             )
-            self.momentums_b = self.add_optimizer_variables(
-                [variables[index] for index in self.kernels_b], "momentum"
-            )
+
+    @property
+    def coefficients(self):
+        """What G and M weigh, in the step and in the new M."""
+        if self.scaled:
+            return 1.0 - self.beta_1, self.beta_1
+        return 1.0, self.momentum
 
     def step_pairs(self, gradients, learning_rate):
         self._check_gradients(gradients)
-        gradients = self.whole_gradients(gradients, self.zero_kernels)
         variables = self.optimized_variables
-        variables_a = [variables[index] for index in self.kernels_a]
-        variables_b = [variables[index] for index in self.kernels_b]
-        variables_a += self.momentums_a
-        variables_b += self.momentums_b
-        lefts = [ops.convert_to_tensor(variable) for variable in variables_a]
-        rights = [ops.convert_to_tensor(variable) for variable in variables_b]
-        learning_rate = ops.cast(learning_rate, variables_a[0].dtype)
-
-        sums = [[(-learning_rate, (gradient,))] for gradient in gradients]
-        if self.momentum > 0:
-            momentums = [*zip(lefts, rights)][len(gradients) :]
-            sums = [
-                [*terms, (-learning_rate * self.momentum, momentum)]
-                for terms, momentum in zip(sums, momentums)
-            ]
-            sums += [
-                [(1.0, (gradient,)), (self.momentum - 1.0, momentum)]
-                for gradient, momentum in zip(gradients, momentums)
-            ]
-        lefts, rights = lorsum(
-            lefts,
-            rights,
-            sums,
+        pairs = [
+            (variables[a], variables[b])
+            for a, b in zip(self.kernels_a, self.kernels_b)
+        ]
+        former_pairs = [*zip(self.former_a, self.former_b)]
+        momentums = [*zip(self.momentums_a, self.momentums_b)]
+        of_kernels = self.whole_gradients(gradients, self.zero_kernels)
+        metrics = self._new_metrics(gradients)
+        learning_rate = ops.cast(learning_rate, pairs[0][0].dtype)
+        how = (
+            learning_rate,
             learning_rate * self.proximal_weight + SMALLEST_PROXIMAL_WEIGHT,
             self.num_iterations,
         )
-        replicas.assign([*variables_a, *variables_b], [*lefts, *rights])
+        if self.projected_momentum:
+            state = pairs, former_pairs, momentums
+            stepped = projected_step(
+                *map(_to_tensors, state), of_kernels, self.momentum, *how
+            )
+        else:
+            state = pairs, momentums
+            stepped = step(
+                *map(_to_tensors, state),
+                of_kernels,
+                self.coefficients,
+                *how,
+                self._scales(metrics),
+            )
+        replicas.assign(
+            keras.tree.flatten((state, self.metrics)),
+            keras.tree.flatten((stepped, metrics)),
+        )
+
+    def _new_metrics(self, gradients):
+        """Averages of the mean squares, of inputs and then of outputs."""
+        if not self.scaled:
+            return []
+        squares = self.whole_gradients(
+            gradients, [*self.input_squares, *self.output_squares]
+        )
+        return [
+            self.beta_2 * metric + (1.0 - self.beta_2) * mean
+            for metric, mean in zip(self.metrics, squares)
+        ]
+
+    def _scales(self, metrics):
+        """What the rows and the columns of each A B weigh."""
+        if not self.scaled:
+            return None
+        # The norm squares them, and the metric is a square root itself.
+        scales = [(metric + self.damping) ** 0.25 for metric in metrics]
+        rows, columns = scales[: len(scales) // 2], scales[len(scales) // 2 :]
+        return [(row[:, None], column) for row, column in zip(rows, columns)]
+
+    def _check_adapters(self, variables):
+        """Raises a `ValueError` if an adapter lacks what the step needs."""
+        needed, config = [self.zero_kernels], "OPLoRAConfig()"
+        if self.scaled:
+            needed += [self.input_squares, self.output_squares]
+            config = "OPLoRAConfig(mean_squares=True)"
+        for b, *found in zip(self.kernels_b, *needed):
+            if None in found:
+                adapter = variables[b].path.rpartition("/")[0]
+                raise ValueError(
+                    f"`{type(self).__name__}` needs the gradient of the whole "
+                    "kernel"
+                    f"{', and mean squares' if self.scaled else ''}, which "
+                    f"'{adapter}' does not compute. Adapt the model by "
+                    f"`keras_fvae.enable_adapter(model, keras_fvae.{config})`, "
+                    "whose docstring says what memory that takes. "
+                    "`keras_fvae.optimizers.RiemannianPreconditioning` does "
+                    "without, on any LoRA."
+                )
 
     def _check_gradients(self, gradients):
-        """Raises a `ValueError` if a B trains and its kernel has none."""
+        """Raises a `ValueError` if a B trains and there is not all it needs."""
         variables = self.optimized_variables
-        for b, zeros in zip(self.kernels_b, self.zero_kernels):
-            if gradients[zeros] is None and gradients[b] is not None:
+        for b, zeros, squares in zip(
+            self.kernels_b, self.zero_kernels, self.input_squares
+        ):
+            if gradients[b] is None:
+                continue
+            if gradients[zeros] is None:
                 raise ValueError(
                     f"There is a gradient of '{variables[b].path}', and none "
                     f"of '{variables[zeros].path}', which enters in training "
                     "alone: call the model with `training=True`."
+                )
+            if self.scaled and gradients[squares] is None:
+                raise ValueError(
+                    f"There is no gradient of '{variables[squares].path}', "
+                    "which enters by a loss of its own: add `model.losses` to "
+                    "the loss."
                 )
 
     def get_config(self):
@@ -205,4 +332,13 @@ class OPLoRA(PairOptimizer):
             "momentum": self.momentum,
             "num_iterations": self.num_iterations,
             "proximal_weight": self.proximal_weight,
+            "projected_momentum": self.projected_momentum,
+            "scaled": self.scaled,
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "damping": self.damping,
         }
+
+
+def _to_tensors(pairs):
+    return [tuple(map(ops.convert_to_tensor, pair)) for pair in pairs]

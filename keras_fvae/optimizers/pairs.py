@@ -48,39 +48,27 @@ def find_pairs(variables, optimizer_name):
     return tuple(pairs)
 
 
-def find_zero_kernels(variables, pairs, optimizer_name):
-    """Finds the zeros beside each pair, whose gradient is the kernel's.
+def find_beside(name, variables, pairs):
+    """Finds the variables of a name that the adapters have beside their pairs.
 
     Args:
+        name: String, the last part of their paths.
         variables: List of `keras.Variable`, what trains.
         pairs: What `find_pairs` returned for them.
-        optimizer_name: String, for messages.
 
     Returns:
-        Tuple of integers, where they are in the list, one for each pair.
-
-    Raises:
-        ValueError: If they are missing for a pair; the message says what is
-            needed.
+        Tuple with one entry for each pair: the integer where it is in the list,
+        or `None` if there is none.
     """
     indices = []
     for _, b in pairs:
-        adapter = variables[b].path.rpartition("/")[0]
-        found = [
+        path = f"{variables[b].path.rpartition('/')[0]}/{name}"
+        found = (
             index
             for index, variable in enumerate(variables)
-            if index > b and variable.path == f"{adapter}/zero_kernel"
-        ]
-        if not found:
-            raise ValueError(
-                f"`{optimizer_name}` needs the gradient of the whole kernel, "
-                f"and '{adapter}' computes those of its factors alone. Adapt "
-                "the model by `keras_fvae.enable_adapter(model, "
-                "keras_fvae.OPLoRAConfig())`, whose docstring says what memory "
-                "that takes. `keras_fvae.optimizers.RiemannianPreconditioning` "
-                "does without, on any LoRA."
-            )
-        indices.append(found[0])
+            if index > b and variable.path == path
+        )
+        indices.append(next(found, None))
     return tuple(indices)
 
 

@@ -163,16 +163,7 @@ class FVAELoRAAdapter(LowRankAdapter):
         mask = masking.flatten_mask(frozen.find_mask(), token_shape)
         x = ops.reshape(x, (-1, x.shape[-1]))
         elbo = self.fvae.elbo(x, training=True, mask=mask)
-        self._add_to_mean_loss(self.fvae.loss_weight * elbo.loss)
+        self.add_to_mean_loss(self.fvae.loss_weight * elbo.loss)
         z1, _ = ops.unstack(elbo.z, 2, axis=-2)
         *draws_shape, _, rank = z1.shape
         return ops.reshape(z1, (*draws_shape, *token_shape, rank))
-
-    def _add_to_mean_loss(self, loss):
-        """Adds a loss such that those of all calls in a step sum to the mean.
-
-        A layer that is called twice, such as ALBERT's, weighs as much as one
-        that is called once. The FVAE has no other losses.
-        """
-        previous = self.fvae.losses
-        self.fvae.add_loss((loss - sum(previous)) / (len(previous) + 1))
