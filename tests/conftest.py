@@ -35,6 +35,10 @@ collect_ignore = [
 ]
 
 
+# Of the paper's examples, what computes by itself.
+ON_EACH_BACKEND = ("wav2vec2_test.py", "efficientnet_lite0_test.py")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--all",
@@ -47,7 +51,8 @@ def pytest_ignore_collect(collection_path, config):
     # All of it is for one backend, or slow, and imports for seconds.
     is_read = config.getoption("--all") or BACKEND == ONE_BACKEND
     is_paper = collection_path.parent.name == "paper"
-    if is_paper and not is_read and collection_path.name != "wav2vec2_test.py":
+    is_everywhere = collection_path.name in ON_EACH_BACKEND
+    if is_paper and not is_read and not is_everywhere:
         return True
     return None
 
