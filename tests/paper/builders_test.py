@@ -273,6 +273,41 @@ def test_spuco_animals(prepare, draw, tmp_path, monkeypatch):
         assert [f"{a}/{b}" for a, b in zip(labels, backgrounds)] == names
 
 
+def test_emoji(prepare, rng, tmp_path):
+    # Two of them, and a tone of skin, which is of no group.
+    entries = [
+        {"unified": "1F600", "category": "Smileys & Emotion"},
+        {"unified": "1F1EF-1F1F5", "category": "Flags"},
+        {"unified": "1F3FB", "category": "Component"},
+    ]
+    # As the archives have it.
+    folder = tmp_path / "manual" / "paper_emoji" / "package"
+    pictures = {designer: [] for designer in ("google", "twitter")}
+    for designer, drawn in pictures.items():
+        (folder / "img" / designer / "64").mkdir(parents=True)
+        for entry in entries:
+            entry["image"] = f"{entry['unified'].lower()}.png"
+            drawn.append(rng.integers(0, 256, (64, 64, 4), "uint8"))
+            path = folder / "img" / designer / "64" / entry["image"]
+            path.write_bytes(encode(drawn[-1]))
+    # Of which one of the designers has drawn none.
+    entries.append({**entries[0], "image": "1f601.png"})
+    (folder / "emoji.json").write_text(json.dumps(entries))
+    builder = prepare("paper_emoji", {"train": 2})
+    examples = read(builder, "train", "label")
+    for designer, drawn in pictures.items():
+        for example, picture in zip(examples, drawn):
+            np.testing.assert_array_equal(example[designer], picture)
+    assert class_names(builder, "label", examples) == [
+        "Smileys & Emotion",
+        "Flags",
+    ]
+    assert [example["code_points"].decode() for example in examples] == [
+        "1F600",
+        "1F1EF-1F1F5",
+    ]
+
+
 def make_rows(number):
     return [
         {
@@ -543,6 +578,7 @@ def test_wrong_counts_are_named(timit_files, tmp_path):
 @pytest.mark.parametrize(
     "name, source",
     [
+        ("paper_emoji", "npm pack emoji-datasource-google@16.0.0"),
         ("paper_gtsrb", "hf download tanganke/gtsrb"),
         ("paper_sun397", "hf download tanganke/sun397"),
         ("paper_timit", "catalog.ldc.upenn.edu/LDC93S1"),
@@ -590,7 +626,7 @@ def test_names_are_not_those_of_tensorflow_datasets():
         name for name in tfds.list_builders() if not name.startswith("paper_")
     ]
     assert {"resisc45", "sun397"} <= set(theirs)
-    assert len(NAMES) == len(set(NAMES)) == 10
+    assert len(NAMES) == len(set(NAMES)) == 11
     assert not set(theirs) & set(NAMES)
     for name in NAMES:
         assert name.startswith("paper_")

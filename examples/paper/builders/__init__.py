@@ -9,6 +9,7 @@ TensorFlow Datasets.
 
 from examples.paper.builders.commonsense import PaperCommonsense
 from examples.paper.builders.commonsense import PaperCommonsenseEvaluation
+from examples.paper.builders.emoji import PaperEmoji
 from examples.paper.builders.gtsrb import PaperGtsrb
 from examples.paper.builders.resisc45 import PaperResisc45
 from examples.paper.builders.social_i_qa import PaperSocialIQa
@@ -21,6 +22,7 @@ from examples.paper.builders.wordnet_glosses import PaperWordnetGlosses
 __all__ = [
     "PaperCommonsense",
     "PaperCommonsenseEvaluation",
+    "PaperEmoji",
     "PaperGtsrb",
     "PaperResisc45",
     "PaperSocialIQa",
