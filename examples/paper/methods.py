@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import keras
+
 import keras_fvae
 
 
@@ -226,6 +228,10 @@ def adapt(name, backbone, rank, settings, seed, target_layer_names=None):
     method = METHODS[name]
     if method.make_config is None:
         backbone.trainable = method.trains_backbone
+        for layer in backbone.layers:
+            # Their statistics would be none of the best epoch's weights.
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False
         return 0
     config = method.make_config(rank, seed=seed, **settings["options"])
     summary = keras_fvae.enable_adapter(backbone, config, target_layer_names)

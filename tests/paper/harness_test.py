@@ -7,8 +7,10 @@ import keras
 import numpy as np
 import pytest
 import sklearn.metrics
+from helpers import to_numpy
 
 from examples.paper import harness
+from examples.paper import methods
 from examples.paper import metrics
 from examples.paper import results
 from examples.paper import search
@@ -286,6 +288,32 @@ def test_the_unknown_lists_what_there_is(experiment, arguments, capsys):
     }[arguments[0]]
     assert all(name in error for name in known)
     assert not experiment.calls
+
+
+@pytest.mark.parametrize("name", ["head_only", "full_fine_tuning", "lora"])
+def test_batch_norms_keep_their_statistics(name, rng):
+    inputs = keras.Input((2, 2, 3))
+    norm = keras.layers.BatchNormalization()
+    backbone = keras.Model(inputs, norm(keras.layers.Conv2D(4, 1)(inputs)))
+    settings = search.authors_settings(METHODS[name], 5e-3, {})
+    methods.adapt(name, backbone, 2, settings, 0, "all-conv")
+    x = rng.normal(loc=3.0, size=(8, 2, 2, 3)).astype("float32")
+    before = backbone.get_weights()
+    in_training = to_numpy(backbone(x, training=True))
+    np.testing.assert_allclose(in_training, to_numpy(backbone(x)), atol=1e-5)
+    for found, expected in zip(backbone.get_weights(), before):
+        np.testing.assert_array_equal(found, expected)
+    trains = [
+        weight.path.split("/")[-1] for weight in backbone.trainable_weights
+    ]
+    assert (
+        trains
+        == {
+            "head_only": [],
+            "full_fine_tuning": ["kernel", "bias"],
+            "lora": ["kernel_a", "kernel_b"],
+        }[name]
+    )
 
 
 def test_all_methods_are_searched_in_the_same_places():
