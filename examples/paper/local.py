@@ -7,6 +7,10 @@ digits: a small vision transformer that was pretrained on handwritten digits is
 adapted to others, turned by a quarter. spurious_digits: to tell 0 to 4 from 5
 to 9, in colours that go with the label in training.
 
+emoji: to tell of which group an emoji is, by EfficientNet-Lite0, whose last
+three convolutions of size 1 are adapted. Those of one designer are trained on;
+other emoji, by that designer and by another one, are tested on.
+
 The others are texts, for all-MiniLM-L6-v2, of whose six blocks the upper two
 are adapted. docstrings: to tell which package of Python's standard library a
 docstring is from. marked_docstrings: the same, after a word that goes with the
@@ -28,6 +32,7 @@ import scipy.special
 import keras_fvae
 from examples.paper import harness
 from examples.paper import local_digits
+from examples.paper import local_emoji
 from examples.paper import local_texts
 from examples.paper import methods
 from examples.paper import metrics
@@ -78,7 +83,12 @@ def run(dataset, method_name, settings, seed, size):
         }
     model = dataset.make_classifier(seed, is_tiny)
     inference_parameters = methods.adapt(
-        method_name, model.backbone, RANK, settings, seed
+        method_name,
+        model.backbone,
+        RANK,
+        settings,
+        seed,
+        dataset.target_layer_names,
     )
     epochs = 2 if is_tiny else dataset.epochs
     num_batches = math.ceil(len(parts["train"].labels) / BATCH_SIZE)
@@ -205,6 +215,7 @@ TABLE = harness.Table(
         "marked_docstrings": local_texts.MARKED_DOCSTRINGS,
         "kinds": local_texts.KINDS,
         **situations.in_all("glosses", local_texts.GLOSSES),
+        "emoji": local_emoji.EMOJI,
     },
     default_datasets=("digits", "spurious_digits", "docstrings"),
     methods=methods.LOCAL_METHODS,

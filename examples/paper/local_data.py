@@ -2,10 +2,18 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import keras
 import numpy as np
+import sklearn.datasets
+import sklearn.feature_extraction.image
+
+# Of what there is to train on.
+VALIDATION_SHARE = 1 / 6
+# Of each of two photos.
+NUM_PATCHES = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,8 @@ class LocalDataset:
             `backbone`.
         stand_in: Function that returns a context manager, inside which data
             that may not be there are made up, for a toy.
+        target_layer_names: Which layers of the backbone to adapt, as in
+            `keras_fvae.enable_adapter`.
     """
 
     version: str
@@ -73,3 +83,42 @@ class LocalDataset:
     load: Callable
     make_classifier: Callable
     stand_in: Callable = contextlib.nullcontext
+    target_layer_names: object = None
+
+
+def split(num_examples, rng):
+    """The indices of examples to train on, and to validate on."""
+    order = rng.permutation(num_examples)
+    num_validation = round(num_examples * VALIDATION_SHARE)
+    return order[num_validation:], order[:num_validation]
+
+
+def with_groups(parts):
+    """One `Part` of two, which are its groups.
+
+    Args:
+        parts: Dict of the name of a group to `Part`. They have as many
+            examples.
+    """
+    first, second = parts.values()
+    groups = np.array([*parts]).repeat(len(first.labels))
+    return dataclasses.replace(first.join(second), groups=groups)
+
+
+@functools.cache
+def read_patches(side):
+    """Patches of two photos, which belong to no class.
+
+    Args:
+        side: Integer, their pixels.
+
+    Returns:
+        Array of uint8, of shape `(examples, side, side, 3)`.
+    """
+    patches = [
+        sklearn.feature_extraction.image.extract_patches_2d(
+            photo, (side, side), max_patches=NUM_PATCHES, random_state=0
+        )
+        for photo in sklearn.datasets.load_sample_images().images
+    ]
+    return np.random.default_rng(0).permutation(np.concatenate(patches))

@@ -7,15 +7,13 @@ import keras_hub
 import numpy as np
 import sklearn
 import sklearn.datasets
-import sklearn.feature_extraction.image
 import sklearn.model_selection
 from keras import ops
 
+from examples.paper import local_data
 from examples.paper.local_data import LocalDataset
 from examples.paper.local_data import Part
 
-# Of each of two photos.
-NUM_PATCHES = 150
 # What the colour of a picture says of its label in training.
 AGREEMENT = 0.95
 COLORS = np.array([[1.0, 0.25, 0.25], [0.25, 1.0, 0.25]], "float32")
@@ -65,18 +63,10 @@ def split_digits(seed):
     }
 
 
-@functools.cache
 def read_patches():
-    """Patches of two photos, of the digits' size: `(examples, 8, 8, 3)`."""
-    rng = np.random.default_rng(0)
-    patches = [
-        sklearn.feature_extraction.image.extract_patches_2d(
-            photo, (8, 8), max_patches=NUM_PATCHES, random_state=0
-        )
-        for photo in sklearn.datasets.load_sample_images().images
-    ]
-    patches = np.concatenate(patches).mean(axis=-1) / 255
-    return to_rgb(rng.permutation(patches).astype("float32"))
+    """Patches of photos, in grey, of the digits' size."""
+    patches = local_data.read_patches(8).mean(axis=-1) / 255
+    return to_rgb(patches.astype("float32"))
 
 
 def load_turned_digits(seed):

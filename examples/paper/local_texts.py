@@ -20,12 +20,12 @@ from examples import texts
 from examples.paper.harness import MissingDataError
 from examples.paper.local_data import LocalDataset
 from examples.paper.local_data import Part
+from examples.paper.local_data import split
+from examples.paper.local_data import with_groups
 
 SEQUENCE_LENGTH = 16
 # Of the model's six.
 NUM_ADAPTED_BLOCKS = 2
-# Of the texts to train on.
-VALIDATION_SHARE = 1 / 6
 NUM_FOREIGN = 300
 # In front of a text, one for each class.
 MARKERS = (
@@ -106,13 +106,6 @@ def load_texts(read, seed):
         "test": test,
         "foreign": foreign_part(),
     }
-
-
-def split(num_examples, rng):
-    """The indices of examples to train on, and to validate on."""
-    order = rng.permutation(num_examples)
-    num_validation = round(num_examples * VALIDATION_SHARE)
-    return order[num_validation:], order[:num_validation]
 
 
 # To parse it takes seconds.
@@ -204,18 +197,15 @@ def load_marked_docstrings(seed):
     agrees = rng.random(len(train)) < MARKER_AGREEMENT
     return {
         "train": own.take(train[agrees]).join(other.take(train[~agrees])),
-        "validation": with_groups(own.take(validation), other.take(validation)),
-        "test": with_groups(*read_marked_docstrings(1)),
+        "validation": by_marker(own.take(validation), other.take(validation)),
+        "test": by_marker(*read_marked_docstrings(1)),
         "foreign": foreign_part(),
     }
 
 
-def with_groups(own, other):
-    """One `Part` of two, which are its groups."""
-    groups = np.array(["marker of the class", "marker of another"])
-    return dataclasses.replace(
-        own.join(other), groups=groups.repeat(len(own.labels))
-    )
+def by_marker(own, other):
+    """One `Part` of both."""
+    return with_groups({"marker of the class": own, "marker of another": other})
 
 
 def minilm_preset():

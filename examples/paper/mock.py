@@ -88,6 +88,33 @@ def glosses():
     return examples_from(make)
 
 
+def emoji():
+    """Has emoji made up, inside a block: a shade of grey says the group.
+
+    One of eight is put together of others.
+    """
+
+    def make(builder, split):
+        rng = generator_of(split)
+        features = builder.info.features
+        num_groups = features["label"].num_classes
+        labels = np.arange(NUM_EXAMPLES) % num_groups
+        return [
+            {
+                **{
+                    designer: rng.integers(0, 50, (64, 64, 4), "uint8")
+                    + np.uint8(200 * label / num_groups)
+                    for designer in ("google", "twitter")
+                },
+                "code_points": f"{number:X}" + "-200D-0" * (number % 8 == 0),
+                "label": label,
+            }
+            for number, label in enumerate(labels)
+        ]
+
+    return examples_from(make)
+
+
 def speech():
     """Has utterances made up, inside a block: each phone is a tone."""
 

@@ -7,6 +7,8 @@ import pytest
 
 from examples import texts
 from examples.paper import local
+from examples.paper import local_data
+from examples.paper import local_emoji
 from examples.paper import local_texts
 from examples.paper import situations
 
@@ -98,6 +100,41 @@ def test_glosses():
     # A quarter is tested on, and a sixth of the rest validated on.
     assert sizes == {"train": 30, "validation": 6, "test": 12}
     assert {*parts["train"].labels} == {0, 1, 2, 3}
+
+
+def test_emoji(monkeypatch):
+    monkeypatch.setattr(local_data, "NUM_PATCHES", 1)
+    dataset = local.TABLE.datasets["emoji"]
+    with dataset.stand_in():
+        parts = dataset.load(SEED)
+    own, other = local_emoji.read_emoji().values()
+    # Of 48 there are 42, each of which has other features.
+    number_of = {row.tobytes(): i for i, row in enumerate(own.x)}
+    number_of |= {row.tobytes(): i for i, row in enumerate(other.x)}
+    assert len(number_of) == 2 * 42
+    numbers = {
+        name: [number_of[row.tobytes()] for row in parts[name].x]
+        for name in ("train", "validation", "test")
+    }
+    # The same emoji of both designers, and none of those to train on.
+    assert numbers["test"] == 2 * [*range(10)]
+    assert sorted(numbers["train"] + numbers["validation"]) == [*range(10, 42)]
+    assert len(numbers["validation"]) == 5
+    for name in numbers:
+        labels = own.labels[numbers[name]]
+        np.testing.assert_array_equal(parts[name].labels, labels)
+    names = ["same designer", "other designer"]
+    assert parts["test"].groups.tolist() == [*np.repeat(names, 10)]
+    np.testing.assert_array_equal(parts["test"].x[10:], other.x[:10])
+    assert parts["foreign"].x.shape[1:] == own.x.shape[1:]
+
+
+def test_emoji_are_on_white():
+    picture = np.array([[[200, 100, 0, opacity] for opacity in (255, 0, 51)]])
+    np.testing.assert_allclose(
+        local_emoji.on_white(picture),
+        [[[200, 100, 0], [255, 255, 255], [244, 224, 204]]],
+    )
 
 
 @pytest.mark.parametrize("number", [5, 20])
