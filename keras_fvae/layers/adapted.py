@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend import fast_ops
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
 from keras_fvae.layers import call_context
@@ -85,6 +86,17 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
 
     def quantized_call(self, inputs, training=None):
         return self._adapt(super().quantized_call, inputs, training)
+
+    def convolution_op(self, inputs, kernel):
+        """What Keras's convolutions call, and what it computes there."""
+        return fast_ops.conv(
+            inputs,
+            kernel,
+            self.strides,
+            self.padding,
+            self.data_format,
+            self.dilation_rate,
+        )
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(

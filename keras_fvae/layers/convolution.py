@@ -6,6 +6,7 @@ import math
 
 from keras import ops
 
+from keras_fvae.backend import fast_ops
 from keras_fvae.layers.linear_map import LinearMap
 
 
@@ -62,8 +63,8 @@ class Convolution(LinearMap):
 
     def to_tokens(self, inputs, kernel_shape):
         x = self._to_channels_last(self._pad(inputs))
-        if math.prod(self.size + self.strides) == 1:
-            return x
+        if self.is_pointwise:
+            return fast_ops.subsample(x, self.strides)
         # For each place in the kernel, what it sees of all patches.
         parts = []
         for place in itertools.product(*map(range, self.size)):
@@ -81,7 +82,7 @@ class Convolution(LinearMap):
         positions = ops.shape(inputs)[:-1]
         missing_axes = len(positions) - len(mask.shape)
         mask = ops.reshape(mask, (*ops.shape(mask), *[1] * missing_axes, 1))
-        mask = ops.broadcast_to(ops.cast(mask, "int32"), (*positions, 1))
+        mask = ops.broadcast_to(ops.cast(mask, "float32"), (*positions, 1))
         return ops.any(self.to_tokens(mask, kernel_shape=None), axis=-1)
 
     def project(self, inputs, matrix, kernel_shape):
@@ -95,14 +96,20 @@ class Convolution(LinearMap):
         padding = self.padding
         if padding == "causal":
             inputs, padding = self._pad(inputs), "valid"
-        return ops.conv(
+        return fast_ops.conv(
             inputs,
             ops.cast(kernel, inputs.dtype),
-            strides=self.strides,
-            padding=padding,
-            data_format=self.data_format,
-            dilation_rate=self.dilation,
+            self.strides,
+            padding,
+            self.data_format,
+            self.dilation,
         )
+
+    def multiply_tokens(self, tokens, matrix):
+        # On JAX the gradient of a matrix product would transpose that of the
+        # outputs, which takes longer than all the rest.
+        kernel = ops.reshape(matrix, (*[1] * len(self.size), *matrix.shape))
+        return ops.conv(tokens, kernel, data_format="channels_last")
 
     def _to_channels_last(self, x):
         return x if self.has_units_last else ops.moveaxis(x, 1, -1)

@@ -88,13 +88,14 @@ class LinearMap:
 
         Args:
             inputs: Tensor, the layer's input.
-            matrix: Variable or tensor of shape `(d, rank)`.
+            matrix: Variable or tensor of shape `(d, rank)`, of few columns.
             kernel_shape: Tuple of integers, the shape of the layer's kernel.
 
         Returns:
             Tensor of shape `(..., rank)`, of the dtype of `inputs`.
         """
-        return fast_ops.matmul(self.to_tokens(inputs, kernel_shape), matrix)
+        tokens = self.to_tokens(inputs, kernel_shape)
+        return fast_ops.thin_matmul(tokens, matrix)
 
     def multiply(self, inputs, matrix, kernel_shape):
         """The layer's outputs by another kernel, without a bias.
@@ -107,8 +108,13 @@ class LinearMap:
         Returns:
             Tensor of the shape of the outputs, of the dtype of `inputs`.
         """
-        outputs = self.project(inputs, matrix, kernel_shape)
+        tokens = self.to_tokens(inputs, kernel_shape)
+        outputs = ops.matmul(tokens, ops.cast(matrix, tokens.dtype))
         return self.from_tokens(outputs, inputs, kernel_shape)
+
+    def multiply_tokens(self, tokens, matrix):
+        """Vectors `(..., rank)`, one for each token, times `(rank, k)`."""
+        return ops.matmul(tokens, matrix)
 
     def add_product(self, outputs, tokens, matrix, inputs, kernel_shape):
         """Adds a map of tokens to a layer's outputs.
@@ -127,7 +133,7 @@ class LinearMap:
             total = fast_ops.add_matmul(outputs, tokens, matrix)
             if total is not None:
                 return total
-        product = ops.matmul(
+        product = self.multiply_tokens(
             ops.cast(tokens, outputs.dtype), ops.cast(matrix, outputs.dtype)
         )
         outputs += self.from_tokens(product, inputs, kernel_shape)
