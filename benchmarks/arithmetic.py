@@ -6,32 +6,43 @@ import math
 import keras
 
 from benchmarks.models import NUM_EXPERTS
+from benchmarks.models import is_convolution
+from benchmarks.models import targets
 from keras_fvae.backend import keras_internals
-from keras_fvae.layers.contraction import analyze_equation
+from keras_fvae.layers.frozen import linear_map_of
 
 
-def frozen(task, length):
+def frozen(task, size):
     """Those of the base model, without biases, norms and activations.
 
     Args:
         task: KerasHub task.
-        length: Integer, tokens in a sequence.
+        size: `Size`, that of the task.
 
     Returns:
-        Integer, multiply-adds a token, forward.
+        Integer, multiply-adds a token, or an image, forward.
     """
     kernels = sum(
-        math.prod(layer.kernel.shape)
-        for layer in keras_internals.flatten_layers(task.backbone)
-        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+        num_tokens(layer) * math.prod(layer.kernel.shape)
+        for layer in layers_with_kernels(task)
     )
     # Attention: each query with each key, and each weight with each value.
     attention = sum(
-        2 * length * width_and_units(layer)[1]
-        for layer in targets(task)
+        2 * size.num_tokens * width_and_units(layer)[1]
+        for layer in targets(task, size)
         if layer.name == "query"
     )
     return kernels + attention
+
+
+def layers_with_kernels(task):
+    """List of layers, of whose convolutions the model knows the outputs."""
+    own = [la for la in task.backbone.layers if is_convolution(la)]
+    return own + [
+        layer
+        for layer in keras_internals.flatten_layers(task.backbone)
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+    ]
 
 
 # The width of FVAE-LoRA's encoders, by the rank.
@@ -54,20 +65,21 @@ THIN_PRODUCTS = {
 }
 
 
-def targets(task):
-    """The layers that every method adapts."""
-    return [
-        layer
-        for layer in keras_internals.flatten_layers(task.backbone)
-        if layer.name in ("query", "value") and hasattr(layer, "kernel")
-    ]
+def num_tokens(layer):
+    """For what is counted, how many tokens a kernel is applied to.
+
+    Integer, 1 for a token. An image is counted as a whole, because each
+    convolution has as many patches as it gives outputs.
+    """
+    if is_convolution(layer):
+        return math.prod(layer.output.shape[1:-1])
+    return 1
 
 
 def width_and_units(layer):
     """How many features a layer's kernel contracts, and how many it gives."""
-    contraction = analyze_equation(layer.equation, 3)
-    shape = layer.kernel.shape
-    return contraction.width(shape), contraction.units(shape)
+    linear_map, shape = linear_map_of(layer), layer.kernel.shape
+    return linear_map.width(shape), linear_map.units(shape)
 
 
 def inference(method, width, units, rank):
@@ -114,16 +126,16 @@ def training(method, width, units, rank, decoder_units=(128, 128, 128)):
     return 3 * (encoders + decoder + rank * units)
 
 
-def step(method, task, length, rank):
-    """Those of a whole training step, for each token.
+def step(method, task, size, rank):
+    """Those of a whole training step, for each token or image.
 
     Forward, and backward to the layers' inputs, that is twice the base model;
     full fine-tuning takes the gradients of all kernels besides.
     """
-    base = frozen(task, length)
+    base = frozen(task, size)
     if method == "full fine-tuning":
         return 3 * base
     return 2 * base + sum(
-        training(method, *width_and_units(layer), rank)
-        for layer in targets(task)
+        num_tokens(layer) * training(method, *width_and_units(layer), rank)
+        for layer in targets(task, size)
     )

@@ -40,7 +40,7 @@ def steps(size, rank, rounds, methods, jit_compile="auto"):
             task.train_on_batch = with_callback(task, method, rounds)
             results[method]["first"] = seconds(task.train_on_batch, x, y)
             results[method]["counted"] = arithmetic.step(
-                method, task, size.num_tokens, rank
+                method, task, size, rank
             )
     for what, timed_methods in (
         ("train", TRAINING_METHODS),

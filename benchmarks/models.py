@@ -2,12 +2,26 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import keras
 import keras_hub
 import numpy as np
 
 import keras_fvae
+from keras_fvae.backend import keras_internals
+
+
+def is_query_or_value(layer):
+    return layer.name in ("query", "value") and hasattr(layer, "kernel")
+
+
+def is_convolution(layer):
+    return isinstance(layer, keras.layers.Conv2D)
+
+
+def is_pointwise(layer):
+    return is_convolution(layer) and layer.kernel_size == (1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +32,8 @@ class Size:
     batch_size: int
     # The side of an image, or the length of a text.
     length: int
+    # Function of a layer, whether every method adapts it.
+    is_target: Callable = is_query_or_value
 
     @property
     def num_tokens(self):
@@ -41,7 +57,11 @@ SIZES = {
     },
     "ViT-B/16, 4 blocks": Size("vit", 768, 4, 8, 224),
     "ViT-B/16, 12 blocks": Size("vit", 768, 12, 8, 224),
+    # The first two of ResNet-50's four stacks, each of as many blocks.
+    "ResNet": Size("resnet", 64, 2, 16, 96, is_convolution),
+    "ResNet, size 1": Size("resnet", 64, 2, 16, 96, is_pointwise),
     "tiny": Size("vit", 64, 1, 2, 32),
+    "tiny ResNet": Size("resnet", 64, 1, 2, 16, is_pointwise),
     # Those of `benchmarks.device`.
     **{
         f"ViT-B/16, {depth} blocks, batch 64": Size("vit", 768, depth, 64, 224)
@@ -59,7 +79,7 @@ SIZES = {
 def make(size):
     """A task of that size, its inputs and targets."""
     keras.utils.set_random_seed(0)
-    makers = {"vit": make_vit, "bert": make_bert}
+    makers = {"vit": make_vit, "bert": make_bert, "resnet": make_resnet}
     return makers.get(size.kind, make_llama)(size, np.random.default_rng(0))
 
 
@@ -75,9 +95,29 @@ def make_vit(size, rng):
     task = keras_hub.models.ViTImageClassifier(
         backbone, num_classes=10, preprocessor=None
     )
+    return task, *make_images(size, rng)
+
+
+def make_images(size, rng):
     shape = (size.batch_size, size.length, size.length, 3)
     images = rng.normal(size=shape).astype("float32")
-    return task, images, np.arange(size.batch_size) % 10
+    return images, np.arange(size.batch_size) % 10
+
+
+def make_resnet(size, rng):
+    backbone = keras_hub.models.ResNetBackbone(
+        image_shape=(size.length, size.length, 3),
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[size.width, 2 * size.width],
+        stackwise_num_blocks=[size.num_blocks, size.num_blocks],
+        stackwise_num_strides=[1, 2],
+        block_type="bottleneck_block",
+    )
+    task = keras_hub.models.ResNetImageClassifier(
+        backbone, num_classes=10, preprocessor=None
+    )
+    return task, *make_images(size, rng)
 
 
 def make_bert(size, rng):
@@ -162,19 +202,36 @@ CALLBACKS = {
 }
 
 
-def enable_method(task, rank, method):
+def targets(task, size):
+    """The layers that every method adapts."""
+    return [
+        layer
+        for layer in keras_internals.flatten_layers(task.backbone)
+        if size.is_target(layer)
+    ]
+
+
+def enable_lora(task, rank, size):
+    """KerasHub's LoRA, which is Keras's own of each layer."""
+    names = {layer.name for layer in targets(task, size)}
+    task.backbone.enable_lora(rank, sorted(names))
+
+
+def enable_method(task, rank, size, method):
     keras_fvae.enable_adapter(
-        task.backbone, CONFIGS[method](rank), ["query", "value"]
+        task.backbone, CONFIGS[method](rank), size.is_target
     )
 
 
-def enable_fvae_lora(task, rank, then=None, **options):
-    task.backbone.enable_fvae_lora(rank=rank, **options)
+def enable_fvae_lora(task, rank, size, then=None, **options):
+    task.backbone.enable_fvae_lora(
+        rank=rank, target_layer_names=size.is_target, **options
+    )
     if then is not None:
         then(task.backbone)
 
 
-def freeze(task, rank):
+def freeze(task, rank, size):
     """Leaves the head to train: of a language model, the output embeddings."""
     task.backbone.trainable = False
     if isinstance(task, keras_hub.models.CausalLM):
@@ -185,8 +242,8 @@ def freeze(task, rank):
 
 # What trains, and what only predicts.
 TRAINING_METHODS = {
-    "full fine-tuning": lambda task, rank: None,
-    "LoRA": lambda task, rank: task.backbone.enable_lora(rank),
+    "full fine-tuning": lambda task, rank, size: None,
+    "LoRA": enable_lora,
     **{
         method: functools.partial(enable_method, method=method)
         for method in CONFIGS
@@ -211,7 +268,7 @@ DEVICE_METHODS = ("base", *TRAINING_METHODS)
 def make_adapted(size, method, rank, jit_compile="auto"):
     """A compiled task that a method has adapted, its inputs and targets."""
     task, x, y = make(size)
-    METHODS[method](task, rank)
+    METHODS[method](task, rank, size)
     task.compile(
         keras.optimizers.AdamW(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
