@@ -26,6 +26,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # What is held against each other throughout.
 PAIR = ("LoRA", "FVAE-LoRA")
 RANK = 16
+# Of a ResNet's convolutions, the narrowest of which have 64 filters.
+RESNET_RANK = 8
 BACKENDS = ("jax", "tensorflow", "torch")
 VIT, LONG_VIT, LLAMA, COMPILED, TINY = (
     "ViT-B/16, 4 blocks",
@@ -34,6 +36,12 @@ VIT, LONG_VIT, LLAMA, COMPILED, TINY = (
     "ViT-B/16, 4 blocks, torch.compile",
     "tiny",
 )
+# Of which all convolutions are adapted, or those of size 1; by what.
+RESNETS = {
+    "ResNet": ("LoRA", "LoRA on x"),
+    "ResNet, size 1": ("LoRA", "LoRA on x", "FVAE-LoRA"),
+}
+TINY_RESNET = "tiny ResNet"
 # What is measured, of which size, of which methods; what it is to reach.
 GOALS = (
     ("training step", VIT, "train", "FVAE-LoRA", "LoRA", (1.05, 1.05, 1.15)),
@@ -43,6 +51,10 @@ GOALS = (
     *(
         ("training step", VIT, "train", method, "LoRA", (1.0, 1.0, 1.0))
         for method in CONFIGS
+    ),
+    *(
+        ("training step", size, "train", "LoRA on x", "LoRA", (1.0, 1.0, 1.0))
+        for size in RESNETS
     ),
     ("prediction", VIT, "predict", "FVAE-LoRA", "base", (1.05,) * 3),
     ("prediction", VIT, "predict", "finalized", "base", (1.03,) * 3),
@@ -115,6 +127,9 @@ def measure_all(run, backend, dtype, arguments):
         widths = {width: f"Llama block, width {width}" for width in WIDTHS}
         ranks = dict.fromkeys((4, RANK, 64), VIT)
         depths = {2 * depth: f"narrow ViT, {depth} blocks" for depth in DEPTHS}
+    for size, methods in RESNETS.items():
+        size = TINY_RESNET if arguments.quick else size
+        sizes[size] = steps(size, rank=RESNET_RANK, methods=methods)
     for method in (*PAIR, "rematerialized"):
         sizes[longest][method] |= measure(
             backend, "memory", longest, "--dtype", dtype, "--methods", method
@@ -192,7 +207,9 @@ def print_goals(results):
             goal = goals[BACKENDS.index(run.split(",")[0])]
             if not goal:
                 continue
-            measured_size = size if size in result["sizes"] else TINY
+            measured_size = size
+            if size not in result["sizes"]:
+                measured_size = TINY_RESNET if size in RESNETS else TINY
             methods = result["sizes"][measured_size]
             if key not in methods[method]:
                 # The memory of a GPU is of arrays alone.

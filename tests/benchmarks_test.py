@@ -13,18 +13,25 @@ import keras_fvae
 from benchmarks import arithmetic
 from benchmarks.measure import with_callback
 from benchmarks.models import Size
+from benchmarks.models import is_convolution
+from benchmarks.models import is_pointwise
 from benchmarks.models import make_adapted
+from benchmarks.models import targets
 from keras_fvae.model.lookup import adapted_layers
 
 RANK, NUM_TOKENS = 4, 30
 SMALL = Size("vit", 64, 2, 2, 32)
+SMALL_RESNETS = [
+    Size("resnet", 64, 1, 2, 32, is_target)
+    for is_target in (is_convolution, is_pointwise)
+]
 
 
 @pytest.mark.one_backend
 def test_what_inference_takes_is_what_it_keeps():
     task, _, _ = make_adapted(SMALL, "FVAE-LoRA", RANK)
     layers = adapted_layers(task)
-    assert len(layers) == len(arithmetic.targets(task)) == 4
+    assert len(layers) == len(targets(task, SMALL)) == 4
     for layer in layers:
         width, units = arithmetic.width_and_units(layer)
         counted = arithmetic.inference("FVAE-LoRA", width, units, RANK)
@@ -34,7 +41,12 @@ def test_what_inference_takes_is_what_it_keeps():
         assert counted == kept
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch counts what it does")
+counts_on_torch = pytest.mark.skipif(
+    BACKEND != "torch", reason="PyTorch counts what it does"
+)
+
+
+@counts_on_torch
 @pytest.mark.parametrize(
     "method",
     [
@@ -59,7 +71,7 @@ def test_what_training_takes_is_counted(method):
     from torch.utils.flop_counter import FlopCounterMode
 
     task, _, _ = make_adapted(SMALL, method, RANK)
-    layer = arithmetic.targets(task)[0]
+    layer = targets(task, SMALL)[0]
     width, units = arithmetic.width_and_units(layer)
     x = torch.randn(3, NUM_TOKENS // 3, width, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -87,6 +99,50 @@ def test_steps_are_timed_with_what_a_method_trains_with():
         step(x, y)
     ranks = [layer.adapter.num_ranks for layer in adapted_layers(task)]
     assert sum(ranks) < len(ranks) * RANK
+
+
+@counts_on_torch
+@pytest.mark.parametrize("size", SMALL_RESNETS)
+def test_a_resnet_is_counted(size):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    task, x, _ = make_adapted(size, "base", RANK)
+    with FlopCounterMode(display=False) as counter:
+        task.backbone(x)
+    counted = size.batch_size * arithmetic.frozen(task, size)
+    assert counter.get_total_flops() / 2 == counted
+
+
+@counts_on_torch
+@pytest.mark.parametrize(
+    "size, method",
+    [
+        *((size, "LoRA") for size in SMALL_RESNETS),
+        *((size, "LoRA on x") for size in SMALL_RESNETS),
+        (SMALL_RESNETS[1], "FVAE-LoRA"),
+    ],
+)
+def test_what_training_convolutions_takes_is_counted(size, method):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    task, _, _ = make_adapted(size, method, RANK)
+    layers = targets(task, size)
+    assert len(layers) == (9 if size.is_target is is_convolution else 6)
+    for layer in layers:
+        width, units = arithmetic.width_and_units(layer)
+        shape = size.batch_size, *layer.input.shape[1:]
+        x = torch.randn(shape, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            outputs = layer(x, training=True)
+            (ops.sum(ops.square(outputs)) + sum(layer.losses)).backward()
+        counted = 2 * width * units
+        counted += arithmetic.training(method, width, units, RANK)
+        counted *= size.batch_size * arithmetic.num_tokens(layer)
+        if method == "LoRA":
+            # B A and its gradients, once a step.
+            counted += 3 * width * units * RANK
+        assert counter.get_total_flops() / 2 == pytest.approx(counted)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PEFT has PyTorch alone")
@@ -124,6 +180,7 @@ def test_the_benchmark_runs(tmp_path):
     methods = results["sizes"]["tiny"]
     assert len(methods["FVAE-LoRA"]["train"]) == 2
     assert len(methods["merged"]["predict"]) == 2
+    assert len(results["sizes"]["tiny ResNet"]["FVAE-LoRA"]["train"]) == 2
     for method in ("LoRA", "FVAE-LoRA", "rematerialized"):
         assert 0 < methods[method]["arrays"] < 100 < methods[method]["peak"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000

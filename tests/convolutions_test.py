@@ -122,6 +122,15 @@ def test_lora_is_that_of_keras(num_axes, size, options):
         assert_close(found.reshape(expected.shape), expected)
 
 
+@on_cases
+def test_the_frozen_layer_is_keras_s_to_the_bit(num_axes, size, options):
+    layer, x = make(num_axes, size, options, activation="tanh")
+    expected = to_numpy(layer(x))
+    model = adapt(layer, x, LORA)
+    with keras_fvae.adapter_disabled(model):
+        np.testing.assert_array_equal(to_numpy(layer(x)), expected)
+
+
 def step(layer, x, training):
     """The outputs of a call, and the loss that it adds."""
     outputs = to_numpy(layer(x, training=training))

@@ -228,7 +228,7 @@ REFUSALS = [
     (
         keras_fvae.merge_adapter,
         adapted(),
-        r"hidden layers \(encoder_units=\(2,\)\).*finalize_adapter",
+        r"hidden layers \(encoder_units=\(8,\)\).*finalize_adapter",
     ),
     (keras_fvae.merge_adapter, quantized, "quantized"),
 ]
