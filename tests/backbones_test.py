@@ -17,7 +17,7 @@ from helpers import to_numpy
 import keras_fvae
 from keras_fvae.model import lookup
 
-DOCUMENT = pathlib.Path(ROOT, "guides/supported_backbones.md").read_text()
+DOCUMENT = pathlib.Path(ROOT, "docs/supported_backbones.md").read_text()
 SMALL = {"rank": 2, "decoder_units": (4,), "dropout": 0.0}
 
 

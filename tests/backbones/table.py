@@ -1,4 +1,4 @@
-"""The table of `guides/supported_backbones.md`: what is adapted by default.
+"""The table of `docs/supported_backbones.md`: what is adapted by default.
 
 To write it anew: `make table`.
 """

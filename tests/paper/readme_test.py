@@ -1,0 +1,80 @@
+"""The README's table of results, against the results."""
+
+import re
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+from examples.paper import comparison
+from examples.paper import tables
+from examples.paper.methods import METHODS
+
+pytestmark = pytest.mark.always_one_backend
+RESULTS = ROOT / "examples" / "paper" / "results"
+BESIDE = METHODS["lora"].label
+
+
+def read_table():
+    """Pair of the columns' names and a dict of row to cells."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| | L"))
+    rows = []
+    for line in lines[begin:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.split("|")[1:-1]])
+    header, _, *rows = rows
+    return header[1:], {row: cells for row, *cells in rows}
+
+
+COLUMNS, ROWS = read_table()
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Dict of data set to what `comparison.rows` says of it."""
+    found = tables.read_results(RESULTS, "local", "full")
+    parts = tables.in_parts(found, tables.TABLES["local"])
+    return {
+        title.split(",")[0]: comparison.rows(part)
+        for title, part in parts.items()
+    }
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_figures_are_those_of_the_results(row, column, results):
+    """A column is a method, by its accuracy or its loss; a row a data set."""
+    cell = ROWS[row][COLUMNS.index(column)]
+    dataset = re.sub(r"[ ,]+", "_", row.replace("%", "percent"))
+    label, _, loss = column.partition(", ")
+    assert label in {method.label for method in METHODS.values()}
+    assert loss in ("", "loss")
+    by_label = results[dataset]
+    reference, figures = by_label[BESIDE], by_label.get(label, {})
+    name = loss or "accuracy"
+    if not loss and "worst group" in next(iter(reference.values())):
+        name = "worst group"
+    if figures.keys() != reference.keys():
+        assert cell == "", "not all of its seeds have run"
+        return
+    seeds = sorted(reference)
+    # The last digit that is shown.
+    rounding = 0.0051 if loss else 0.051
+    if label == BESIDE:
+        expected = [np.mean([reference[seed][name] for seed in seeds])]
+    else:
+        differences = np.array(
+            [figures[seed][name] - reference[seed][name] for seed in seeds]
+        )
+        expected = numbers(comparison.interval(differences))
+        _, low, high = expected
+        assert cell.startswith("**") == (low * high > 0), "bold or not"
+        # What it prints is rounded, too.
+        rounding += 0.005
+    assert numbers(cell) == pytest.approx(expected, abs=rounding)
