@@ -28,7 +28,7 @@ def on_files(files, config):
         files.append(File.generated(config, page, content=text))
     for path in sorted((ROOT / "guides").glob("*.py")):
         page = f"guides/{path.stem}.md"
-        text = _of_guide(path, config.repo_url)
+        text = _of_guide(path, config.extra["repository"])
         files.append(File.generated(config, page, content=text))
     return files
 
@@ -42,7 +42,8 @@ def _with_local_links(text, config):
 
     prefix = re.escape(config.site_url)
     text = re.sub(rf"\]\({prefix}([^)#]*)(#[^)]*)?\)", local, text)
-    return text.replace(f"{config.repo_url}/raw/main/docs/", "")
+    pictures = f"{config.extra['repository']}/raw/main/docs/"
+    return text.replace(pictures, "")
 
 
 def _of_guide(path, repository):
