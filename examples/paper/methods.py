@@ -8,6 +8,10 @@ import keras
 
 import keras_fvae
 
+# It goes up whenever a method computes something else, so that results of
+# before and after are not mixed. A release of the package alone changes none.
+METHODS_VERSION = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
