@@ -1,8 +1,11 @@
+import re
+
 import keras
 import numpy as np
 import pytest
 from helpers import BACKEND
 from helpers import dtype_of
+from helpers import move_adapters
 from helpers import to_numpy
 from helpers import value_and_gradients
 from keras import ops
@@ -236,6 +239,30 @@ def test_torch_compile_traces_a_layer_as_one_graph(config, rng):
         results.append([outputs, layer.losses[0], gradient])
     for one, other in zip(*results):
         np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="Of PyTorch's compiler")
+def test_torch_compiles_and_exports_many_adapted_layers(rng):
+    import torch
+
+    inputs = keras.Input((8,))
+    x = inputs
+    # PyTorch gives up a function that it has compiled eight times.
+    for index in range(9):
+        x = x + keras.layers.Dense(8, name=f"query_{index}")(x)
+    model = keras.Model(inputs, x)
+    keras_fvae.enable_fvae_lora(model, 2, re.compile("query_"))
+    move_adapters(model, rng)
+    x = torch.tensor(rng.normal(size=(3, 8)).astype("float32"))
+    expected = to_numpy(model(x))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled = torch.compile(model, backend="eager")
+        compiled(x, training=True).sum().backward()
+        with torch.no_grad():
+            np.testing.assert_array_equal(to_numpy(compiled(x)), expected)
+    exported = torch.export.export(model, (x,), strict=True).module()
+    np.testing.assert_array_equal(to_numpy(exported(x)), expected)
 
 
 def test_only_the_adapter_trains(config, rng):

@@ -945,6 +945,11 @@ def test_inner_optimizers_that_are_refused(kind, make_inner, message):
         lambda: OPLoRA(0.1, scaled=True, beta_1=1.0),
         lambda: OPLoRA(0.1, scaled=True, beta_2=-0.1),
         lambda: OPLoRA(0.1, scaled=True, damping=0.0),
+        lambda: OPLoRA(0.1, scaled="no"),
+        lambda: OPLoRA(0.1, momentum=0.9, projected_momentum="no"),
+        # What only the scaled variant has would do nothing.
+        lambda: OPLoRA(0.1, beta_1=0.5),
+        lambda: OPLoRA(0.1, damping=1e-3),
         lambda: OPLoRA(0.1, proximal_weight=0.0),
         lambda: OPLoRA(0.1, weight_decay=0.01),
     ],

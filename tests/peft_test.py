@@ -349,6 +349,20 @@ REFUSALS = [
     (lambda d: edit(d, peft_type=["LORA"]), r"peft_type=\['LORA'\]"),
     (lambda d: edit(d, init_lora_weights=["x"]), "init_lora_weights"),
     (lambda d: edit(d, alpha_pattern={"(": 3}), "no regular expression"),
+    *(
+        (
+            lambda d, pattern=pattern: edit(d, alpha_pattern={pattern: 3}),
+            "may take for ever.*several patterns",
+        )
+        for pattern in (
+            "(e+)+!",
+            r"(\w*|\.){1,99}!",
+            "(.|.)" * 40 + "!",
+            "e?" * 40 + "!",
+            ".*" * 9 + "!",
+            f"({'.|' * 200}.)!",
+        )
+    ),
     (lambda d: edit(d, alpha_pattern=["a"]), "must be an object"),
     (lambda d: edit(d, alpha_pattern={"value": "3"}), "no positive number"),
     (lambda d: edit(d, use_rslora="no"), "must be true or false"),

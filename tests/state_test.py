@@ -679,6 +679,8 @@ def test_a_run_goes_on_with_its_best(rng, x, tmp_path):
             },
             "one name",
         ),
+        ({"save_best_only": "no"}, "`save_best_only` must be a boolean"),
+        ({"resume": "no"}, "`resume` must be a boolean"),
         ({"resume": True}, "goes with `save_best_only=True`"),
         ({"filepath": "t-{}.safetensors"}, "entries of the logs"),
         ({"filepath": "t-{epoch.safetensors"}, "entries of the logs"),
@@ -688,6 +690,23 @@ def test_a_run_goes_on_with_its_best(rng, x, tmp_path):
 def test_checkpoints_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         keras_fvae.AdapterCheckpoint(**{"filepath": FILE, **options})
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"replace": "no"}, "`replace` must be a boolean.*'no'"),
+        ({"strict": "no"}, "`strict` must be a boolean.*'no'"),
+        ({"only": "head"}, "`only` must be"),
+    ],
+)
+def test_options_that_are_refused(rng, option, message):
+    model = make_model(rng)
+    adapt(model, rng)
+    state = keras_fvae.get_adapter(model)
+    with pytest.raises(ValueError, match=message):
+        keras_fvae.set_adapter(model, state, **option)
 
 
 def test_checkpoints_of_models_that_have_none(rng, x, tmp_path):

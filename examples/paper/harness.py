@@ -17,6 +17,7 @@ from examples.paper import provenance
 from examples.paper import results
 from examples.paper import search
 from examples.paper.methods import METHODS
+from examples.paper.methods import METHODS_VERSION
 from examples.paper.results import Run
 
 OUTPUT = pathlib.Path("output", "paper")
@@ -265,7 +266,7 @@ class Harness:
     def versions(self, run):
         """What two results must have in common to stand in one table."""
         return {
-            "keras-fvae": provenance.version("keras-fvae"),
+            "the methods": METHODS_VERSION,
             f"the table {self.table.name}": self.table.version,
             f"the data set {run.dataset}": self.table.datasets[
                 run.dataset

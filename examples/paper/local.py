@@ -7,6 +7,9 @@ digits: a small vision transformer that was pretrained on handwritten digits is
 adapted to others, turned by a quarter. spurious_digits: to tell 0 to 4 from 5
 to 9, in colours that go with the label in training.
 
+resnet_digits: the turned digits, enlarged, by a small ResNet whose convolutions
+of size 1 are adapted; resnet_digits_all_convolutions: the larger ones, too.
+
 emoji: to tell of which group an emoji is, by EfficientNet-Lite0, whose last
 three convolutions of size 1 are adapted. Those of one designer are trained on;
 other emoji, by that designer and by another one, are tested on.
@@ -33,6 +36,7 @@ import keras_fvae
 from examples.paper import harness
 from examples.paper import local_digits
 from examples.paper import local_emoji
+from examples.paper import local_resnet
 from examples.paper import local_texts
 from examples.paper import methods
 from examples.paper import metrics
@@ -216,6 +220,8 @@ TABLE = harness.Table(
         "kinds": local_texts.KINDS,
         **situations.in_all("glosses", local_texts.GLOSSES),
         "emoji": local_emoji.EMOJI,
+        "resnet_digits": local_resnet.CONVOLUTIONS_OF_SIZE_1,
+        "resnet_digits_all_convolutions": local_resnet.ALL_CONVOLUTIONS,
     },
     default_datasets=("digits", "spurious_digits", "docstrings"),
     methods=methods.LOCAL_METHODS,

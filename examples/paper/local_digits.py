@@ -116,14 +116,21 @@ def make_digit_backbone():
     )
 
 
-@functools.cache
-def pretrained_weights(num_epochs):
-    """The weights of a backbone that tells all ten digits, without colour."""
+def pretrain(make_classifier, num_epochs, enlarge=lambda pictures: pictures):
+    """Trains a classifier on all ten digits, without colour.
+
+    Args:
+        make_classifier: Function that returns a KerasHub classifier.
+        num_epochs: Integer.
+        enlarge: Optional function that makes of pictures of the digits' size
+            what the classifier takes.
+
+    Returns:
+        List of arrays, the weights of its backbone.
+    """
     (pictures, digits), _ = read_digits()
     keras.utils.set_random_seed(0)
-    model = keras_hub.models.ViTImageClassifier(
-        make_digit_backbone(), num_classes=10, preprocessor=None, pooling="gap"
-    )
+    model = make_classifier()
     model.compile(
         keras.optimizers.AdamW(2e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -132,8 +139,25 @@ def pretrained_weights(num_epochs):
     for _ in range(num_epochs):
         shifted = ops.convert_to_numpy(shift(to_rgb(pictures), training=True))
         # Of `keras.Model`, because KerasHub's own makes batches once more.
-        keras.Model.fit(model, shifted, digits, batch_size=32, verbose=0)
+        keras.Model.fit(
+            model, enlarge(shifted), digits, batch_size=32, verbose=0
+        )
     return model.backbone.get_weights()
+
+
+def make_vit_classifier(num_classes):
+    return keras_hub.models.ViTImageClassifier(
+        make_digit_backbone(),
+        num_classes=num_classes,
+        preprocessor=None,
+        pooling="gap",
+    )
+
+
+@functools.cache
+def pretrained_weights(num_epochs):
+    """The weights of a backbone that tells all ten digits, without colour."""
+    return pretrain(functools.partial(make_vit_classifier, 10), num_epochs)
 
 
 def make_digit_classifier(num_classes, seed, is_tiny):
@@ -141,14 +165,9 @@ def make_digit_classifier(num_classes, seed, is_tiny):
     weights = pretrained_weights(1 if is_tiny else PRETRAINING_EPOCHS)
     # After the pretraining, which is of the first run alone.
     keras.utils.set_random_seed(seed)
-    backbone = make_digit_backbone()
-    backbone.set_weights(weights)
-    return keras_hub.models.ViTImageClassifier(
-        backbone,
-        num_classes=num_classes,
-        preprocessor=None,
-        pooling="gap",
-    )
+    model = make_vit_classifier(num_classes)
+    model.backbone.set_weights(weights)
+    return model
 
 
 DIGITS = LocalDataset(

@@ -11,6 +11,7 @@ import keras
 
 PACKAGES = (
     "keras",
+    "keras-fvae",
     "keras-hub",
     "numpy",
     "scikit-learn",

@@ -5,6 +5,7 @@ import os
 
 import keras
 
+from keras_fvae.layers.config import check_boolean
 from keras_fvae.model import files
 from keras_fvae.model import saving
 from keras_fvae.model.lookup import require_adapted_layers
@@ -78,6 +79,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 f"`mode` must be one of {MODES}. Received: mode={mode!r}"
             )
         saving.check_include(include)
+        check_boolean("save_best_only", save_best_only)
+        check_boolean("resume", resume)
         if not isinstance(monitor, str):
             raise ValueError(
                 "`monitor` must be the name of an entry of the logs. "

@@ -15,6 +15,7 @@ from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.config import check_boolean
 from keras_fvae.layers.frozen import CONVOLUTIONS
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.model import lookup
@@ -163,6 +164,7 @@ def save_peft_adapter(
             "`transformers_version` must be 4 or 5. Received: "
             f"transformers_version={transformers_version!r}"
         )
+    check_boolean("as_lora", as_lora)
     backbone = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     adapted = lookup.require_adapted_layers(backbone)

@@ -51,6 +51,9 @@ NEUTRAL_SETTINGS = {
 # The ways to begin which leave the base model as it is.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 FACTORED_STARTS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
+# In a regular expression of a file: repeats and groups, and what is between
+# bars.
+MOST_CHOICES, MOST_ALTERNATIVES = 4, 100
 
 
 class LoadedAdapter(NamedTuple):
@@ -130,6 +133,14 @@ class LoRAReader:
                     f"`{CONFIG_FILE}` has the alpha_pattern {pattern!r}, which "
                     f"is no regular expression: {error}."
                 ) from error
+            if _may_match_for_ever(pattern):
+                raise ValueError(
+                    f"`{CONFIG_FILE}` has the alpha_pattern {pattern!r}, which "
+                    "may take for ever to match. Allowed are at most "
+                    f"{MOST_CHOICES} repeats and groups, none of them a "
+                    f"repeated group, and {MOST_ALTERNATIVES} alternatives: "
+                    "name the modules in several patterns."
+                )
 
     def read(self, module, tensors, layers):
         """As `peft_fvae.FVAEReader.read`."""
@@ -241,6 +252,23 @@ class LoRAReader:
                 "this method has not here. It counts in training alone.",
                 stacklevel=5,
             )
+
+
+def _may_match_for_ever(pattern):
+    """Whether a regular expression may take too long for a module's name.
+
+    The steps of a match multiply with each repeat and each group, and are
+    without a limit where a group that can match in several ways is repeated.
+    """
+    # What is escaped, or in brackets, is one character.
+    pattern = re.sub(r"\\.", "x", pattern)
+    pattern = re.sub(r"\[\^?\]?[^]]*\]", "x", pattern)
+    choices = re.findall(r"[^(][*+{?]|\(", pattern)
+    return (
+        len(choices) > MOST_CHOICES
+        or pattern.count("|") > MOST_ALTERNATIVES
+        or re.search(r"\)[*+{]", pattern) is not None
+    )
 
 
 def _check_positive(name, value):

@@ -178,6 +178,14 @@ def is_integer(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_boolean(name, value):
+    """Raises a `ValueError` if the value of an argument is no boolean."""
+    if value not in (True, False):
+        raise ValueError(
+            f"`{name}` must be a boolean. Received: {name}={value!r}"
+        )
+
+
 def is_finite(value):
     """Whether a value is a real number that a float can hold."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -18,6 +18,7 @@ from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import inference_arrays
 from keras_fvae.layers.attach import refusals_after
+from keras_fvae.layers.config import check_boolean
 from keras_fvae.layers.config import describe_config
 from keras_fvae.model import containers
 from keras_fvae.model import files
@@ -175,6 +176,8 @@ def set_adapter(
 def _set(model, state, name, replace, only, strict, settings):
     """As `set_adapter`; `name` is what errors call the state."""
     _check_choice("only", only, PARTS)
+    check_boolean("replace", replace)
+    check_boolean("strict", strict)
     if only == "all" and not settings and not strict:
         known = state.known_variables.get(model)
         if known is not None and known.is_current():

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.layers.config import check_boolean
 from keras_fvae.optimizers.arguments import check_number
 from keras_fvae.optimizers.eigen import transpose
 from keras_fvae.optimizers.lora_rite_step import State
@@ -129,11 +130,7 @@ class LoRARITE(PairOptimizer):
                 check_number(
                     argument, value, "a positive number", lambda v: v > 0
                 )
-        if escaped_mass not in (True, False):
-            raise ValueError(
-                "`escaped_mass` must be a boolean. "
-                f"Received: escaped_mass={escaped_mass!r}"
-            )
+        check_boolean("escaped_mass", escaped_mass)
         super().__init__(
             learning_rate,
             other_optimizer,

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.layers.config import check_boolean
 from keras_fvae.layers.config import is_integer
 from keras_fvae.optimizers.arguments import check_number
 from keras_fvae.optimizers.op_lora_step import projected_step
@@ -15,6 +16,8 @@ from keras_fvae.optimizers.pairs import find_pairs
 # Beside the proximal weight. The authors add it to the matrices that are
 # inverted alone, and so make A smaller while B is 0.
 SMALLEST_PROXIMAL_WEIGHT = 1e-6
+# Of `beta_1`, `beta_2` and `damping`, which only the scaled variant has.
+SCALED_DEFAULTS = 0.9, 0.99, 1e-5
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
@@ -159,6 +162,15 @@ class OPLoRA(PairOptimizer):
             raise ValueError(
                 "`num_iterations` must be a non-negative integer. Received: "
                 f"num_iterations={num_iterations!r}"
+            )
+        check_boolean("scaled", scaled)
+        check_boolean("projected_momentum", projected_momentum)
+        if not scaled and (beta_1, beta_2, damping) != SCALED_DEFAULTS:
+            raise ValueError(
+                "`beta_1`, `beta_2` and `damping` are settings of the variant "
+                "with `scaled=True`; without it the momentum is `momentum`. "
+                f"Received: scaled=False, beta_1={beta_1!r}, "
+                f"beta_2={beta_2!r}, damping={damping!r}"
             )
         if scaled and (momentum or projected_momentum):
             raise ValueError(

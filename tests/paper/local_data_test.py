@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+import keras_fvae
 from examples import texts
 from examples.paper import local
 from examples.paper import local_data
@@ -26,6 +27,7 @@ def load(name, seed=SEED):
     [
         "digits",
         "spurious_digits",
+        "resnet_digits",
         "docstrings",
         pytest.param("marked_docstrings", marks=pytest.mark.slow),
         pytest.param("kinds", marks=pytest.mark.slow),
@@ -135,6 +137,26 @@ def test_emoji_are_on_white():
         local_emoji.on_white(picture),
         [[[200, 100, 0], [255, 255, 255], [244, 224, 204]]],
     )
+
+
+@pytest.mark.parametrize(
+    "name, num_layers",
+    [
+        # Of each bottleneck two, and one beside it.
+        ("resnet_digits", 6),
+        # Of each bottleneck one more, and the first of all.
+        ("resnet_digits_all_convolutions", 9),
+    ],
+)
+def test_convolutions_of_the_resnet(name, num_layers):
+    dataset = local.TABLE.datasets[name]
+    model = dataset.make_classifier(SEED, is_tiny=True)
+    picture = dataset.load(SEED)["test"].x[:1]
+    assert model.predict(picture, verbose=0).shape == (1, 10)
+    summary = keras_fvae.enable_adapter(
+        model.backbone, keras_fvae.LoRAConfig(2), dataset.target_layer_names
+    )
+    assert len(summary.layers) == num_layers
 
 
 @pytest.mark.parametrize("number", [5, 20])
