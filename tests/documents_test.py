@@ -23,6 +23,8 @@ from helpers import BACKEND
 from helpers import ROOT
 
 import keras_fvae
+from keras_fvae.model import files
+from keras_fvae.model import record
 from keras_fvae.model import state
 
 README = (ROOT / "README.md").read_text()
@@ -197,6 +199,9 @@ def test_the_file_format_is_written_down_whole(tmp_path):
             names |= {name.removeprefix("layers/query/") for name in arrays}
     for name in names:
         assert f"`{name}`" in document, name
+    assert f"| `format` | `{files.FORMAT}` |" in document
+    assert f"| `version` | `{files.VERSION}`;" in document
+    assert f"Its `version` is {record.VERSION}." in document
 
 
 @pytest.mark.slow
