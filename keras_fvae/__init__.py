@@ -63,7 +63,7 @@ from keras_fvae.model.state import read_adapter
 from keras_fvae.model.summary import adapter_summary
 
 # The one place that says which version this is; `pyproject.toml` reads it.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 when_imported("keras_hub", keras_hub.extend_keras_hub)
 
