@@ -4,14 +4,22 @@ All of it is computed inside the compiled step. What depends on the number of
 the step alone is a table, made before.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.callbacks.importance import Importance
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.layers.config import is_finite
+from keras_fvae.methods.ada_lora import AdaLoRAAdapter
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
 
 # Which axis of each weight is that of the ranks.
@@ -78,13 +86,13 @@ class AdaLoRAAllocator(ObservingCallback):
 
     def __init__(
         self,
-        initial_steps=None,
-        final_steps=None,
-        interval=None,
-        total_steps=None,
-        beta_1=0.85,
-        beta_2=0.85,
-    ):
+        initial_steps: int | None = None,
+        final_steps: int | None = None,
+        interval: int | None = None,
+        total_steps: int | None = None,
+        beta_1: float = 0.85,
+        beta_2: float = 0.85,
+    ) -> None:
         super().__init__(total_steps)
         self.initial_steps = checked_integer("initial_steps", initial_steps, 0)
         self.final_steps = checked_integer("final_steps", final_steps, 0)
@@ -98,18 +106,20 @@ class AdaLoRAAllocator(ObservingCallback):
         self.betas = (beta_1, beta_2)
         self.history = []
 
-    def make_observer(self, adapters):
+    def make_observer(self, adapters: Sequence[AdaLoRAAdapter]) -> Allocation:
         return Allocation(adapters, self.betas)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.observer.table = self._make_table()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # What an optimizer with `use_ema` has just overwritten by averages.
         self.observer.repeat_last_choice()
         super().on_train_end(logs)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         ranks = {layer.path: layer.adapter.num_ranks for layer in self.layers}
         self.history.append(ranks)
         if logs is not None:
@@ -151,7 +161,15 @@ class Table:
         last_choice: Integer, the update after which it is for the last time.
     """
 
-    def __init__(self, full, target, total, initial, final, interval):
+    def __init__(
+        self,
+        full: int,
+        target: int,
+        total: int,
+        initial: int,
+        final: int,
+        interval: int,
+    ) -> None:
         updates = np.arange(total + 1)
         self.last_choice = total - final
         progress = (updates - initial) / (self.last_choice - initial)
@@ -173,11 +191,13 @@ class Allocation(Observer):
     # Set before the first step.
     table = None
 
-    def __init__(self, adapters, betas):
+    def __init__(
+        self, adapters: Sequence[AdaLoRAAdapter], betas: tuple[float, float]
+    ) -> None:
         super().__init__(adapters)
         self.betas = betas
 
-    def build(self, optimizer):
+    def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
         self.importance, self.kept = [], []
         for adapter in self.adapters:
@@ -190,7 +210,9 @@ class Allocation(Observer):
                 )
             )
 
-    def after_update(self, num_updates, gradients):
+    def after_update(
+        self, num_updates: Tensor, gradients: dict[int, Tensor]
+    ) -> None:
         """Scores the ranks, and sets singular values to 0."""
         table = self.table
         # `fit` may make more than it said.
@@ -208,7 +230,7 @@ class Allocation(Observer):
             values = adapter.singular_values
             values.assign(ops.where(is_masked, values * kept, values.value))
 
-    def repeat_last_choice(self):
+    def repeat_last_choice(self) -> None:
         """Sets to 0 what the last choice did, if there was one."""
         if int(ops.convert_to_numpy(self.num_updates)) < self.table.last_choice:
             return

@@ -1,7 +1,13 @@
 """What Hugging Face calls the layers of KerasHub's backbones."""
 
+from __future__ import annotations
+
 import re
 from typing import NamedTuple
+
+import keras
+
+from keras_fvae.model.tree import LayerTree
 
 
 class Blocks(NamedTuple):
@@ -47,7 +53,7 @@ class Architecture(NamedTuple):
     is_transposed: bool = False
 
 
-def architecture_of(backbone):
+def architecture_of(backbone: keras.Layer) -> Architecture:
     """The `Architecture` of a KerasHub backbone.
 
     Raises:
@@ -65,7 +71,9 @@ def architecture_of(backbone):
     )
 
 
-def modules_of(tree, architecture, newer=False):
+def modules_of(
+    tree: LayerTree, architecture: Architecture, newer: bool = False
+) -> dict[str, tuple[keras.Layer, ...]]:
     """The layers of a backbone by their names in Hugging Face.
 
     Args:

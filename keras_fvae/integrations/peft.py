@@ -1,11 +1,16 @@
 """Adapters in PEFT's format: its own methods, and the authors' fork."""
 
-import re
+from __future__ import annotations
 
+import re
+from typing import Literal
+
+import keras
 from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Filepath
 from keras_fvae.integrations import peft_files
 from keras_fvae.integrations import peft_fvae
 from keras_fvae.integrations import peft_lora
@@ -23,6 +28,7 @@ from keras_fvae.model.enable import refuse_if_adapted
 from keras_fvae.model.files import check_local
 from keras_fvae.model.install import install
 from keras_fvae.model.install import refuse_loops
+from keras_fvae.model.summary import AdapterSummary
 from keras_fvae.model.summary import summarize
 from keras_fvae.model.tree import LayerTree
 
@@ -38,7 +44,9 @@ READERS = {
 }
 
 
-def load_peft_adapter(model, directory):
+def load_peft_adapter(
+    model: keras.Layer, directory: Filepath
+) -> AdapterSummary:
     """Adapts a KerasHub model by an adapter that PEFT saved.
 
     Of PEFT's own methods LoRA, rsLoRA, PiSSA, OLoRA, DoRA and HiRA; AdaLoRA as
@@ -119,8 +127,12 @@ def load_peft_adapter(model, directory):
 
 
 def save_peft_adapter(
-    model, directory, *, as_lora=False, transformers_version=4
-):
+    model: keras.Layer,
+    directory: Filepath,
+    *,
+    as_lora: bool = False,
+    transformers_version: Literal[4, 5] = 4,
+) -> None:
     """Saves adapters, and the head, as PEFT reads them.
 
     FVAE-LoRA as the authors' fork of PEFT reads it; DoRA and HiRA as

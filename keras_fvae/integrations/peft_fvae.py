@@ -1,9 +1,15 @@
 """FVAE-LoRA as the authors' PyTorch code has it, a fork of PEFT."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_fvae.backend import replicas
@@ -52,11 +58,18 @@ class FVAEReader:
         ValueError: If a setting is missing, or has no counterpart here.
     """
 
-    def __init__(self, settings, tensors):
+    def __init__(
+        self, settings: dict[str, Any], tensors: dict[str, np.ndarray]
+    ) -> None:
         _check_sizes(settings, tensors)
         self.config = config_from_peft(settings)
 
-    def read(self, module, tensors, layers):
+    def read(
+        self,
+        module: str,
+        tensors: dict[str, np.ndarray],
+        layers: tuple[keras.Layer, ...],
+    ) -> list[LoadedAdapter]:
         """The adapters of the layers that a module stands for.
 
         Args:
@@ -82,7 +95,9 @@ class FVAEReader:
         return [LoadedAdapter(layers[0], self.config, False, set_weights)]
 
 
-def write(modules):
+def write(
+    modules: Mapping[str, tuple[keras.Layer, ...]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Settings and tensors of adapters, as the authors' code reads them.
 
     Args:
@@ -112,7 +127,7 @@ def write(modules):
     return config_to_peft(configs), tensors
 
 
-def config_from_peft(settings):
+def config_from_peft(settings: dict[str, Any]) -> FVAELoRAConfig:
     """The `FVAELoRAConfig` for settings of the authors' code.
 
     Args:
@@ -173,7 +188,7 @@ def config_from_peft(settings):
     return config
 
 
-def config_to_peft(configs):
+def config_to_peft(configs: Sequence[FVAELoRAConfig]) -> dict[str, Any]:
     """The settings of the authors' code for the configs of adapted layers.
 
     Args:

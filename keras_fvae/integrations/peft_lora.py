@@ -4,14 +4,19 @@ The methods as PEFT defines them have the same matrices: A of shape (rank, d)
 and B of shape (k, rank), which are transposed here.
 """
 
+from __future__ import annotations
+
 import collections
 import math
 import re
 import warnings
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
 from keras_fvae.backend import replicas
@@ -20,6 +25,7 @@ from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import linear_map_of
 from keras_fvae.methods.ada_lora import RANK_OFFSET
 from keras_fvae.methods.dora import DoRAConfig
@@ -81,7 +87,9 @@ class LoRAReader:
         ValueError: If a setting has no counterpart here.
     """
 
-    def __init__(self, settings, tensors):
+    def __init__(
+        self, settings: dict[str, Any], tensors: dict[str, np.ndarray]
+    ) -> None:
         self.settings = settings
         for name, allowed in NEUTRAL_SETTINGS.items():
             value = settings.get(name, allowed[0])
@@ -131,7 +139,12 @@ class LoRAReader:
                     f"is no regular expression: {error}."
                 ) from error
 
-    def read(self, module, tensors, layers):
+    def read(
+        self,
+        module: str,
+        tensors: dict[str, np.ndarray],
+        layers: tuple[keras.Layer, ...],
+    ) -> list[LoadedAdapter]:
         """As `peft_fvae.FVAEReader.read`."""
         matrices = {
             name.removesuffix(".weight"): array
@@ -259,13 +272,13 @@ def _setter(arrays):
     return set_weights
 
 
-def width_of(layer):
+def width_of(layer: keras.Layer) -> int:
     """Integer, the width of a token of a built layer."""
     linear_map = linear_map_of(layer)
     return linear_map.width(layer.kernel.shape)
 
 
-def units_of(layer):
+def units_of(layer: keras.Layer) -> int:
     """Integer, the number of outputs of a built layer for each token."""
     linear_map = linear_map_of(layer)
     return linear_map.units(layer.kernel.shape)
@@ -289,7 +302,9 @@ class Matrices(NamedTuple):
     bias: Any = None
 
 
-def write(modules):
+def write(
+    modules: Mapping[str, tuple[keras.Layer, ...]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Settings and tensors of adapters, as PEFT reads them.
 
     Args:
@@ -376,7 +391,7 @@ def write(modules):
     }, tensors
 
 
-def kind_of(config):
+def kind_of(config: AdapterConfig) -> Literal["lora", "dora", "hira"]:
     """String, what of PEFT's an adapter becomes: "lora", "dora" or "hira".
 
     Raises:
@@ -483,7 +498,7 @@ def _most_common(values):
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def rounded(value):
+def rounded(value: float) -> float:
     """Without the rounding errors of going there and back."""
     value = float(f"{value:.12g}")
     return int(value) if value.is_integer() else value

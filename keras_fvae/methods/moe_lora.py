@@ -1,15 +1,23 @@
 """MoE-LoRA: experts of a low rank each, and a router that weighs them."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
 
 
 class MoELoRAAdapter(Adapter):
@@ -28,12 +36,17 @@ class MoELoRAAdapter(Adapter):
         "kernel_gate": ("input", None),
     }
 
-    def __init__(self, config, **kwargs):
+    def __init__(self, config: MoELoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         if config.dropout > 0:
             self.add_seed_generator()
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         num_experts, rank = self.config.num_experts, self.config.rank
         shape_a = (num_experts, self.width, rank)
@@ -57,17 +70,17 @@ class MoELoRAAdapter(Adapter):
             lambda: self.draw("kernel_gate", shape_gate),
         )
 
-    def draw(self, name, shape):
+    def draw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """NumPy array, the first values of a weight that x is multiplied by."""
         limit = 1 / math.sqrt(self.width)
         generator = noise.initial_generator(self.initial_seed, name)
         return generator.uniform(-limit, limit, shape)
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         return not replicas.to_numpy(self.kernel_b).any()
 
-    def project(self, frozen, training):
+    def project(self, frozen: FrozenCall, training: bool) -> Tensor:
         """What the experts apply B to: `x A_i`, side by side.
 
         Returns:
@@ -82,7 +95,7 @@ class MoELoRAAdapter(Adapter):
         )
         return frozen.project(kernel_a, x)
 
-    def gates(self, frozen):
+    def gates(self, frozen: FrozenCall) -> Tensor:
         """How much each expert weighs for each token.
 
         Returns:
@@ -95,7 +108,7 @@ class MoELoRAAdapter(Adapter):
         kept = ops.softmax(logits) * mask
         return kept / ops.sum(kept, axis=-1, keepdims=True)
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         projected = self.project(frozen, training)
         # One for each rank of an expert.
         gates = ops.repeat(self.gates(frozen), self.config.rank, axis=-1)
@@ -120,13 +133,13 @@ class MoELoRAAdapter(Adapter):
             ops.stop_gradient(kernel_b),
         )
 
-    def merge(self, kernel, bias):
+    def merge(self, kernel: np.ndarray, bias: np.ndarray) -> NoReturn:
         raise ValueError(
             "its router gives each token experts of its own, so its update is "
             "no linear function of the input. Leave the adapter in the model"
         )
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return self.config.dropout > 0 and self.is_drawn(training)
 
 
@@ -206,7 +219,7 @@ class MoELoRAConfig(AdapterConfig):
     method_name = "MoE-LoRA"
     training_settings = ("gate_rescaling", "dropout", "seed")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("num_experts", minimum=1)
         self._check_integer("top_k", minimum=1)

@@ -7,15 +7,21 @@ same function with the same gradients, and adapters can be switched off, saved
 alone, and put onto a quantized kernel.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
 
 FACTORS = ("kernel_a", "kernel_b")
 
@@ -29,7 +35,12 @@ class FactorAdapter(LowRankAdapter):
         "initial_kernel_b": LowRankAdapter.weight_axes["kernel_b"],
     }
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         rank = self.config.rank
         if rank > min(self.width, self.units):
@@ -54,7 +65,7 @@ class FactorAdapter(LowRankAdapter):
         vars(self).pop("factors", None)
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         arrays = self.get_arrays()
         return all(
             np.array_equal(arrays[name], arrays[f"initial_{name}"])
@@ -62,7 +73,7 @@ class FactorAdapter(LowRankAdapter):
         )
 
     @functools.cached_property
-    def factors(self):
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Pair of NumPy arrays, A0 and B0."""
         if self.read_kernel is None:
             return (
@@ -71,13 +82,13 @@ class FactorAdapter(LowRankAdapter):
             )
         return self.config.factorize(self.read_kernel())
 
-    def initial_kernel_a(self):
+    def initial_kernel_a(self) -> np.ndarray:
         return self.factors[0]
 
-    def initial_kernel_b(self):
+    def initial_kernel_b(self) -> np.ndarray:
         return self.factors[1]
 
-    def all_factors(self):
+    def all_factors(self) -> tuple[Tensor, Tensor]:
         """Pair of tensors, the update as one product: [A, A0] and [B; -B0]."""
         return (
             ops.concatenate([self.kernel_a, self.frozen_kernel_a], axis=1),
@@ -86,14 +97,16 @@ class FactorAdapter(LowRankAdapter):
             ),
         )
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         kernel_a, kernel_b = self.all_factors()
         projected = frozen.project(kernel_a)
         return frozen.add_product(
             frozen.outputs(), projected, self.config.scale * kernel_b
         )
 
-    def merge(self, kernel, bias):
+    def merge(
+        self, kernel: np.ndarray, bias: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         kernel_a, kernel_b = (
             replicas.to_numpy(factor).astype("float64")
             for factor in self.all_factors()
@@ -138,7 +151,9 @@ class PiSSAConfig(AdapterConfig):
     adapter_class = FactorAdapter
     method_name = "PiSSA"
 
-    def factorize(self, kernel, first=0):
+    def factorize(
+        self, kernel: np.ndarray, first: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A0 and B0 for a kernel of shape `(d, k)`.
 
         From the `first` of its singular values on.
@@ -183,7 +198,7 @@ class OLoRAConfig(AdapterConfig):
     adapter_class = FactorAdapter
     method_name = "OLoRA"
 
-    def factorize(self, kernel):
+    def factorize(self, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A0 and B0 for a kernel of shape `(d, k)`."""
         q, r = np.linalg.qr(kernel.T)
         return r[: self.rank].T, q[:, : self.rank].T

@@ -1,6 +1,10 @@
 """The settings of FVAE-LoRA."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Any
+from typing import Self
 
 from keras_fvae.layers.config import DEFAULT_RANK
 from keras_fvae.layers.config import AdapterConfig
@@ -150,7 +154,7 @@ class FVAELoRAConfig(AdapterConfig):
         "seed",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("num_samples", minimum=1)
         if self.encoder_units is not None:
@@ -176,7 +180,7 @@ class FVAELoRAConfig(AdapterConfig):
         self._check_gamma_weight()
 
     @classmethod
-    def from_paper(cls, rank=DEFAULT_RANK, **options):
+    def from_paper(cls, rank: int = DEFAULT_RANK, **options: Any) -> Self:
         """The settings that the authors published.
 
         Each encoder has one hidden layer, as wide as the rank, and the dropout
@@ -204,7 +208,7 @@ class FVAELoRAConfig(AdapterConfig):
         return cls(rank, **{"encoder_units": (rank,), "dropout": 0.1} | options)
 
     @property
-    def adapter_class(self):
+    def adapter_class(self) -> Any:
         """`FVAELoRAAdapter`."""
         # Which imports this module.
         from keras_fvae.methods.fvae.adapter import FVAELoRAAdapter
@@ -212,14 +216,14 @@ class FVAELoRAConfig(AdapterConfig):
         return FVAELoRAAdapter
 
     @property
-    def hidden_units(self):
+    def hidden_units(self) -> tuple[int, ...]:
         """Tuple of integers, the widths of an encoder's hidden layers."""
         if self.encoder_units is None:
             return (4 * self.rank,)
         return self.encoder_units
 
     @property
-    def gamma_weights(self):
+    def gamma_weights(self) -> tuple[float, float]:
         """Pair of floats, gamma's weights for `z1` and for `z2`."""
         if self.gamma_weight is None:
             return (min(2 / self.rank, 0.5),) * 2
@@ -228,7 +232,7 @@ class FVAELoRAConfig(AdapterConfig):
         return (self.gamma_weight,) * 2
 
     @property
-    def prior(self):
+    def prior(self) -> tuple[float, float]:
         """Pair of floats, mean and standard deviation of `p2`."""
         return self.prior_mean, self.prior_std
 
@@ -267,7 +271,11 @@ class FVAELoRAConfig(AdapterConfig):
             )
 
 
-def resolve_config(rank=DEFAULT_RANK, config=None, **config_options):
+def resolve_config(
+    rank: int = DEFAULT_RANK,
+    config: FVAELoRAConfig | None = None,
+    **config_options: Any,
+) -> FVAELoRAConfig:
     """The config that `rank`, `config` and single fields stand for together.
 
     Args:
