@@ -19,8 +19,8 @@ class GroupAccuracy:
         counts: Dict of group to integer, how many examples it has.
     """
 
-    accuracies: dict
-    counts: dict
+    accuracies: dict[int | str, float]
+    counts: dict[int | str, int]
 
     @property
     def mean(self) -> float:
@@ -172,6 +172,9 @@ class WorstGroupAccuracy(keras.callbacks.Callback):
     https://arxiv.org/abs/2510.19640), section 4: worst-group accuracy.
     """
 
+    y: np.ndarray
+    groups: np.ndarray
+
     def __init__(
         self,
         x: Any,
@@ -194,7 +197,9 @@ class WorstGroupAccuracy(keras.callbacks.Callback):
         logs["mean_group_accuracy"] = result.mean
 
 
-def _check_labels(y, groups):
+def _check_labels(
+    y: npt.ArrayLike, groups: npt.ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     y, groups = np.asarray(y), np.asarray(groups)
     if y.ndim != 1 or len(y) == 0 or groups.shape != y.shape:
         raise ValueError(

@@ -37,11 +37,11 @@ class LayerLatents(NamedTuple):
         mask: Boolean array of shape `(examples, ...)`, which tokens count.
     """
 
-    z1_mean: Any
-    z1_log_variance: Any
-    z2_mean: Any
-    z2_log_variance: Any
-    mask: Any
+    z1_mean: np.ndarray
+    z1_log_variance: np.ndarray
+    z2_mean: np.ndarray
+    z2_log_variance: np.ndarray
+    mask: np.ndarray
 
 
 def latents(
@@ -126,7 +126,7 @@ class Probe:
     chance: float
 
 
-class Probes(tuple):
+class Probes(tuple[Probe, ...]):
     """All `Probe`s of a model; `print` it to read them as a table."""
 
     def __str__(self) -> str:

@@ -17,6 +17,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -234,7 +235,7 @@ class JointOptimizer(keras.optimizers.Optimizer):
             whose gradients are neither clipped nor part of a norm.
     """
 
-    never_clipped = frozenset()
+    never_clipped: Collection[int] = frozenset()
 
     def joint_step(
         self, gradients: list[Tensor | None], learning_rate: Tensor

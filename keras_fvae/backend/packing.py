@@ -34,11 +34,17 @@ class Packing:
         self, shapes: dict[str, tuple[int, ...]], num_shared_axes: int = 0
     ) -> None:
         self.shapes = shapes
-        self.shared_shape = next(iter(shapes.values()))[:num_shared_axes]
-        self.sizes = [math.prod(s[num_shared_axes:]) for s in shapes.values()]
+        self.shared_shape: tuple[int, ...] = next(iter(shapes.values()))[
+            :num_shared_axes
+        ]
+        self.sizes: list[int] = [
+            math.prod(s[num_shared_axes:]) for s in shapes.values()
+        ]
         ends = [*itertools.accumulate(self.sizes)]
-        self.slices = dict(zip(shapes, map(slice, [0, *ends], ends)))
-        self.shape = (*self.shared_shape, ends[-1])
+        self.slices: dict[str, slice] = dict(
+            zip(shapes, map(slice, [0, *ends], ends))
+        )
+        self.shape: tuple[int, ...] = (*self.shared_shape, ends[-1])
 
     def pack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """From a dict of name to array to the one array."""

@@ -18,7 +18,7 @@ class ScopedValue(threading.local):
     """
 
     def __init__(self, default: Any = None) -> None:
-        self.value = default
+        self.value: Any = default
 
     @contextlib.contextmanager
     def set_to(self, value: Any) -> Iterator[None]:

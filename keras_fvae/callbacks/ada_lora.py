@@ -82,7 +82,7 @@ class AdaLoRAAllocator(ObservingCallback):
     Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), section 3.
     """
 
-    config_class = AdaLoRAConfig
+    config_class: type[AdaLoRAConfig] = AdaLoRAConfig
 
     def __init__(
         self,
@@ -94,17 +94,21 @@ class AdaLoRAAllocator(ObservingCallback):
         beta_2: float = 0.85,
     ) -> None:
         super().__init__(total_steps)
-        self.initial_steps = checked_integer("initial_steps", initial_steps, 0)
-        self.final_steps = checked_integer("final_steps", final_steps, 0)
-        self.interval = checked_integer("interval", interval, 1)
+        self.initial_steps: int | None = checked_integer(
+            "initial_steps", initial_steps, 0
+        )
+        self.final_steps: int | None = checked_integer(
+            "final_steps", final_steps, 0
+        )
+        self.interval: int | None = checked_integer("interval", interval, 1)
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not is_finite(value) or not 0 <= value < 1:
                 raise ValueError(
                     f"`{name}` must be a number in [0, 1). "
                     f"Received: {name}={value!r}"
                 )
-        self.betas = (beta_1, beta_2)
-        self.history = []
+        self.betas: tuple[float, float] = (beta_1, beta_2)
+        self.history: list[dict[str, int]] = []
 
     def make_observer(self, adapters: Sequence[AdaLoRAAdapter]) -> Allocation:
         return Allocation(adapters, self.betas)
@@ -171,11 +175,15 @@ class Table:
         interval: int,
     ) -> None:
         updates = np.arange(total + 1)
-        self.last_choice = total - final
+        self.last_choice: int = total - final
         progress = (updates - initial) / (self.last_choice - initial)
         left = (1 - np.clip(progress, 0, 1)) ** 3
-        self.budgets = (target + (full - target) * left).astype("int32")
-        self.is_choice = (updates > initial) & (updates % interval == 0)
+        self.budgets: np.ndarray = (target + (full - target) * left).astype(
+            "int32"
+        )
+        self.is_choice: np.ndarray = (updates > initial) & (
+            updates % interval == 0
+        )
         self.is_choice[self.last_choice] = True
         self.is_choice[self.last_choice + 1 :] = False
 
@@ -189,7 +197,7 @@ class Allocation(Observer):
     """
 
     # Set before the first step.
-    table = None
+    table: Table
 
     def __init__(
         self, adapters: Sequence[AdaLoRAAdapter], betas: tuple[float, float]
@@ -199,7 +207,8 @@ class Allocation(Observer):
 
     def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
-        self.importance, self.kept = [], []
+        self.importance: list[Importance] = []
+        self.kept: list[keras.Variable] = []
         for adapter in self.adapters:
             self.importance.append(
                 Importance(optimizer, adapter, RANK_AXES, self.betas)

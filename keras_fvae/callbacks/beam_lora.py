@@ -78,7 +78,7 @@ class BeamLoRAPruner(ObservingCallback):
     Reference: [BeamLoRA](https://arxiv.org/abs/2502.13604), section 3.
     """
 
-    config_class = BeamLoRAConfig
+    config_class: type[BeamLoRAConfig] = BeamLoRAConfig
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class BeamLoRAPruner(ObservingCallback):
         total_steps: int | None = None,
     ) -> None:
         super().__init__(total_steps)
-        self.interval = checked_integer("interval", interval, 2)
-        self.last_step = checked_integer("last_step", last_step, 1)
+        self.interval: int | None = checked_integer("interval", interval, 2)
+        self.last_step: int | None = checked_integer("last_step", last_step, 1)
         if not is_finite(first_share) or not 0 < first_share <= 1:
             raise ValueError(
                 "`first_share` must be a number in (0, 1]. "
@@ -155,11 +155,11 @@ class Copies(Observer):
     """
 
     # Set before the first step.
-    interval = None
+    interval: int
 
     def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
-        self.copies = [
+        self.copies: list[dict[str, keras.Variable]] = [
             {
                 name: optimizer.add_variable_from_reference(
                     getattr(adapter, name), name="copy"

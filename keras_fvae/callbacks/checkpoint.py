@@ -88,7 +88,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 "`monitor` must be the name of an entry of the logs. "
                 f"Received: monitor={monitor!r}"
             )
-        self.filepath = os.fspath(filepath)
+        self.filepath: str = os.fspath(filepath)
         try:
             is_one_name = self.filepath == self.filepath.format_map(_AnyName())
         except (ValueError, IndexError, AttributeError) as error:
@@ -105,10 +105,10 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             )
         self.monitor = monitor
         self.save_best_only = save_best_only
-        self.sign = _sign(monitor, mode) if save_best_only else None
+        self.sign: int | None = _sign(monitor, mode) if save_best_only else None
         self.include = include
         self.resume = resume
-        self.best = None
+        self.best: float | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         require_adapted_layers(self.model)

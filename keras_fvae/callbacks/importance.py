@@ -24,6 +24,9 @@ class Importance:
     Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), equations 8 to 10.
     """
 
+    sensitivity: dict[str, keras.Variable]
+    uncertainty: dict[str, keras.Variable]
+
     def __init__(
         self,
         optimizer: keras.optimizers.Optimizer,
@@ -31,7 +34,9 @@ class Importance:
         rank_axes: Mapping[str, int],
         betas: tuple[float, float],
     ) -> None:
-        self.weights = {name: getattr(adapter, name) for name in rank_axes}
+        self.weights: dict[str, keras.Variable] = {
+            name: getattr(adapter, name) for name in rank_axes
+        }
         self.rank_axes = rank_axes
         self.betas = betas
         self.sensitivity, self.uncertainty = (

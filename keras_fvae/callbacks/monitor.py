@@ -94,7 +94,7 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
         self._warned = set()
         self._previous = {}
-        self.health = {}
+        self.health: dict[str, str] = {}
         for layer in self._layers:
             layer.adapter.fvae.totals = TermTotals(layer.config.rank)
         if self.per_layer:

@@ -13,6 +13,7 @@ from keras_fvae.backend.gradients import accumulated_steps
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
 from keras_fvae.backend.types import Tensor
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import is_integer
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
@@ -36,11 +37,13 @@ class ObservingCallback(keras.callbacks.Callback):
     """
 
     # The class of the configs of the adapters that it is for.
-    config_class = None
+    config_class: type[AdapterConfig]
 
     def __init__(self, total_steps: int | None = None) -> None:
         super().__init__()
-        self.total_steps = checked_integer("total_steps", total_steps, 1)
+        self.total_steps: int | None = checked_integer(
+            "total_steps", total_steps, 1
+        )
 
     def make_observer(self, adapters: Sequence[Any]) -> Observer:
         """The `Observer` of a `fit` that begins.
@@ -55,7 +58,9 @@ class ObservingCallback(keras.callbacks.Callback):
         # sets the optimizer's variables there.
         super().set_model(model)
         layers = require_adapted_layers(model, self.config_class)
-        self.layers = [la for la in layers if la.adapter.is_trainable]
+        self.layers: list[keras.Layer] = [
+            la for la in layers if la.adapter.is_trainable
+        ]
         if not self.layers:
             raise ValueError(
                 "Each layer that is adapted by "
@@ -64,10 +69,12 @@ class ObservingCallback(keras.callbacks.Callback):
                 "True`, or leave it out."
             )
         # Kept, because to ask for the model after a step costs time on JAX.
-        self.steps_per_update = accumulated_steps(model.optimizer)
+        self.steps_per_update: int = accumulated_steps(model.optimizer)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self.observer = self.make_observer([la.adapter for la in self.layers])
+        self.observer: Any = self.make_observer(
+            [la.adapter for la in self.layers]
+        )
         watch_gradients(model.optimizer, self.observer)
         self._tell_adapters(self)
 
@@ -136,7 +143,7 @@ class Observer:
 
     def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         """Makes the variables, as state of the optimizer."""
-        self.num_updates = optimizer.add_variable(
+        self.num_updates: keras.Variable = optimizer.add_variable(
             (), dtype="int32", name="num_updates"
         )
 

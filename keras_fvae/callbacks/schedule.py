@@ -79,7 +79,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
             "kl_weight": kl_weight,
             "gamma_weight": gamma_weight,
         }
-        self.schedules = {
+        self.schedules: dict[str, GammaSchedule] = {
             name: schedule
             for name, schedule in schedules.items()
             if schedule is not None

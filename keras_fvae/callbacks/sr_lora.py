@@ -65,13 +65,13 @@ class SRLoRARestarter(ObservingCallback):
     Reference: [SRLoRA](https://arxiv.org/abs/2505.12433).
     """
 
-    config_class = SRLoRAConfig
+    config_class: type[SRLoRAConfig] = SRLoRAConfig
 
     def __init__(
         self, interval: int | None = None, total_steps: int | None = None
     ) -> None:
         super().__init__(total_steps)
-        self.interval = checked_integer("interval", interval, 1)
+        self.interval: int | None = checked_integer("interval", interval, 1)
 
     def make_observer(
         self, adapters: Sequence[SRLoRAAdapter]
@@ -120,7 +120,7 @@ class PairImportance(Observer):
 
     def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
-        self.importance = [
+        self.importance: list[Importance] = [
             Importance(optimizer, adapter, RANK_AXES, BETAS)
             for adapter in self.adapters
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -24,7 +25,7 @@ class Blocks(NamedTuple):
 
     path: str
     name: str
-    layers: dict
+    layers: dict[str, str | tuple[str, ...]]
     first_number: int = 0
 
 
@@ -45,11 +46,11 @@ class Architecture(NamedTuple):
             does, its `fan_in_fan_out`.
     """
 
-    roots: tuple
-    blocks: tuple
-    others: dict = {}
-    heads: dict = {}
-    newer_blocks: tuple = ()
+    roots: tuple[str, ...]
+    blocks: tuple[Blocks, ...]
+    others: dict[str, str] = {}
+    heads: dict[str, str] = {}
+    newer_blocks: tuple[Blocks, ...] = ()
     is_transposed: bool = False
 
 
@@ -457,7 +458,9 @@ def _towers(path, attention_path, mlp, others=None):
 
 
 # By the name of KerasHub's backbone, whose subclasses count as well.
-ARCHITECTURES = {
+ARCHITECTURES: dict[
+    str, Architecture | Callable[[keras.Layer], Architecture]
+] = {
     "BertBackbone": _BERT,
     "CLIPBackbone": _towers("clip", "attention", ("dense_1", "dense_2")),
     "DINOV2Backbone": _DINO,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 from typing import Literal
 
 import keras
@@ -36,7 +37,7 @@ from keras_fvae.model.tree import LayerTree
 ROOT = "base_model.model."
 # What a root says if it is of another stack of blocks than the model has.
 OTHER_STACKS = re.compile("vision|image|text|audio|encoder|decoder|tower")
-READERS = {
+READERS: dict[str, Any] = {
     "FVAEPEFT": peft_fvae.FVAEReader,
     "LORA": peft_lora.LoRAReader,
     "ADALORA": peft_lora.LoRAReader,

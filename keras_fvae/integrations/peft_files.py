@@ -18,7 +18,7 @@ from keras_fvae.model.files import replaced_when_complete
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # The dtypes of PyTorch in which adapters are saved, as safetensors has them.
-FLOATS = {
+FLOATS: dict[str, Any] = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",

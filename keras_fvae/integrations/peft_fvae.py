@@ -23,7 +23,7 @@ from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.layout import reference_views
 
 # What changes the predictions of theirs, and has no counterpart here.
-REQUIRED_SETTINGS = {
+REQUIRED_SETTINGS: dict[str, Any] = {
     "peft_type": "FVAEPEFT",
     "encoder_nn_type": "mlp",
     "decoder_nn_type": "mlp",
@@ -39,7 +39,7 @@ REQUIRED_SETTINGS = {
     "alpha_pattern": {},
 }
 # What changes only how theirs is trained, and has no counterpart here.
-TRAINING_SETTINGS = {
+TRAINING_SETTINGS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "enc_l2_reg": 0,
     "dec_l2_reg": 0,
@@ -62,7 +62,7 @@ class FVAEReader:
         self, settings: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> None:
         _check_sizes(settings, tensors)
-        self.config = config_from_peft(settings)
+        self.config: FVAELoRAConfig = config_from_peft(settings)
 
     def read(
         self,

@@ -24,6 +24,7 @@ from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import read_kernel
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import linear_map_of
@@ -40,7 +41,7 @@ from keras_fvae.methods.pissa import PiSSAConfig
 
 # What else changes the predictions of an adapter, and its value where it does
 # not.
-NEUTRAL_SETTINGS = {
+NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "lora_bias": (False,),
     "layer_replication": (None,),
@@ -56,7 +57,10 @@ NEUTRAL_SETTINGS = {
 }
 # The ways to begin which leave the base model as it is.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-FACTORED_STARTS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
+FACTORED_STARTS: dict[Any, type[PiSSAConfig] | type[OLoRAConfig]] = {
+    "pissa": PiSSAConfig,
+    "olora": OLoRAConfig,
+}
 
 
 class LoadedAdapter(NamedTuple):
@@ -69,10 +73,10 @@ class LoadedAdapter(NamedTuple):
         set_weights: Function that sets the weights of the built adapter.
     """
 
-    layer: Any
-    config: Any
+    layer: keras.Layer
+    config: AdapterConfig
     starts_anew: bool
-    set_weights: Callable
+    set_weights: Callable[[Adapter], None]
 
 
 class LoRAReader:
@@ -102,7 +106,9 @@ class LoRAReader:
         is_known = isinstance(start, (str, bool)) and (
             start in PLAIN_STARTS or start in FACTORED_STARTS
         )
-        self.config_class = FACTORED_STARTS.get(start) if is_known else None
+        self.config_class: type[PiSSAConfig] | type[OLoRAConfig] | None = (
+            FACTORED_STARTS.get(start) if is_known else None
+        )
         if not is_known:
             raise ValueError(
                 f"`{CONFIG_FILE}` says init_lora_weights={start!r}: the base "
@@ -295,11 +301,11 @@ class Matrices(NamedTuple):
         bias: Array of shape `(k,)`, of what is added after B and scaled, too.
     """
 
-    kernel_a: Any
-    kernel_b: Any
+    kernel_a: np.ndarray
+    kernel_b: np.ndarray
     scale: float
-    magnitude: Any = None
-    bias: Any = None
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
 
 def write(

@@ -7,7 +7,6 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import NoReturn
@@ -30,6 +29,7 @@ from keras_fvae.layers.config import check_config
 from keras_fvae.layers.frozen import BASES
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.frozen import linear_map_of
+from keras_fvae.layers.sharding import WeightAxes
 
 # One more entry among the weights that an adapted layer saves.
 ADAPTED_MARK = "keras_fvae"
@@ -47,7 +47,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
         # Of the same class as a layer that was adapted in place.
         return super().__new__(in_place_class(cls), *args, **kwargs)
 
-    def _init_adapter(self, config):
+    def _init_adapter(self, config: AdapterConfig) -> None:
         """The part of `__init__` that the adapted layers share."""
         if self.lora_rank:
             raise ValueError(
@@ -55,7 +55,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
                 f"Received: lora_rank={self.lora_rank}. Leave it out."
             )
         check_config(config)
-        self.adapter = new_adapter(self, config)
+        self.adapter: Adapter = new_adapter(self, config)
 
     @property
     def config(self) -> AdapterConfig:
@@ -435,7 +435,7 @@ class AdaptedSubclass(AdaptedLayer):
     is known.
     """
 
-    plain_class = None
+    plain_class: type
 
     def get_config(self) -> dict[str, Any]:
         with seen_as(self, self.plain_class):
@@ -470,7 +470,7 @@ class AdaptedSubclass(AdaptedLayer):
 
 
 # By the class of a plain layer.
-ADAPTED_CLASSES = {
+ADAPTED_CLASSES: dict[type, type] = {
     keras.layers.Dense: in_place_class(AdaptedDense),
     keras.layers.EinsumDense: in_place_class(AdaptedEinsumDense),
     keras.layers.Conv1D: in_place_class(AdaptedConv1D),
@@ -580,9 +580,7 @@ def read_kernel(layer: keras.Layer) -> np.ndarray:
 def shard_like_kernel(
     layer: keras.Layer,
     variables: Sequence[keras.Variable],
-    weight_axes: Mapping[str, tuple[str | None, ...]] = types.MappingProxyType(
-        {}
-    ),
+    weight_axes: WeightAxes = types.MappingProxyType({}),
 ) -> None:
     """Lays variables of a layer out as its kernel is, on a mesh of devices.
 

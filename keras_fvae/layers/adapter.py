@@ -20,6 +20,7 @@ from keras_fvae.layers import switching
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 
 def refuse_quantization() -> NoReturn:
@@ -51,19 +52,19 @@ class Adapter(keras.Layer):
     """
 
     # What `FVAELoRAMonitor` has seen of it last, in a word.
-    health = None
+    health: str | None = None
     # What is missing, in words, where a `fit` has not the callback that the
     # method needs; and that callback, while such a `fit` runs: its `leave()`
     # is called where an error ends that.
-    without_callback = None
-    callback = None
+    without_callback: str | None = None
+    callback: Any = None
     # Whether it adds a loss in training, of which each adapter has a share.
     adds_loss = False
 
     # By the name of a weight, for each of its axes, which axes of the kernel
     # it has: "input" (contracted), "output" (carried) or `None`. On a mesh of
     # devices it is sharded as those are.
-    weight_axes = {}
+    weight_axes: WeightAxes = {}
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Adapter(keras.Layer):
         self.config = config
         self.regularizer = regularizer
         self.finalized = finalized
-        self.initial_seed = noise.choose_seed(config.seed)
+        self.initial_seed: int = noise.choose_seed(config.seed)
 
     def build(
         self,
@@ -94,9 +95,9 @@ class Adapter(keras.Layer):
                 from it; to be called inside an initializer. `None` if the
                 initial values do not matter, since others will be set.
         """
-        self.kernel_shape = tuple(kernel_shape)
-        self.width = linear_map.width(kernel_shape)
-        self.units = linear_map.units(kernel_shape)
+        self.kernel_shape: tuple[int, ...] = tuple(kernel_shape)
+        self.width: int = linear_map.width(kernel_shape)
+        self.units: int = linear_map.units(kernel_shape)
         self.read_kernel = read_kernel
 
     def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
@@ -255,7 +256,9 @@ class Adapter(keras.Layer):
 
     def add_seed_generator(self) -> None:
         """The generator of what the adapter draws, in its attribute."""
-        self.seed_generator = keras.random.SeedGenerator(self.initial_seed)
+        self.seed_generator: keras.random.SeedGenerator = (
+            keras.random.SeedGenerator(self.initial_seed)
+        )
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
@@ -293,7 +296,10 @@ class LowRankAdapter(Adapter):
     unlike overrides `scaled_kernel_a` alone.
     """
 
-    weight_axes = {"kernel_a": ("input", None), "kernel_b": (None, "output")}
+    weight_axes: WeightAxes = {
+        "kernel_a": ("input", None),
+        "kernel_b": (None, "output"),
+    }
     # Whether A trains, or stays as it was drawn.
     trains_a = True
 
@@ -305,7 +311,7 @@ class LowRankAdapter(Adapter):
     ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         self.build_projection()
-        self.kernel_b = self.add_adapter_weight(
+        self.kernel_b: keras.Variable = self.add_adapter_weight(
             "kernel_b",
             (self.config.rank, self.units),
             self.initial_kernel_b,
@@ -314,7 +320,7 @@ class LowRankAdapter(Adapter):
 
     def build_projection(self) -> None:
         """Makes the weights of what stands in the place of A."""
-        self.kernel_a = self.add_adapter_weight(
+        self.kernel_a: keras.Variable = self.add_adapter_weight(
             "kernel_a",
             (self.width, self.config.rank),
             self.initial_kernel_a,

@@ -27,7 +27,7 @@ from keras_fvae.layers.frozen import linear_map_of
 # Those in which Keras gives the gradient with respect to a layer's input.
 QUANTIZATION_MODES = (None, "int8", "int4")
 # Convolutions that are no map of patches to filters by one kernel.
-OTHER_CONVOLUTIONS = {
+OTHER_CONVOLUTIONS: dict[tuple[type, ...], str] = {
     (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D): (
         "its filters see one channel each, so that more weights would be added "
         "than are adapted"

@@ -6,13 +6,14 @@ import dataclasses
 import math
 import numbers
 from typing import Any
+from typing import ClassVar
 from typing import Self
 
 import keras
 
 DEFAULT_RANK = 16
 # By the name of the class: all that a file can ask for.
-_config_classes = {}
+_config_classes: dict[str, type[AdapterConfig]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,12 @@ class AdapterConfig:
     seed: int | None = dataclasses.field(default=None, kw_only=True)
 
     # The class of the adapters that the config makes.
-    adapter_class = None
+    adapter_class: ClassVar[Any] = None
     # What the method is called in messages.
-    method_name = "A low-rank method"
+    method_name: ClassVar[str] = "A low-rank method"
     # The fields that matter in training alone: an adapter that was trained
     # with others can be loaded.
-    training_settings = ("seed",)
+    training_settings: ClassVar[tuple[str, ...]] = ("seed",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

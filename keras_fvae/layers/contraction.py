@@ -31,11 +31,11 @@ class Contraction(LinearMap):
             axes followed by the carried axes to the output's order.
     """
 
-    token_axes: tuple
-    contracted_axes: tuple
-    kernel_contracted_axes: tuple
-    kernel_carried_axes: tuple
-    output_order: tuple
+    token_axes: tuple[int, ...]
+    contracted_axes: tuple[int, ...]
+    kernel_contracted_axes: tuple[int, ...]
+    kernel_carried_axes: tuple[int, ...]
+    output_order: tuple[int, ...]
 
     @property
     def num_leading_token_axes(self) -> int:

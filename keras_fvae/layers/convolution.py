@@ -29,10 +29,10 @@ class Convolution(LinearMap):
         data_format: `"channels_last"` or `"channels_first"`.
     """
 
-    size: tuple
-    strides: tuple
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
     padding: str
-    dilation: tuple
+    dilation: tuple[int, ...]
     data_format: str
 
     @property

@@ -83,8 +83,8 @@ class FrozenCall:
         self.layer = layer
         self.outputs = compute_outputs
         self.inputs = inputs
-        self.linear_map = linear_map_of(layer, len(inputs.shape))
-        self.kernel_shape = layer.adapter.kernel_shape
+        self.linear_map: LinearMap = linear_map_of(layer, len(inputs.shape))
+        self.kernel_shape: tuple[int, ...] = layer.adapter.kernel_shape
 
     @property
     def tokens(self) -> Tensor:

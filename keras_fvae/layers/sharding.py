@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import TypeAlias
 
 import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.linear_map import LinearMap
+
+# By the name of a weight of an adapter, which axes of the kernel its axes are.
+WeightAxes: TypeAlias = Mapping[str, tuple[str | None, ...]]
 
 
 def adapter_layout_map(
@@ -97,7 +101,7 @@ def lay_out_like_kernel(
     kernel: Tensor,
     linear_map: LinearMap,
     variables: Sequence[keras.Variable],
-    weight_axes: Mapping[str, tuple[str | None, ...]],
+    weight_axes: WeightAxes,
 ) -> None:
     """Lays out an adapter's variables as their kernel is, if it is.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from keras_fvae.backend import replicas
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.lora import LoRAConfig
 
 INITIAL_STD = 0.02
@@ -29,18 +31,21 @@ class AdaLoRAAdapter(LowRankAdapter):
     """
 
     adds_loss = True
-    without_callback = (
+    without_callback: str | None = (
         "AdaLoRA gives ranks to layers by a callback, without which each "
         "layer keeps them all: pass `keras_fvae.AdaLoRAAllocator()` to "
         "`fit`."
     )
-    weight_axes = {**LowRankAdapter.weight_axes, "singular_values": (None,)}
+    weight_axes: WeightAxes = {
+        **LowRankAdapter.weight_axes,
+        "singular_values": (None,),
+    }
     # Among how many adapters the loss is shared.
-    num_sharing = 1
+    num_sharing: int = 1
 
     def build_projection(self) -> None:
         super().build_projection()
-        self.singular_values = self.add_adapter_weight(
+        self.singular_values: keras.Variable = self.add_adapter_weight(
             "singular_values",
             (self.config.rank,),
             lambda: np.zeros(self.config.rank),
@@ -203,7 +208,11 @@ class AdaLoRAConfig(AdapterConfig):
 
     adapter_class = AdaLoRAAdapter
     method_name = "AdaLoRA"
-    training_settings = ("seed", "target_rank", "orthogonality_weight")
+    training_settings: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "target_rank",
+        "orthogonality_weight",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

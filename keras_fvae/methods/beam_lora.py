@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -12,22 +13,23 @@ from keras_fvae.backend import replicas
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.lora import LoRAConfig
 
 
 class BeamLoRAAdapter(LowRankAdapter):
     """The update `scale * (x A * scores) B`, the scores of a softmax."""
 
-    without_callback = (
+    without_callback: str | None = (
         "BeamLoRA puts the best ranks in the place of the worst by a "
         "callback, without which it only weighs them: pass "
         "`keras_fvae.BeamLoRAPruner()` to `fit`."
     )
-    weight_axes = {**LowRankAdapter.weight_axes, "gate": (None,)}
+    weight_axes: WeightAxes = {**LowRankAdapter.weight_axes, "gate": (None,)}
 
     def build_projection(self) -> None:
         super().build_projection()
-        self.gate = self.add_adapter_weight(
+        self.gate: keras.Variable = self.add_adapter_weight(
             "gate", (self.config.rank,), lambda: np.zeros(self.config.rank)
         )
 

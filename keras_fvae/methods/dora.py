@@ -13,6 +13,7 @@ from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 
 class DoRAAdapter(LowRankAdapter):
@@ -23,7 +24,7 @@ class DoRAAdapter(LowRankAdapter):
     held, and neither m nor what c is computed from.
     """
 
-    weight_axes = {
+    weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "magnitude": ("output",),
         "ratio": ("output",),

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -29,7 +30,7 @@ class NoiseFactor:
     """
 
     def __init__(self) -> None:
-        self.variable = keras.Variable(
+        self.variable: keras.Variable = keras.Variable(
             "ones",
             shape=(),
             dtype="float32",
@@ -49,7 +50,7 @@ class FlatLoRAAdapter(LowRankAdapter):
     N is as if it were added to the frozen kernel, which stays what it is.
     """
 
-    without_callback = (
+    without_callback: str | None = (
         "Flat-LoRA's noise grows by a callback, without which it is what it "
         "was last, and all of it at first: pass `keras_fvae.FlatLoRASchedule()`"
         " to `fit`. In a loop of your own, call `layer.adapter.set_progress("
@@ -59,7 +60,7 @@ class FlatLoRAAdapter(LowRankAdapter):
     def __init__(self, config: FlatLoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.add_seed_generator()
-        self.noise_factor = None
+        self.noise_factor: NoiseFactor | None = None
 
     def build(
         self,
@@ -178,7 +179,7 @@ class FlatLoRAConfig(AdapterConfig):
 
     adapter_class = FlatLoRAAdapter
     method_name = "Flat-LoRA"
-    training_settings = ("rho", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = ("rho", "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

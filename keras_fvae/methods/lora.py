@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from typing import Any
+from typing import ClassVar
 
 from keras_fvae.backend.noise import dropout
 from keras_fvae.backend.types import Tensor
@@ -75,7 +76,7 @@ class LoRAConfig(AdapterConfig):
 
     adapter_class = LoRAAdapter
     method_name = "LoRA"
-    training_settings = ("dropout", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = ("dropout", "seed")
     # Whether A trains, or stays as it was drawn.
     trains_a = True
 

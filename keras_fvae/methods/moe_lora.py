@@ -6,8 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
+from typing import ClassVar
 from typing import NoReturn
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -18,6 +20,7 @@ from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 
 class MoELoRAAdapter(Adapter):
@@ -30,7 +33,7 @@ class MoELoRAAdapter(Adapter):
     gradient goes through `r_i = sqrt(g_i)`, nor through the second E_i.
     """
 
-    weight_axes = {
+    weight_axes: WeightAxes = {
         "kernel_a": (None, "input", None),
         "kernel_b": (None, None, "output"),
         "kernel_gate": ("input", None),
@@ -52,19 +55,19 @@ class MoELoRAAdapter(Adapter):
         shape_a = (num_experts, self.width, rank)
         shape_b = (num_experts, rank, self.units)
         shape_gate = (self.width, num_experts)
-        self.kernel_a = self.add_adapter_weight(
+        self.kernel_a: keras.Variable = self.add_adapter_weight(
             "kernel_a",
             shape_a,
             lambda: self.draw("kernel_a", shape_a),
             regularizer=self.regularizer,
         )
-        self.kernel_b = self.add_adapter_weight(
+        self.kernel_b: keras.Variable = self.add_adapter_weight(
             "kernel_b",
             shape_b,
             lambda: np.zeros(shape_b),
             regularizer=self.regularizer,
         )
-        self.kernel_gate = self.add_adapter_weight(
+        self.kernel_gate: keras.Variable = self.add_adapter_weight(
             "kernel_gate",
             shape_gate,
             lambda: self.draw("kernel_gate", shape_gate),
@@ -217,7 +220,11 @@ class MoELoRAConfig(AdapterConfig):
 
     adapter_class = MoELoRAAdapter
     method_name = "MoE-LoRA"
-    training_settings = ("gate_rescaling", "dropout", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = (
+        "gate_rescaling",
+        "dropout",
+        "seed",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.lora import LoRAConfig
 
 
@@ -107,7 +109,7 @@ class OPLoRAAdapter(LowRankAdapter):
     The gradient of that kernel is the one that the frozen kernel would have.
     """
 
-    weight_axes = {
+    weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "zero_kernel": ("input", "output"),
         "input_squares": ("input",),
@@ -123,12 +125,14 @@ class OPLoRAAdapter(LowRankAdapter):
         super().build(linear_map, kernel_shape, read_kernel)
         if self.finalized:
             return
-        self.zero_kernel = self._add_zeros(
+        self.zero_kernel: keras.Variable = self._add_zeros(
             "zero_kernel", (self.width, self.units)
         )
         if self.config.mean_squares:
-            self.input_squares = self._add_zeros("input_squares", (self.width,))
-            self.output_squares = self._add_zeros(
+            self.input_squares: keras.Variable = self._add_zeros(
+                "input_squares", (self.width,)
+            )
+            self.output_squares: keras.Variable = self._add_zeros(
                 "output_squares", (self.units,)
             )
 
@@ -236,7 +240,7 @@ class OPLoRAConfig(AdapterConfig):
 
     adapter_class = OPLoRAAdapter
     method_name = "OPLoRA"
-    training_settings = ("mean_squares", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = ("mean_squares", "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

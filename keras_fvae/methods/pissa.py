@@ -13,6 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -22,6 +23,7 @@ from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 FACTORS = ("kernel_a", "kernel_b")
 
@@ -29,7 +31,7 @@ FACTORS = ("kernel_a", "kernel_b")
 class FactorAdapter(LowRankAdapter):
     """The update `scale * (x A B - x A0 B0)`, where A and B start as A0, B0."""
 
-    weight_axes = {
+    weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "initial_kernel_a": LowRankAdapter.weight_axes["kernel_a"],
         "initial_kernel_b": LowRankAdapter.weight_axes["kernel_b"],
@@ -49,13 +51,13 @@ class FactorAdapter(LowRankAdapter):
                 f"rank of a kernel of shape ({self.width}, {self.units}). "
                 f"Received: rank={rank}. Choose a lower one"
             )
-        self.frozen_kernel_a = self.add_adapter_weight(
+        self.frozen_kernel_a: keras.Variable = self.add_adapter_weight(
             "initial_kernel_a",
             (self.width, rank),
             self.initial_kernel_a,
             trainable=False,
         )
-        self.frozen_kernel_b = self.add_adapter_weight(
+        self.frozen_kernel_b: keras.Variable = self.add_adapter_weight(
             "initial_kernel_b",
             (rank, self.units),
             self.initial_kernel_b,

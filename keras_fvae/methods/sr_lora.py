@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
+from typing import ClassVar
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.pissa import FactorAdapter
 from keras_fvae.methods.pissa import PiSSAConfig
 
@@ -26,11 +30,14 @@ class SRLoRAAdapter(FactorAdapter):
     two columns and rows: where it got to, less where it started.
     """
 
-    without_callback = (
+    fused_kernel_a: keras.Variable
+    fused_kernel_b: keras.Variable
+
+    without_callback: str | None = (
         "SRLoRA fuses ranks and starts others by a callback, without which it "
         "is PiSSA: pass `keras_fvae.SRLoRARestarter()` to `fit`."
     )
-    weight_axes = {
+    weight_axes: WeightAxes = {
         **FactorAdapter.weight_axes,
         "fused_kernel_a": FactorAdapter.weight_axes["kernel_a"],
         "fused_kernel_b": FactorAdapter.weight_axes["kernel_b"],
@@ -148,7 +155,7 @@ class SRLoRAConfig(PiSSAConfig):
 
     num_fused: int = 16
 
-    adapter_class = SRLoRAAdapter
+    adapter_class: ClassVar[Any] = SRLoRAAdapter
     method_name = "SRLoRA (experimental)"
 
     def __post_init__(self) -> None:

@@ -29,8 +29,8 @@ class Place(NamedTuple):
     """
 
     tree: LayerTree
-    layers: dict
-    weights: dict
+    layers: dict[str, keras.Layer]
+    weights: dict[str, keras.Variable]
 
 
 def find_place(model: keras.Layer, record: dict[str, Any]) -> Place:

@@ -18,11 +18,13 @@ from keras_fvae.backend import replicas
 from keras_fvae.backend.types import Filepath
 from keras_fvae.layers import fingerprint
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import inference_arrays
 from keras_fvae.layers.attach import refusals_after
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import describe_config
 from keras_fvae.model import containers
 from keras_fvae.model import files
@@ -330,12 +332,12 @@ class _Plan(NamedTuple):
     """
 
     tree: LayerTree
-    layers: dict
-    configs: dict
-    weights: dict
-    trained_layers: list
-    trained_weights: list
-    adapters: list
+    layers: dict[str, keras.Layer]
+    configs: dict[str, AdapterConfig]
+    weights: dict[str, keras.Variable]
+    trained_layers: list[keras.Layer]
+    trained_weights: list[keras.Variable]
+    adapters: list[Adapter]
 
 
 def _plan(model, state, replace, only, settings):

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_fvae.backend.types import Filepath
@@ -50,9 +51,13 @@ class AdapterState:
         for array in arrays.values():
             array.flags.writeable = False
         self.record = record
-        self.arrays = types.MappingProxyType({**arrays})
+        self.arrays: Mapping[str, np.ndarray] = types.MappingProxyType(
+            {**arrays}
+        )
         # By model, the variables that it was set into and their values.
-        self.known_variables = weakref.WeakKeyDictionary()
+        self.known_variables: weakref.WeakKeyDictionary[keras.Layer, Any] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AdapterState, (self.record, {**self.arrays})
@@ -170,7 +175,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 # The type of each entry of a record, and of what is in it.
-RECORD_TYPES = {
+RECORD_TYPES: dict[str, Any] = {
     "name": str,
     "layer_paths": [str],
     "weight_paths": [str],

@@ -68,9 +68,9 @@ class AdapterSummary:
             needs.
     """
 
-    layers: tuple
-    others: tuple
-    fresh: tuple
+    layers: tuple[LayerSummary, ...]
+    others: tuple[str, ...]
+    fresh: tuple[str, ...]
     base_parameters: int
     total_parameters: int
     trainable_parameters: int

@@ -16,7 +16,7 @@ from keras_fvae.backend import replicas
 from keras_fvae.model.tree import LayerTree
 
 # Models that hold adapted layers, or may come to. Others are looked for.
-known_models = weakref.WeakSet()
+known_models: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
 
 
 def train_only(

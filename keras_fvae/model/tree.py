@@ -28,7 +28,7 @@ class LayerTree:
 
     def __init__(self, model: keras.Layer) -> None:
         self.model = model
-        self.adapted = []
+        self.adapted: list[keras.Layer] = []
         self._pairs, inner_ids = [], set()
         for path, layer in keras_internals.walk_layers(model):
             if isinstance(layer, AdaptedLayer):

@@ -36,10 +36,10 @@ class State(typing.NamedTuple):
         escaped_masses: Of shape `(..., 1, 1)`; none, to do without.
     """
 
-    bases: list
-    momentums: list
-    second_moments: list
-    escaped_masses: list
+    bases: list[Tensor]
+    momentums: list[Tensor]
+    second_moments: list[Tensor]
+    escaped_masses: list[Tensor]
 
 
 def step_factors(

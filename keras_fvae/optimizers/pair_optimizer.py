@@ -66,7 +66,7 @@ class PairOptimizer(JointOptimizer):
         Raises:
             ValueError: If there are such weights, and no optimizer.
         """
-        self.others = tuple(
+        self.others: tuple[int, ...] = tuple(
             index for index in range(len(variables)) if index not in of_pairs
         )
         others = [variables[index] for index in self.others]

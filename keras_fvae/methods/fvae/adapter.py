@@ -20,6 +20,7 @@ from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.fvae.fvae import FVAE
 
 # Where adapted layers put their posteriors, if anywhere.
@@ -55,14 +56,14 @@ class FVAELoRAAdapter(LowRankAdapter):
     """
 
     adds_loss = True
-    weight_axes = {
+    weight_axes: WeightAxes = {
         "kernel_b": (None, "output"),
         "feature_weights": ("input", None),
         "latent_weights": (None,),
     }
 
     def build_projection(self) -> None:
-        self.fvae = FVAE(
+        self.fvae: FVAE = FVAE(
             dataclasses.replace(self.config, seed=self.initial_seed),
             self.finalized,
             dtype=self.dtype_policy,

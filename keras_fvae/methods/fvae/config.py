@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from typing import ClassVar
 from typing import Self
 
 from keras_fvae.layers.config import DEFAULT_RANK
@@ -137,7 +138,7 @@ class FVAELoRAConfig(AdapterConfig):
     zero_at_start: str = "z1_mean"
 
     method_name = "FVAE-LoRA"
-    training_settings = (
+    training_settings: ClassVar[tuple[str, ...]] = (
         "dropout",
         "prior_mean",
         "prior_std",

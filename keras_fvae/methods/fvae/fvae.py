@@ -34,6 +34,7 @@ from keras_fvae.methods.fvae.layout import head_place
 from keras_fvae.methods.fvae.layout import reference_views
 from keras_fvae.methods.fvae.networks import ELBO
 from keras_fvae.methods.fvae.networks import STD_FLOOR
+from keras_fvae.methods.fvae.networks import Networks
 from keras_fvae.methods.fvae.networks import Posterior
 from keras_fvae.methods.fvae.networks import networks_for
 from keras_fvae.methods.fvae.networks import reparameterize
@@ -75,7 +76,7 @@ class ObjectiveCoefficients:
     """
 
     def __init__(self, config: FVAELoRAConfig) -> None:
-        self.variable = keras.Variable(
+        self.variable: keras.Variable = keras.Variable(
             lambda shape, dtype: ops.convert_to_tensor(
                 np.array(self._values(config), dtype), dtype
             ),
@@ -150,22 +151,22 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         self.finalized = finalized
         self._initial_seed = choose_seed(self.config.seed)
         self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
-        self.coefficients = None
+        self.coefficients: ObjectiveCoefficients | None = None
         # Among how many FVAEs of a model the weight of the ELBO is shared.
         self.num_sharing = 1
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
-        self.totals = None
+        self.totals: Any = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.networks = networks_for(
+        self.networks: Networks = networks_for(
             self.config, input_shape[-1], self.finalized
         )
         # A row for each feature of the input.
-        self.feature_weights = self._add_packed_weight(
+        self.feature_weights: keras.Variable = self._add_packed_weight(
             "feature_weights", self.networks.feature_packing
         )
         # All that does not grow with the input.
-        self.latent_weights = self._add_packed_weight(
+        self.latent_weights: keras.Variable = self._add_packed_weight(
             "latent_weights", self.networks.latent_packing
         )
         if not self.finalized:

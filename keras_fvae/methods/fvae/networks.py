@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from keras_fvae.backend import lean_gradients
 from keras_fvae.backend.fast_ops import affine
 from keras_fvae.backend.fast_ops import traced_once
 from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.backend.packing import Packing
 from keras_fvae.backend.packing import reshape
 from keras_fvae.backend.rematerialization import rematerialize
 from keras_fvae.backend.token_mean import token_mean
@@ -99,6 +101,9 @@ class Networks:
         finalized: Boolean. Whether only what the mean of q1 needs is held.
     """
 
+    feature_packing: Packing
+    latent_packing: Packing
+
     def __init__(
         self, config: FVAELoRAConfig, width: int, finalized: bool
     ) -> None:
@@ -106,8 +111,12 @@ class Networks:
         self.feature_packing, self.latent_packing = layout(
             config, width, finalized
         )
-        self.elbo = traced_once(self._draw_and_elbo, "training")
-        self.rematerialized_elbo = traced_once(self._rematerialized_elbo)
+        self.elbo: Callable[..., Any] = traced_once(
+            self._draw_and_elbo, "training"
+        )
+        self.rematerialized_elbo: Callable[..., Any] = traced_once(
+            self._rematerialized_elbo
+        )
 
     def unpack(
         self, feature_weights: Tensor, latent_weights: Tensor, prefix: str = ""

@@ -38,7 +38,7 @@ class TermTotals:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.variable = keras.Variable(
+        self.variable: keras.Variable = keras.Variable(
             ops.zeros((len(TERMS) + 5 + 2 * rank,)),
             trainable=False,
             autocast=False,
