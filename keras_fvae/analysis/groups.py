@@ -34,7 +34,7 @@ class GroupAccuracy:
     @property
     def worst_group(self) -> int | str:
         """The group with the lowest accuracy."""
-        return min(self.accuracies, key=self.accuracies.get)
+        return min(self.accuracies, key=self.accuracies.__getitem__)
 
     @property
     def worst(self) -> float:
@@ -187,9 +187,7 @@ class WorstGroupAccuracy(keras.callbacks.Callback):
         self.y, self.groups = _check_labels(y, groups)
         self.batch_size = batch_size
 
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         result = evaluate_groups(
             self.model, self.x, self.y, self.groups, self.batch_size
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -163,7 +164,9 @@ def plot_layers(
     return figure
 
 
-def plot_training(history: keras.callbacks.History) -> matplotlib.figure.Figure:
+def plot_training(
+    history: keras.callbacks.History | Mapping[str, Sequence[float]],
+) -> matplotlib.figure.Figure:
     """The terms of the ELBO over the epochs.
 
     Args:
@@ -183,7 +186,7 @@ def plot_training(history: keras.callbacks.History) -> matplotlib.figure.Figure:
     >>> [axis.get_title() for axis in figure.axes]
     ['loss', 'kl_z1']
     """
-    logs = getattr(history, "history", history)
+    logs: Any = getattr(history, "history", history)
     names = [name for name in ("loss", *NAMES) if name in logs]
     if names in ([], ["loss"]):
         raise ValueError(

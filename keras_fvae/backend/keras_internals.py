@@ -18,6 +18,7 @@ import types
 import zipfile
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -365,7 +366,7 @@ def walk_layers(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
     return pairs
 
 
-def outermost_first(layers: Sequence[keras.Layer]) -> list[keras.Layer]:
+def outermost_first(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
     """The layers, each after all those that it is in.
 
     So `trainable` can be set on one after the other: what holds a layer sets

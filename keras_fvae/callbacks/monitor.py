@@ -92,8 +92,8 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
-        self._warned = set()
-        self._previous = {}
+        self._warned: set[str] = set()
+        self._previous: dict[str, dict[str, float]] = {}
         self.health: dict[str, str] = {}
         for layer in self._layers:
             layer.adapter.fvae.totals = TermTotals(layer.config.rank)
@@ -114,9 +114,7 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         for layer in self._layers:
             layer.adapter.fvae.totals.reset()
 
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         means = [layer.adapter.fvae.totals.means() for layer in self._layers]
         # A layer may have not been called.
         called = [

@@ -99,7 +99,7 @@ class FVAELoRASchedule(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
-        self._values = None
+        self._values: dict[str, Any] | None = None
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None

@@ -84,8 +84,8 @@ def upload_adapter(
             f"Received: base_model={base_model!r}"
         )
     huggingface_hub = _client()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
         save_adapter(model, folder / FILE, include)
         with _reached(uri):
             repository = huggingface_hub.create_repo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 from typing import NamedTuple
 
 import keras
@@ -95,13 +96,13 @@ def modules_of(
             *_flat(architecture.others),
         ]
     )
-    layers = {}
+    layers: dict[str, keras.Layer] = {}
     for path, layer in tree.layers.items():
         layers.setdefault(_without_numbers(path, known_parts), layer)
-    modules = {}
+    modules: dict[str, tuple[keras.Layer, ...]] = {}
     for stack in blocks:
         number = stack.first_number
-        found = True
+        found: Any = True
         while found:
             found = {
                 stack.name.format(number - stack.first_number) + name: these

@@ -81,7 +81,7 @@ def load_peft_adapter(
     https://arxiv.org/abs/2510.19640).
     """
     lookup.check_model(model)
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     tree = LayerTree(backbone)
     refuse_if_adapted(tree)
@@ -176,7 +176,7 @@ def save_peft_adapter(
             "`transformers_version` must be 4 or 5. Received: "
             f"transformers_version={transformers_version!r}"
         )
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     adapted = lookup.require_adapted_layers(backbone)
     modules = modules_of(

@@ -155,10 +155,10 @@ def config_from_peft(settings: dict[str, Any]) -> FVAELoRAConfig:
         config = FVAELoRAConfig(
             rank=rank,
             alpha=settings["lora_alpha"] * rank / (rank + RANK_OFFSET),
-            encoder_units=[settings["enc_hidden_layer"]]
+            encoder_units=(settings["enc_hidden_layer"],)
             * settings["enc_num_of_layer"],
             encoder_shared_trunk=settings["encoder_use_common_hidden_layer"],
-            decoder_units=[settings["dec_hidden_layer"]]
+            decoder_units=(settings["dec_hidden_layer"],)
             * settings["dec_num_of_layer"],
             dropout=dropout,
             latent_fusion=settings["latent_fusion"],

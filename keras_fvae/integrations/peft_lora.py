@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 from typing import Literal
 from typing import NamedTuple
@@ -187,7 +188,7 @@ class LoRAReader:
         pieces = np.split(
             b, np.cumsum([units_of(layer) for layer in layers])[:-1]
         )
-        magnitudes = [None] * len(layers)
+        magnitudes: Sequence[np.ndarray | None] = [None] * len(layers)
         if "lora_magnitude_vector" in matrices:
             magnitudes = np.split(
                 matrices["lora_magnitude_vector"].reshape(-1),

@@ -60,7 +60,7 @@ def check_adaptable(layer: keras.Layer) -> None:
         raise ValueError(
             f"The {what} is adapted by {layer.config.method_name} already."
         )
-    if adapted_class_of(type(layer)) is None:
+    if adapted_class_of(type(layer)) is None:  # type: ignore[arg-type]
         kind = f"of class `{type(layer).__name__}`"
         for base in ADAPTED_CLASSES:
             if isinstance(layer, base):
@@ -207,7 +207,7 @@ def attach_adapter(layer: keras.Layer, adapter: Adapter) -> None:
     """
     with keras_internals.unlocked(layer):
         layer.adapter = adapter
-    layer.__class__ = adapted_class_of(type(layer))
+    layer.__class__ = adapted_class_of(type(layer))  # type: ignore
     keras_internals.update_call_signature(layer)
     layer.freeze_base()
 

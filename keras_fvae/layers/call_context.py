@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 
@@ -74,7 +75,7 @@ def refuse_inside_transformation(layer: keras.Layer) -> None:
 
 # An attribute that models which know of their adapters have.
 CONTAINER_MARK = "base_call_signature"
-_make_container = None
+_make_container: Any = None
 
 
 def on_unknown_container(function: Callable[[keras.Layer], None]) -> None:

@@ -36,11 +36,11 @@ class Convolution(LinearMap):
     data_format: str
 
     @property
-    def kernel_contracted_axes(self) -> tuple[int, ...]:
+    def kernel_contracted_axes(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(range(len(self.size) + 1))
 
     @property
-    def kernel_carried_axes(self) -> tuple[int, ...]:
+    def kernel_carried_axes(self) -> tuple[int, ...]:  # type: ignore[override]
         return (len(self.size) + 1,)
 
     @property

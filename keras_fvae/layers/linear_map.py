@@ -28,6 +28,9 @@ class LinearMap:
             carried to the output.
     """
 
+    kernel_contracted_axes: tuple[int, ...]
+    kernel_carried_axes: tuple[int, ...]
+
     @property
     def num_kernel_axes(self) -> int:
         """How many axes the kernel has."""
@@ -74,7 +77,7 @@ class LinearMap:
         return matrix.transpose([order.index(i) for i in range(len(order))])
 
     def to_tokens(
-        self, inputs: Tensor, kernel_shape: tuple[int, ...] | None
+        self, inputs: Tensor, kernel_shape: tuple[int, ...]
     ) -> Tensor:
         """From a layer's input to a vector for each token, on the last axis."""
         raise NotImplementedError

@@ -58,7 +58,7 @@ def find_masks(arguments: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     sequences = _sequences(
         value for name, value in arguments.items() if not name.endswith("mask")
     )
-    named = {}
+    named: dict[str, Any] = {}
     for name, value in arguments.items():
         entries = value if isinstance(value, dict) else {name: value}
         named |= {str(name): value for name, value in entries.items()}

@@ -30,6 +30,8 @@ class AdaLoRAAdapter(LowRankAdapter):
     `keras_fvae.AdaLoRAAllocator` sets the least important to 0 in training.
     """
 
+    config: AdaLoRAConfig
+
     adds_loss = True
     without_callback: str | None = (
         "AdaLoRA gives ranks to layers by a callback, without which each "

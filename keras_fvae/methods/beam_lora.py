@@ -20,6 +20,8 @@ from keras_fvae.methods.lora import LoRAConfig
 class BeamLoRAAdapter(LowRankAdapter):
     """The update `scale * (x A * scores) B`, the scores of a softmax."""
 
+    config: BeamLoRAConfig
+
     without_callback: str | None = (
         "BeamLoRA puts the best ranks in the place of the worst by a "
         "callback, without which it only weighs them: pass "

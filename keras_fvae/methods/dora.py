@@ -24,6 +24,8 @@ class DoRAAdapter(LowRankAdapter):
     held, and neither m nor what c is computed from.
     """
 
+    config: DoRAConfig
+
     weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "magnitude": ("output",),
@@ -119,8 +121,8 @@ class DoRAAdapter(LowRankAdapter):
         arrays = super().get_arrays()
         if finalized and not self.finalized:
             del arrays["magnitude"]
-            kernel = read_kernel().astype("float64")
-            direction, _ = super().merge(kernel, bias=None)
+            kernel = read_kernel().astype("float64")  # type: ignore[misc]
+            direction, _ = super().merge(kernel, np.zeros(self.units))
             arrays["ratio"] = self._final_ratio(direction).astype("float32")
         return arrays
 

@@ -15,6 +15,8 @@ from keras_fvae.layers.frozen import FrozenCall
 class DropLoRAAdapter(LowRankAdapter):
     """The update `scale * dropout(x A) B`, for each token and rank."""
 
+    config: DropLoRAConfig
+
     def __init__(self, config: DropLoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.add_seed_generator()

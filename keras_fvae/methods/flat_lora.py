@@ -50,6 +50,8 @@ class FlatLoRAAdapter(LowRankAdapter):
     N is as if it were added to the frozen kernel, which stays what it is.
     """
 
+    config: FlatLoRAConfig
+
     without_callback: str | None = (
         "Flat-LoRA's noise grows by a callback, without which it is what it "
         "was last, and all of it at first: pass `keras_fvae.FlatLoRASchedule()`"
@@ -60,7 +62,7 @@ class FlatLoRAAdapter(LowRankAdapter):
     def __init__(self, config: FlatLoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.add_seed_generator()
-        self.noise_factor: NoiseFactor | None = None
+        self.noise_factor: Any = None
 
     def build(
         self,

@@ -17,13 +17,15 @@ from keras_fvae.layers.frozen import FrozenCall
 class LoRAAdapter(LowRankAdapter):
     """The update `scale * x A B`, with dropout on x in training."""
 
+    config: LoRAConfig
+
     def __init__(self, config: LoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         if config.dropout > 0:
             self.add_seed_generator()
 
     @property
-    def trains_a(self) -> bool:
+    def trains_a(self) -> bool:  # type: ignore[override]
         return self.config.trains_a
 
     def project(self, frozen: FrozenCall, training: bool) -> Tensor:

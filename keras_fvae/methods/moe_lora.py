@@ -33,6 +33,8 @@ class MoELoRAAdapter(Adapter):
     gradient goes through `r_i = sqrt(g_i)`, nor through the second E_i.
     """
 
+    config: MoELoRAConfig
+
     weight_axes: WeightAxes = {
         "kernel_a": (None, "input", None),
         "kernel_b": (None, None, "output"),

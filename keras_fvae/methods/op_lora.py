@@ -109,6 +109,8 @@ class OPLoRAAdapter(LowRankAdapter):
     The gradient of that kernel is the one that the frozen kernel would have.
     """
 
+    config: OPLoRAConfig
+
     weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "zero_kernel": ("input", "output"),

@@ -31,6 +31,8 @@ FACTORS = ("kernel_a", "kernel_b")
 class FactorAdapter(LowRankAdapter):
     """The update `scale * (x A B - x A0 B0)`, where A and B start as A0, B0."""
 
+    config: PiSSAConfig | OLoRAConfig
+
     weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "initial_kernel_a": LowRankAdapter.weight_axes["kernel_a"],
@@ -64,7 +66,7 @@ class FactorAdapter(LowRankAdapter):
             trainable=False,
         )
         # They take as much memory as the weights.
-        vars(self).pop("factors", None)
+        self.__dict__.pop("factors", None)
 
     @property
     def is_zero(self) -> bool:

@@ -7,6 +7,7 @@ the docstring of `SRLoRAConfig`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 from typing import ClassVar
@@ -30,6 +31,7 @@ class SRLoRAAdapter(FactorAdapter):
     two columns and rows: where it got to, less where it started.
     """
 
+    config: SRLoRAConfig
     fused_kernel_a: keras.Variable
     fused_kernel_b: keras.Variable
 
@@ -56,7 +58,7 @@ class SRLoRAAdapter(FactorAdapter):
             self.add_adapter_weight(
                 f"fused_{name}",
                 shape,
-                lambda shape=shape: np.zeros(shape),
+                functools.partial(np.zeros, shape),
                 trainable=False,
             )
             for name, shape in (
@@ -73,7 +75,7 @@ class SRLoRAAdapter(FactorAdapter):
     def num_fused(self) -> int:
         """Integer, how many pairs have been fused."""
         is_used = replicas.to_numpy(self.fused_kernel_a).any(axis=0)
-        return np.count_nonzero(is_used) // 2
+        return int(np.count_nonzero(is_used)) // 2
 
     @property
     def max_fused(self) -> int:

@@ -29,7 +29,18 @@ SUFFIX = ".safetensors"
 FORMAT = "keras_fvae.adapter"
 VERSION = 1
 # How safetensors calls what a file may hold. Narrow floats are widened.
-DTYPES = ("F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+DTYPES: tuple[str, ...] = (
+    "F32",
+    "F64",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "U8",
+    "U16",
+    "U32",
+    "U64",
+)
 DTYPES += ("BOOL",)
 
 
@@ -92,12 +103,12 @@ def write(
     """
     # The library saves what lies in memory.
     arrays = {n: np.require(a, requirements="C") for n, a in arrays.items()}
-    record = json.dumps(record)
+    text = json.dumps(record)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "record": record,
-        "sha256": _checksum(record, arrays),
+        "record": text,
+        "sha256": _checksum(text, arrays),
     }
     content = safetensors.numpy.save(arrays, metadata)
     with replaced_when_complete(filepath) as file:

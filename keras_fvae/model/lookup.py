@@ -100,5 +100,5 @@ def adaptable_layers(model: keras.Layer) -> list[keras.Layer]:
     return [
         layer
         for layer in keras_internals.flatten_layers(model)
-        if adapted_class_of(type(layer)) is not None
+        if adapted_class_of(type(layer)) is not None  # type: ignore[arg-type]
     ]

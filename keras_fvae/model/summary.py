@@ -220,9 +220,8 @@ def shown_with_methods(model: keras.Model) -> Iterator[None]:
             if methods:
                 name = ", ".join([type(layer).__name__, *methods])
                 name += "" if layer in adapted else " inside"
-                stack.enter_context(
-                    seen_as(layer, _class_called(name, type(layer)))
-                )
+                shown = _class_called(name, type(layer))  # type: ignore[arg-type]
+                stack.enter_context(seen_as(layer, shown))
         yield
 
 

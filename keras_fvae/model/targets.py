@@ -32,7 +32,7 @@ LayerChoices: TypeAlias = (
 )
 # What is said besides of the layers of one choice: the rank, fields of the
 # config, or a config.
-Changes: TypeAlias = int | Mapping[str, Any] | AdapterConfig
+Changes: TypeAlias = int | dict[str, Any] | AdapterConfig
 # The key of a `Mapping` is of one type exactly, so each is listed.
 Targets: TypeAlias = (
     LayerChoices
@@ -130,7 +130,10 @@ def find_targets(
             )
         else:
             layers = match_layers(
-                model, target_layer_names, candidates, "target_layer_names"
+                model,
+                target_layer_names,  # type: ignore[arg-type]
+                candidates,
+                "target_layer_names",
             )
         pairs = [(layer, config) for layer in layers]
     excluded_ids = {id(layer) for layer in excluded}
@@ -268,7 +271,7 @@ def match_layers(
             "expression, a function of a layer, or a list of such. "
             f"Received: {argument}={choices!r}"
         )
-    chosen_ids = set()
+    chosen_ids: set[int] = set()
     for choice in choices:
         chosen = _choose(model, choice, candidates, argument)
         if not chosen:

@@ -7,6 +7,7 @@ import hashlib
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -65,15 +66,13 @@ def note_flags(tree: LayerTree) -> None:
             note_flag(layer_or_weight, layer_or_weight.trainable)
 
 
-def note_flag(
-    layer_or_weight: keras.Layer | keras.Variable, value: bool | None
-) -> None:
+def note_flag(layer_or_weight: Any, value: bool | None) -> None:
     """Remembers whether a layer or weight trained before it was adapted."""
     layer_or_weight.trained_before = value
 
 
 def trained_before(
-    layer_or_weight: keras.Layer | keras.Variable,
+    layer_or_weight: Any,
 ) -> bool | None:
     """Whether it trained before the model was adapted; `None` if not noted."""
     return getattr(layer_or_weight, "trained_before", None)
@@ -86,7 +85,7 @@ def train_as_before(tree: LayerTree) -> None:
         tree: `LayerTree` of a model that is adapted no longer.
     """
     for weight in trained_weights(tree).values():
-        weight.was_trained = True
+        weight.was_trained = True  # type: ignore[attr-defined]
     layers = keras_internals.outermost_first(tree.all_layers)
     parts = [*layers, *tree.model.weights]
     # Before the first is set, since what holds a layer sets that, too.
@@ -100,14 +99,12 @@ def train_as_before(tree: LayerTree) -> None:
         note_flag(part, None)
 
 
-def choose(
-    layer_or_weight: keras.Layer | keras.Variable, value: bool = True
-) -> None:
+def choose(layer_or_weight: Any, value: bool = True) -> None:
     """Remembers whether a layer or weight was chosen to train."""
     layer_or_weight.is_chosen_to_train = value
 
 
-def is_chosen(layer_or_weight: keras.Layer | keras.Variable) -> bool:
+def is_chosen(layer_or_weight: Any) -> bool:
     """Whether it was chosen to train, whatever its flag says now."""
     return getattr(layer_or_weight, "is_chosen_to_train", False)
 
@@ -182,7 +179,7 @@ def note_state(tree: LayerTree) -> None:
             note_digest(weight, _digest(weight))
 
 
-def note_digest(weight: keras.Variable, digest: str | None) -> None:
+def note_digest(weight: Any, digest: str | None) -> None:
     """Remembers a weight by its digest, a string, or forgets it by `None`."""
     weight.noted_digest = digest
 
@@ -198,7 +195,7 @@ def noted_state(tree: LayerTree) -> dict[str, str]:
 
 def state_ids_of(tree: LayerTree) -> set[int]:
     """The ids of the weights that layers may change without a gradient."""
-    ids = set()
+    ids: set[int] = set()
     for layer in tree.all_layers:
         # What quantization leaves is no state, and large.
         if getattr(layer, "quantization_mode", None) is None:

@@ -108,7 +108,7 @@ def is_adaptable(layer: keras.Layer) -> bool:
     """Whether a layer is adapted, or of a class that can be."""
     return (
         isinstance(layer, AdaptedLayer)
-        or adapted_class_of(type(layer)) is not None
+        or adapted_class_of(type(layer)) is not None  # type: ignore[arg-type]
     )
 
 

@@ -126,12 +126,12 @@ class LoRARITE(PairOptimizer):
             check_number(
                 argument, value, "a number in [0, 1)", lambda v: 0 <= v < 1
             )
-        for argument, value in (
+        for argument, number in (
             ("epsilon", epsilon),
             ("unmagnified_clipnorm", unmagnified_clipnorm),
             ("skip_threshold", skip_threshold),
         ):
-            if value is not None or argument == "epsilon":
+            if number is not None or argument == "epsilon":
                 check_number(
                     argument, value, "a positive number", lambda v: v > 0
                 )

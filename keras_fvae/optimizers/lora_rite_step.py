@@ -179,7 +179,7 @@ def skip(
     return kept, ops.concatenate([ops.reshape(s, (-1,)) for s in is_skipped])
 
 
-def clip(gradients: Sequence[Tensor], norm: float | None) -> Sequence[Tensor]:
+def clip(gradients: list[Tensor], norm: float | None) -> list[Tensor]:
     """Clips a list of tensors to a norm of them all; `None` leaves them."""
     if norm is None:
         return gradients

@@ -20,7 +20,7 @@ from keras_fvae.optimizers.eigen import batched_eigh
 from keras_fvae.optimizers.eigen import function_of
 from keras_fvae.optimizers.eigen import transpose
 
-Sum: TypeAlias = Sequence[tuple[Any, tuple[Tensor, ...]]]
+Sum: TypeAlias = Sequence[tuple[Any, Sequence[Tensor]]]
 
 
 def lorsum(
@@ -29,7 +29,7 @@ def lorsum(
     sums: Sequence[Sum],
     proximal_weight: float | Tensor,
     num_iterations: int,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Brings products A B of two factors nearer to `A_0 B_0 + S`.
 
     A_0 and B_0 are the factors given, S is a sum, and w the proximal weight.
@@ -101,7 +101,7 @@ def scaled_lorsum(
     scales: Sequence[tuple[Tensor, Tensor]],
     proximal_weight: float | Tensor,
     num_iterations: int,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """LoRSum that is near in a norm of its own, `|rows * . * columns|`.
 
     So it is LoRSum of `rows * A_0` and `B_0 * columns`. Sums are of gradients,
@@ -137,10 +137,10 @@ def unscale(terms: Sum, rows: Tensor, columns: Tensor) -> Sum:
     """A sum whose rows and columns are divided by what they weigh."""
     unscaled = []
     for coefficient, factors in terms:
-        factors = [*factors]
-        factors[0] = factors[0] / rows
-        factors[-1] = factors[-1] / columns
-        unscaled.append((coefficient, factors))
+        parts = [*factors]
+        parts[0] = parts[0] / rows
+        parts[-1] = parts[-1] / columns
+        unscaled.append((coefficient, parts))
     return unscaled
 
 

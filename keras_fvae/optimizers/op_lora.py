@@ -255,13 +255,13 @@ class OPLoRA(PairOptimizer):
             self.num_iterations,
         )
         if self.projected_momentum:
-            state = pairs, former_pairs, momentums
-            stepped = projected_step(
+            state: Any = pairs, former_pairs, momentums
+            stepped: Any = projected_step(  # type: ignore[call-arg]
                 *map(_to_tensors, state), of_kernels, self.momentum, *how
             )
         else:
             state = pairs, momentums
-            stepped = step(
+            stepped = step(  # type: ignore[call-arg]
                 *map(_to_tensors, state),
                 of_kernels,
                 self.coefficients,

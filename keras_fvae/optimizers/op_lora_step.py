@@ -7,6 +7,7 @@ gradients are those of the kernels, G of shape `(d, k)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from keras import ops
 
@@ -46,7 +47,9 @@ def step(
         The new lists of pairs and of momentums.
     """
     of_gradient, of_momentum = coefficients
-    sums = [[(-learning_rate * of_gradient, (g,))] for g in gradients]
+    sums: list[list[tuple[Any, tuple[Tensor, ...]]]] = [
+        [(-learning_rate * of_gradient, (g,))] for g in gradients
+    ]
     for terms, momentum in zip(sums, momentums):
         terms.append((-learning_rate * of_momentum, momentum))
     sums += [
@@ -98,8 +101,9 @@ def projected_step(
         The new lists of pairs, former pairs and momentums.
     """
     sums = [[(-learning_rate, (gradient,))] for gradient in gradients]
+    lefts, rights = zip(*pairs)
     middle = [
-        *zip(*lorsum(*zip(*pairs), sums, proximal_weight, num_iterations))
+        *zip(*lorsum(lefts, rights, sums, proximal_weight, num_iterations))
     ]
     inverses = proximal_inverses(
         [

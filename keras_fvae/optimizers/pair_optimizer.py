@@ -46,7 +46,7 @@ class PairOptimizer(JointOptimizer):
                 (*BEFORE_THE_STEP, "use_ema"),
             )
         super().__init__(learning_rate, **kwargs)
-        self.other_optimizer = other_optimizer
+        self.other_optimizer: Any = other_optimizer
 
     def step_pairs(
         self, gradients: list[Tensor | None], learning_rate: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -60,7 +61,7 @@ def find_beside(
     name: str,
     variables: Sequence[keras.Variable],
     pairs: Sequence[tuple[int, int]],
-) -> tuple[int | None, ...]:
+) -> tuple[Any, ...]:
     """Finds the variables of a name that the adapters have beside their pairs.
 
     Args:

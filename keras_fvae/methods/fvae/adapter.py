@@ -21,6 +21,7 @@ from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.sharding import WeightAxes
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.fvae import FVAE
 
 # Where adapted layers put their posteriors, if anywhere.
@@ -43,7 +44,7 @@ def recorded_posteriors() -> Iterator[list[RecordedPosteriors]]:
     Yields:
         List, to which each call at inference adds a `RecordedPosteriors`.
     """
-    records = []
+    records: list[RecordedPosteriors] = []
     with _recorded.set_to(records):
         yield records
 
@@ -54,6 +55,8 @@ class FVAELoRAAdapter(LowRankAdapter):
     Reference: [Latent Space Factorization in LoRA](
     https://arxiv.org/abs/2510.19640), section 3.
     """
+
+    config: FVAELoRAConfig
 
     adds_loss = True
     weight_axes: WeightAxes = {

@@ -206,7 +206,8 @@ class FVAELoRAConfig(AdapterConfig):
         >>> config.encoder_units, config.dropout
         ((8,), 0.1)
         """
-        return cls(rank, **{"encoder_units": (rank,), "dropout": 0.1} | options)
+        published: dict[str, Any] = {"encoder_units": (rank,), "dropout": 0.1}
+        return cls(rank, **published | options)
 
     @property
     def adapter_class(self) -> Any:

@@ -101,7 +101,7 @@ class ObjectiveCoefficients:
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class FVAE(keras_internals.NotRematerialized, keras.Layer):
+class FVAE(keras_internals.NotRematerialized, keras.Layer):  # type: ignore[misc]
     """Variational autoencoder with two latents: z1 for the task, z2 the rest.
 
     Two encoders give each token x its posteriors q1(z1 | x) and q2(z2 | x),
@@ -151,13 +151,13 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         self.finalized = finalized
         self._initial_seed = choose_seed(self.config.seed)
         self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
-        self.coefficients: ObjectiveCoefficients | None = None
+        self.coefficients: Any = None
         # Among how many FVAEs of a model the weight of the ELBO is shared.
         self.num_sharing = 1
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
         self.totals: Any = None
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
+    def build(self, input_shape: tuple[Any, ...]) -> None:
         self.networks: Networks = networks_for(
             self.config, input_shape[-1], self.finalized
         )
@@ -204,9 +204,11 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
 
         return FVAEOutput(
             restore(z1),
-            *map(restore, q1),
+            restore(q1.mean),
+            restore(q1.log_variance),
             restore(z2),
-            *map(restore, q2),
+            restore(q2.mean),
+            restore(q2.log_variance),
             {
                 **elbo.terms,
                 **self._further_terms(q1, q2, token_weights),
@@ -308,10 +310,10 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         else:
             elbo = self.networks.elbo(inputs, seed, training=bool(training))
         if training and self.totals is not None:
-            self._add_to_totals(
-                *keras.tree.map_structure(ops.stop_gradient, (x, elbo)),
-                token_weights,
+            known_x, known_elbo = keras.tree.map_structure(
+                ops.stop_gradient, (x, elbo)
             )
+            self._add_to_totals(known_x, known_elbo, token_weights)
         return elbo
 
     @property

@@ -34,7 +34,8 @@ def layout(
     """
     num_trunks = 1 if finalized else _num_trunks(config)
     num_heads = 1 if finalized else 4 // num_trunks
-    feature_shapes, latent_shapes = {}, {}
+    feature_shapes: dict[str, tuple[int, ...]] = {}
+    latent_shapes: dict[str, tuple[int, ...]] = {}
     widths = [width, *config.hidden_units, num_heads * config.rank]
     for level, (before, after) in enumerate(itertools.pairwise(widths)):
         shapes = feature_shapes if level == 0 else latent_shapes

@@ -54,7 +54,8 @@ class Posteriors(NamedTuple):
         """q1 and q2 by themselves, a pair of `Posterior`."""
         means = ops.unstack(self.mean, 2, axis=-2)
         log_variances = ops.unstack(self.log_variance, 2, axis=-2)
-        return tuple(map(Posterior, means, log_variances))
+        q1, q2 = map(Posterior, means, log_variances)
+        return q1, q2
 
 
 class ELBO(NamedTuple):
@@ -174,7 +175,7 @@ class Networks:
         return self._encode(x, weights)
 
     def widths_to_draw(
-        self, training: bool, noise: Tensor | None
+        self, training: bool | None, noise: Tensor | None
     ) -> dict[str, int]:
         """How many random numbers a token needs in a step, and for what.
 
