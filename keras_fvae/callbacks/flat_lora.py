@@ -43,7 +43,10 @@ class FlatLoRASchedule(keras.callbacks.Callback):
     Reference: [Flat-LoRA](https://arxiv.org/abs/2409.14396).
     """
 
-    def set_model(self, model: keras.Layer) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+
+    def set_model(self, model: keras.Model) -> None:
         # Before the step is made, which would say that nobody does this.
         super().set_model(model)
         self._adapters = [

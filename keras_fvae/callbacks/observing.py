@@ -53,7 +53,7 @@ class ObservingCallback(keras.callbacks.Callback):
         """
         raise NotImplementedError
 
-    def set_model(self, model: keras.Layer) -> None:
+    def set_model(self, model: keras.Model) -> None:
         # Before any callback's `on_train_begin`, because `BackupAndRestore`
         # sets the optimizer's variables there.
         super().set_model(model)

@@ -15,10 +15,10 @@ import numpy as np
 from keras_fvae.backend import replicas
 from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
-from keras_fvae.integrations.peft_lora import RANK_OFFSET
 from keras_fvae.integrations.peft_lora import LoadedAdapter
 from keras_fvae.integrations.peft_lora import rounded
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.methods.ada_lora import RANK_OFFSET
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.layout import reference_views
 

@@ -33,13 +33,9 @@ LayerChoices: TypeAlias = (
 # What is said besides of the layers of one choice: the rank, fields of the
 # config, or a config.
 Changes: TypeAlias = int | dict[str, Any] | AdapterConfig
-# The key of a `Mapping` is of one type exactly, so each is listed.
-Targets: TypeAlias = (
-    LayerChoices
-    | Mapping[str, Changes]
-    | Mapping[re.Pattern[str], Changes]
-    | Mapping[LayerChoice, Changes]
-)
+# The keys are choices, too, which a dict of names alone would not be, because
+# a `Mapping` has keys of one type exactly.
+Targets: TypeAlias = LayerChoices | Mapping[Any, Changes]
 
 # What the query and value projections of attention are called. A layer without
 # a name of its own is called what the attribute that holds it is; where that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 from typing import ClassVar
+from typing import Literal
 from typing import Self
 
 from keras_fvae.layers.config import DEFAULT_RANK
@@ -122,20 +123,20 @@ class FVAELoRAConfig(AdapterConfig):
     encoder_shared_trunk: bool = True
     decoder_units: tuple[int, ...] = (128, 128, 128)
     dropout: float = 0.3
-    latent_fusion: str = "concat"
+    latent_fusion: Literal["concat", "average"] = "concat"
     prior_mean: float = 1.5
     prior_std: float = 1.0
-    objective: str = "fvae"
+    objective: Literal["fvae", "vae2lat", "beta_vae2lat"] = "fvae"
     reconstruction_weight: float = 1.0
     kl_weight: float = 1.0
     gamma_weight: float | tuple[float, float] | None = None
-    gamma_estimator: str = "closed_form"
+    gamma_estimator: Literal["closed_form", "monte_carlo"] = "closed_form"
     elbo_weight: float = 1e-3
     num_samples: int = 1
     rematerialize: bool = False
     sample_at_inference: bool = False
     initial_log_variance: float = 0.0
-    zero_at_start: str = "z1_mean"
+    zero_at_start: Literal["z1_mean", "kernel_b"] = "z1_mean"
 
     method_name = "FVAE-LoRA"
     training_settings: ClassVar[tuple[str, ...]] = (
