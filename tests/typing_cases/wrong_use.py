@@ -34,7 +34,7 @@ keras_fvae.save_adapter(model, 5)  # type: ignore[arg-type]
 keras_fvae.save_adapter(model, "a.safetensors", "most")  # type: ignore[arg-type]
 keras_fvae.set_adapter(model, "a.safetensors")  # type: ignore[arg-type]
 keras_fvae.load_adapter(model, "a.safetensors", only=1)  # type: ignore[arg-type]
-print(keras_fvae.finalize_adapter(model).layers)  # type: ignore[func-returns-value]
+keras_fvae.finalize_adapter(model, strict=True)  # type: ignore[call-arg]
 print(keras_fvae.adapter_summary(model).paths)  # type: ignore[attr-defined]
 print(keras_fvae.read_adapter("a.safetensors")["query"])  # type: ignore[index]
 
