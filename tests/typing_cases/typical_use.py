@@ -162,12 +162,12 @@ def make_layers(x: np.ndarray) -> list[keras.layers.Layer]:
     return [
         dense,
         fvae,
-        keras_fvae.AdaptedEinsumDense("abc,cd->abd", (None, 8), config),
+        keras_fvae.AdaptedEinsumDense("btd,dk->btk", (None, 8), config),
         keras_fvae.AdaptedConv1D(8, 3, config),
         keras_fvae.AdaptedConv2D(8, (3, 3), config, padding="same"),
         keras_fvae.AdaptedConv3D(8, 3, config),
         keras_fvae.FVAELoRADense(8, rank=4),
-        keras_fvae.FVAELoRAEinsumDense("abc,cd->abd", (None, 8), rank=4),
+        keras_fvae.FVAELoRAEinsumDense("btd,dk->btk", (None, 8), rank=4),
     ]
 
 
