@@ -106,7 +106,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.monitor = monitor
         self.save_best_only = save_best_only
         self.sign: int | None = _sign(monitor, mode) if save_best_only else None
-        self.include = include
+        self.include: Literal["all", "inference"] = include
         self.resume = resume
         self.best: float | None = None
 
