@@ -1,6 +1,9 @@
 """Low-rank adapters for Keras 3: FVAE-LoRA and the family around it."""
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING
 
 from keras_fvae import optimizers
 from keras_fvae.analysis.groups import WorstGroupAccuracy
@@ -68,14 +71,19 @@ __version__ = "0.2.0"
 when_imported("keras_hub", keras_hub.extend_keras_hub)
 
 
-def __getattr__(name):
-    # Only when it is asked for, since it takes matplotlib.
-    if name == "plots":
-        return importlib.import_module("keras_fvae.analysis.plots")
-    raise AttributeError(f"module 'keras_fvae' has no attribute '{name}'")
+# To a type checker, a module with this function would have all names.
+if TYPE_CHECKING:
+    from keras_fvae.analysis import plots as plots
+else:
+
+    def __getattr__(name):
+        # Only when it is asked for, since it takes matplotlib.
+        if name == "plots":
+            return importlib.import_module("keras_fvae.analysis.plots")
+        raise AttributeError(f"module 'keras_fvae' has no attribute '{name}'")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, "__version__", "plots"])
 
 

@@ -1,20 +1,30 @@
 """The star's own verb."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
 from keras_fvae.layers.config import DEFAULT_RANK
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.config import resolve_config
 from keras_fvae.model.enable import enable_adapter
+from keras_fvae.model.summary import AdapterSummary
+from keras_fvae.model.targets import LayerChoices
+from keras_fvae.model.targets import Targets
 
 
 def enable_fvae_lora(
-    model,
-    rank=DEFAULT_RANK,
-    target_layer_names=None,
+    model: keras.Layer,
+    rank: int = DEFAULT_RANK,
+    target_layer_names: Targets | None = None,
     *,
-    trainable_layer_names=(),
-    exclude_layer_names=(),
-    config=None,
-    **config_options,
-):
+    trainable_layer_names: LayerChoices = (),
+    exclude_layer_names: LayerChoices = (),
+    config: FVAELoRAConfig | None = None,
+    **config_options: Any,
+) -> AdapterSummary:
     """Adapts a model by FVAE-LoRA, in place, and freezes all the rest.
 
     The layers stay the same objects, with the same names, paths and weights.

@@ -1,10 +1,13 @@
 """Packages that are installed only by those who need them."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def needed(extra):
+def needed(extra: str) -> Iterator[None]:
     """Says which extra of this package brings what cannot be imported.
 
     Args:

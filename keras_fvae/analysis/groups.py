@@ -1,9 +1,13 @@
 """Accuracy by group: whether a model leans on what need not hold."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +19,11 @@ class GroupAccuracy:
         counts: Dict of group to integer, how many examples it has.
     """
 
-    accuracies: dict
-    counts: dict
+    accuracies: dict[int | str, float]
+    counts: dict[int | str, int]
 
     @property
-    def mean(self):
+    def mean(self) -> float:
         """Float, the accuracy on all examples."""
         right = sum(
             self.accuracies[group] * count
@@ -28,21 +32,21 @@ class GroupAccuracy:
         return right / sum(self.counts.values())
 
     @property
-    def worst_group(self):
+    def worst_group(self) -> int | str:
         """The group with the lowest accuracy."""
-        return min(self.accuracies, key=self.accuracies.get)
+        return min(self.accuracies, key=self.accuracies.__getitem__)
 
     @property
-    def worst(self):
+    def worst(self) -> float:
         """Float, the accuracy of the worst group."""
         return self.accuracies[self.worst_group]
 
     @property
-    def gap(self):
+    def gap(self) -> float:
         """Float, by how much the worst group is below the mean."""
         return self.mean - self.worst
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Returns all figures as a dict that JSON can hold."""
         return {
             "mean": self.mean,
@@ -53,7 +57,7 @@ class GroupAccuracy:
             "counts": {str(g): n for g, n in self.counts.items()},
         }
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [
             (str(group), f"{accuracy:.3f}", f"{self.counts[group]:,}")
             for group, accuracy in self.accuracies.items()
@@ -71,7 +75,13 @@ class GroupAccuracy:
         )
 
 
-def evaluate_groups(model, x, y, groups, batch_size=None):
+def evaluate_groups(
+    model: keras.Model,
+    x: Any,
+    y: npt.ArrayLike,
+    groups: npt.ArrayLike,
+    batch_size: int | None = None,
+) -> GroupAccuracy:
     """The accuracy of a classifier in each group of examples.
 
     A group is often a class together with what goes with it in training and
@@ -162,13 +172,22 @@ class WorstGroupAccuracy(keras.callbacks.Callback):
     https://arxiv.org/abs/2510.19640), section 4: worst-group accuracy.
     """
 
-    def __init__(self, x, y, groups, batch_size=None):
+    y: np.ndarray
+    groups: np.ndarray
+
+    def __init__(
+        self,
+        x: Any,
+        y: npt.ArrayLike,
+        groups: npt.ArrayLike,
+        batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.x = x
         self.y, self.groups = _check_labels(y, groups)
         self.batch_size = batch_size
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         result = evaluate_groups(
             self.model, self.x, self.y, self.groups, self.batch_size
         )
@@ -176,7 +195,9 @@ class WorstGroupAccuracy(keras.callbacks.Callback):
         logs["mean_group_accuracy"] = result.mean
 
 
-def _check_labels(y, groups):
+def _check_labels(
+    y: npt.ArrayLike, groups: npt.ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     y, groups = np.asarray(y), np.asarray(groups)
     if y.ndim != 1 or len(y) == 0 or groups.shape != y.shape:
         raise ValueError(

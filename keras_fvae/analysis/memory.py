@@ -1,7 +1,10 @@
 """What a model takes on each device, counted without a weight in memory."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable
 
 import keras
 import ml_dtypes
@@ -30,11 +33,11 @@ class MemoryPerDevice:
     optimizer: int
 
     @property
-    def total(self):
+    def total(self) -> int:
         """Integer, all of it."""
         return sum(dataclasses.astuple(self))
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = {**dataclasses.asdict(self), "total": self.total}
         return "\n".join(
             f"{name.replace('_', ' '):<18}{size / GIB:>9.3f} GiB"
@@ -42,7 +45,13 @@ class MemoryPerDevice:
         )
 
 
-def memory_per_device(make_model, distribution=None, optimizer_slots=2):
+def memory_per_device(
+    make_model: Callable[[], keras.Layer],
+    distribution: keras.distribution.DataParallel
+    | keras.distribution.ModelParallel
+    | None = None,
+    optimizer_slots: int = 2,
+) -> MemoryPerDevice:
     """Counts the memory that training keeps on each device, from shapes.
 
     Neither the model's weights nor the devices need to be there. What a step
@@ -136,7 +145,7 @@ def _make(make_model):
     return model
 
 
-def bytes_per_device(weight):
+def bytes_per_device(weight: keras.Variable) -> int:
     """Integer, the bytes of a variable on each device."""
     shape = weight.shape
     layout = sharding.layout_of(weight)

@@ -4,13 +4,22 @@ Each function returns a figure, which a notebook shows and `figure.savefig`
 writes. Takes matplotlib.
 """
 
-import os
+from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 
 from keras_fvae.analysis import extras
 from keras_fvae.analysis.probes import LATENTS
+from keras_fvae.analysis.probes import LayerLatents
+from keras_fvae.analysis.probes import Probe
 from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.totals import ACTIVE_UNIT_VARIANCE
 from keras_fvae.methods.fvae.totals import NAMES
@@ -34,7 +43,9 @@ COLORS = (
 MARKERS = "osD^vPX*<>"
 
 
-def plot_latents(layer_latents, labels, title=None):
+def plot_latents(
+    layer_latents: LayerLatents, labels: npt.ArrayLike, title: str | None = None
+) -> matplotlib.figure.Figure:
     """z1 and z2 of a layer in two dimensions, coloured by class or group.
 
     The posterior means, averaged over the tokens of an example that count, on
@@ -93,7 +104,9 @@ def plot_latents(layer_latents, labels, title=None):
     return figure
 
 
-def plot_layers(latents):
+def plot_layers(
+    latents: Mapping[str, LayerLatents],
+) -> matplotlib.figure.Figure:
     """KL, Wasserstein distance and active units of each layer.
 
     Args:
@@ -151,7 +164,9 @@ def plot_layers(latents):
     return figure
 
 
-def plot_training(history):
+def plot_training(
+    history: keras.callbacks.History | Mapping[str, Sequence[float]],
+) -> matplotlib.figure.Figure:
     """The terms of the ELBO over the epochs.
 
     Args:
@@ -171,7 +186,7 @@ def plot_training(history):
     >>> [axis.get_title() for axis in figure.axes]
     ['loss', 'kl_z1']
     """
-    logs = getattr(history, "history", history)
+    logs: Any = getattr(history, "history", history)
     names = [name for name in ("loss", *NAMES) if name in logs]
     if names in ([], ["loss"]):
         raise ValueError(
@@ -206,7 +221,9 @@ def plot_training(history):
     return figure
 
 
-def plot_ranks(history):
+def plot_ranks(
+    history: Sequence[Mapping[str, int]],
+) -> matplotlib.figure.Figure:
     """How many ranks AdaLoRA has left of each layer, over the epochs.
 
     Args:
@@ -246,7 +263,7 @@ def plot_ranks(history):
     return figure
 
 
-def plot_probes(probes):
+def plot_probes(probes: Sequence[Probe]) -> matplotlib.figure.Figure:
     """How well each attribute is read from z1 and from z2, layer by layer.
 
     Args:

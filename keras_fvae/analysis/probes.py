@@ -1,12 +1,17 @@
 """What the latents of a trained model hold."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 
 from keras_fvae.analysis import extras
@@ -32,14 +37,20 @@ class LayerLatents(NamedTuple):
         mask: Boolean array of shape `(examples, ...)`, which tokens count.
     """
 
-    z1_mean: Any
-    z1_log_variance: Any
-    z2_mean: Any
-    z2_log_variance: Any
-    mask: Any
+    z1_mean: np.ndarray
+    z1_log_variance: np.ndarray
+    z2_mean: np.ndarray
+    z2_log_variance: np.ndarray
+    mask: np.ndarray
 
 
-def latents(model, x, batch_size=None, steps=None, average_tokens=False):
+def latents(
+    model: keras.Model,
+    x: Any,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    average_tokens: bool = False,
+) -> dict[str, LayerLatents]:
     """The posteriors that a model's adapted layers give their tokens.
 
     Args:
@@ -115,10 +126,10 @@ class Probe:
     chance: float
 
 
-class Probes(tuple):
+class Probes(tuple[Probe, ...]):
     """All `Probe`s of a model; `print` it to read them as a table."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         width = max(len(probe.layer) for probe in self)
         names = max(len(probe.attribute) for probe in self)
         lines = [
@@ -129,14 +140,20 @@ class Probes(tuple):
         ]
         return "\n".join(lines)
 
-    def to_dicts(self):
+    def to_dicts(self) -> list[dict[str, Any]]:
         """Returns a list of dicts, such as `pandas.DataFrame` takes."""
         return [dataclasses.asdict(probe) for probe in self]
 
 
 def probe_latents(
-    model, x, y, attributes=None, *, batch_size=None, num_folds=5
-):
+    model: keras.Model,
+    x: Any,
+    y: npt.ArrayLike,
+    attributes: Mapping[str, npt.ArrayLike] | None = None,
+    *,
+    batch_size: int | None = None,
+    num_folds: int = 5,
+) -> Probes:
     """Linear probes: what can be read from z1, and what from z2.
 
     For each adapted layer, latent and attribute a logistic regression is

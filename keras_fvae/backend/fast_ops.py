@@ -1,13 +1,19 @@
 """Operations that one of the backends does faster in another way."""
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 
-def affine(x, kernel, bias):
+
+def affine(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """`x kernel + bias`, in the dtype of `x`.
 
     Args:
@@ -29,7 +35,7 @@ def affine(x, kernel, bias):
     return ops.matmul(x, kernel) + bias
 
 
-def thin_matmul(x, kernel):
+def thin_matmul(x: Tensor, kernel: Tensor) -> Tensor:
     """`x kernel`, in the dtype of `x`, for a kernel of few columns.
 
     Args:
@@ -50,7 +56,7 @@ def thin_matmul(x, kernel):
     return ops.matmul(x, ops.cast(kernel, x.dtype))
 
 
-def add_matmul(y, x, kernel):
+def add_matmul(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor | None:
     """`y + x kernel`, in the dtype of `y`, or `None`.
 
     Args:
@@ -79,7 +85,14 @@ def add_matmul(y, x, kernel):
     return y
 
 
-def conv(inputs, kernel, strides, padding, data_format, dilation_rate):
+def conv(
+    inputs: Tensor,
+    kernel: Tensor,
+    strides: tuple[int, ...],
+    padding: str,
+    data_format: str,
+    dilation_rate: tuple[int, ...],
+) -> Tensor:
     """`keras.ops.conv`."""
     options = strides, padding
     if keras.config.backend() == "torch" and data_format == "channels_last":
@@ -92,7 +105,7 @@ def conv(inputs, kernel, strides, padding, data_format, dilation_rate):
     return ops.conv(inputs, kernel, *options, data_format, dilation_rate)
 
 
-def subsample(x, strides):
+def subsample(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Every so many positions along the axes between the first and the last.
 
     Args:
@@ -111,7 +124,9 @@ def subsample(x, strides):
     return x[(slice(None), *(slice(None, None, step) for step in strides))]
 
 
-def traced_once(function, *static_arguments):
+def traced_once(
+    function: Callable[..., Any], *static_arguments: str
+) -> Callable[..., Any]:
     """A function that JAX traces once for all layers with the same shapes.
 
     Not so TensorFlow, whose XLA would compute what the gradient of an inner
@@ -124,7 +139,7 @@ def traced_once(function, *static_arguments):
     return function
 
 
-def traced_in_parts(method):
+def traced_in_parts(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method that `torch.compile` does not trace, but all that it calls.
 
     A model with adapters is nested deeper than Python lets it trace as one.

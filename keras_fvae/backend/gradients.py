@@ -1,6 +1,9 @@
 """Seeing the gradients that an optimizer has used, inside the compiled step."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import keras
 
@@ -8,7 +11,9 @@ from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
 
 
-def watch_gradients(optimizer, observer):
+def watch_gradients(
+    optimizer: keras.optimizers.Optimizer, observer: Any
+) -> None:
     """Has an observer called after each update that an optimizer makes.
 
     It is called inside the compiled step, with the gradients as they were used:
@@ -50,7 +55,7 @@ def watch_gradients(optimizer, observer):
     vars(optimizer)["watched_by"] = added
 
 
-def stop_watching(optimizer):
+def stop_watching(optimizer: keras.optimizers.Optimizer) -> None:
     """Ends what `watch_gradients` began, and drops the observer's variables."""
     *_, optimizer = _with_inner(optimizer)
     for variable in vars(optimizer).pop("watched_by", ()):
@@ -58,7 +63,7 @@ def stop_watching(optimizer):
     keras_internals.restore_update(optimizer)
 
 
-def accumulated_steps(optimizer):
+def accumulated_steps(optimizer: keras.optimizers.Optimizer) -> int:
     """Integer, the steps whose gradients become one update."""
     return math.prod(
         each.gradient_accumulation_steps or 1 for each in _with_inner(optimizer)

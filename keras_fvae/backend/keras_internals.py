@@ -4,14 +4,25 @@ Everything else uses the public API. `tests/keras_internals_test.py` fails
 when Keras changes one of these.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect
 import io
 import itertools
 import json
+import pathlib
 import sys
+import types
 import zipfile
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import h5py
 import keras
@@ -23,6 +34,8 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.quantizers.quantizers import dequantize_with_sz_map
 from keras.src.saving import saving_lib
+
+from keras_fvae.backend.types import Tensor
 
 # The methods of a model that run steps, one after the other.
 RUNS = (
@@ -38,12 +51,12 @@ RUNS = (
 STEPS = ("train_step", "test_step", "predict_step")
 
 
-def layers_of(layer):
+def layers_of(layer: keras.Layer) -> list[keras.Layer]:
     """The layers that a layer holds itself, a list."""
     return layer._layers
 
 
-def attributes_of(layer):
+def attributes_of(layer: keras.Layer) -> dict[str, Any]:
     """Dict of name to value, of what was set on a layer."""
     attributes = dict(vars(layer))
     if keras.config.backend() == "torch":
@@ -52,29 +65,29 @@ def attributes_of(layer):
     return attributes
 
 
-def state_of(layer):
+def state_of(layer: keras.Layer) -> list[keras.Variable]:
     """The weights of a layer's own that were never meant for a gradient."""
     return layer._non_trainable_variables
 
 
-def optimized_variables(model):
+def optimized_variables(model: keras.Layer) -> list[keras.Variable]:
     """The variables that the optimizer of a model was built for, a list."""
     return getattr(
         getattr(model, "optimizer", None), "_trainable_variables", []
     )
 
 
-def backend_name():
+def backend_name() -> str:
     """String, the backend, for messages."""
     return keras.config.backend()
 
 
-def lists_variables_as_parameters():
+def lists_variables_as_parameters() -> bool:
     """Whether a layer's `variables` are those that PyTorch optimizes."""
     return keras.config.backend() == "torch"
 
 
-def is_compiling():
+def is_compiling() -> bool:
     """Whether `torch.compile` is tracing, which knows little but tensors."""
     if keras.config.backend() != "torch":
         return False
@@ -83,7 +96,7 @@ def is_compiling():
     return torch.compiler.is_compiling()
 
 
-def is_in_training_step():
+def is_in_training_step() -> bool:
     """Whether a model's `train_step` is running, as the call stack has it.
 
     The innermost step counts: a model may evaluate another one in its own.
@@ -99,7 +112,9 @@ def is_in_training_step():
     return False
 
 
-def stack_of_calls(frame=None):
+def stack_of_calls(
+    frame: types.FrameType | None = None,
+) -> Iterator[types.FrameType]:
     """Yields the frames of Python's calls, from the innermost on."""
     frame = frame or sys._getframe(1)
     while frame is not None:
@@ -107,7 +122,7 @@ def stack_of_calls(frame=None):
         frame = frame.f_back
 
 
-def running_trainers():
+def running_trainers() -> list[tuple[str, keras.Model]]:
     """Pairs of a method's name and the model that is in the middle of it.
 
     Of `fit` and its like, in any thread.
@@ -121,7 +136,9 @@ def running_trainers():
     return pairs
 
 
-def hide_from_progress_bar(model, prefixes):
+def hide_from_progress_bar(
+    model: keras.Model, prefixes: tuple[str, ...]
+) -> None:
     """Keeps entries of the logs out of what a running `fit` prints.
 
     Args:
@@ -144,7 +161,7 @@ def _print_epoch_without(on_epoch_end, prefixes, epoch, logs=None):
     on_epoch_end(epoch, shown)
 
 
-def output_layers(model):
+def output_layers(model: keras.Layer) -> list[keras.Layer] | None:
     """List of the last layers with weights before the outputs of a model.
 
     `None` if it is a subclass, which does not say what it calls.
@@ -174,7 +191,7 @@ def output_layers(model):
     return found
 
 
-def model_within(model):
+def model_within(model: keras.Layer) -> keras.Layer | None:
     """The functional model that a `keras.Sequential` makes of its layers.
 
     `None` for other models, or before it is built.
@@ -182,12 +199,12 @@ def model_within(model):
     return getattr(model, "_functional", None)
 
 
-def is_saving_to_h5():
+def is_saving_to_h5() -> bool:
     """Whether Keras writes or reads a whole model in its old format."""
     return bool(global_state.get_global_attribute("use_legacy_config"))
 
 
-def is_described_by_layers(model_class):
+def is_described_by_layers(model_class: type) -> bool:
     """Whether the config of a model has those of its layers in it."""
     return model_class in (Functional, keras.Sequential)
 
@@ -199,7 +216,9 @@ class NotRematerialized:
     be out of reach.
     """
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
+    def rematerialized_call(
+        self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
         return layer_call
 
 
@@ -217,9 +236,11 @@ class JointOptimizer(keras.optimizers.Optimizer):
             whose gradients are neither clipped nor part of a norm.
     """
 
-    never_clipped = frozenset()
+    never_clipped: Collection[int] = frozenset()
 
-    def joint_step(self, gradients, learning_rate):
+    def joint_step(
+        self, gradients: list[Tensor | None], learning_rate: Tensor
+    ) -> None:
         """Assigns new values to the variables, and to those of the optimizer.
 
         Args:
@@ -231,11 +252,11 @@ class JointOptimizer(keras.optimizers.Optimizer):
         raise NotImplementedError
 
     @property
-    def optimized_variables(self):
+    def optimized_variables(self) -> list[keras.Variable]:
         """List of `keras.Variable` that the optimizer was built for."""
         return self._trainable_variables
 
-    def weight_decay_of(self, variable):
+    def weight_decay_of(self, variable: keras.Variable) -> float:
         """Float, the weight decay of a variable, which may be excluded."""
         if self.weight_decay is None or not self._use_weight_decay(variable):
             return 0.0
@@ -278,20 +299,20 @@ class Pickled:
     class, which must then be found in a module.
     """
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         file = io.BytesIO()
         saving_lib._save_model_to_fileobj(self, file, "h5")
         return load_pickled, (file.getvalue(),)
 
 
-def load_pickled(content):
+def load_pickled(content: bytes) -> keras.Layer:
     """What `pickle` makes of a `Pickled`."""
     return saving_lib._load_model_from_fileobj(
         io.BytesIO(content), custom_objects=None, compile=True, safe_mode=False
     )
 
 
-def count_saved(name, filepath):
+def count_saved(name: str, filepath: pathlib.Path) -> int:
     """How many layers saved a variable of that name in a file of weights.
 
     Args:
@@ -321,12 +342,12 @@ def count_saved(name, filepath):
     return count
 
 
-def flatten_layers(layer):
+def flatten_layers(layer: keras.Layer) -> list[keras.Layer]:
     """The layer and all layers inside it, each once, in their order."""
     return [layer for _, layer in walk_layers(layer)]
 
 
-def walk_layers(layer):
+def walk_layers(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
     """Pairs of a path and a layer, for the layer and all layers inside it.
 
     The path is made of the names of the layers that a layer is in. Unlike
@@ -345,7 +366,7 @@ def walk_layers(layer):
     return pairs
 
 
-def outermost_first(layers):
+def outermost_first(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
     """The layers, each after all those that it is in.
 
     So `trainable` can be set on one after the other: what holds a layer sets
@@ -358,7 +379,7 @@ def outermost_first(layers):
 
 
 @contextlib.contextmanager
-def unlocked(layer):
+def unlocked(layer: keras.Layer) -> Iterator[None]:
     """Lets a built layer take new sublayers."""
     layer._tracker.unlock()
     try:
@@ -367,12 +388,12 @@ def unlocked(layer):
         layer._tracker.lock()
 
 
-def untrack(layer, sublayer):
+def untrack(layer: keras.Layer, sublayer: keras.Layer) -> None:
     """Makes a layer forget a sublayer that it keeps track of."""
     layer._tracker.untrack(sublayer)
 
 
-def update_call_signature(layer):
+def update_call_signature(layer: keras.Layer) -> None:
     """Makes known what `call` of a layer takes, after its class has changed.
 
     Keras looks when the layer is made, and passes `training` to those that
@@ -391,7 +412,7 @@ def update_call_signature(layer):
     )
 
 
-def publish_weights(layer):
+def publish_weights(layer: keras.Layer) -> None:
     """Makes new weights known to what a backend keeps beside Keras's lists.
 
     A `torch.nn.Module` has parameters of its own, which `zero_grad` clears.
@@ -399,12 +420,12 @@ def publish_weights(layer):
     layer._post_build()
 
 
-def kernel_of(layer):
+def kernel_of(layer: keras.Layer) -> keras.Variable:
     """The variable that holds the kernel of a layer that can be adapted."""
     return layer._kernel
 
 
-def has_value(variable):
+def has_value(variable: keras.Variable) -> bool:
     """Whether a variable has its value yet; one in a `StatelessScope` has not.
 
     To ask such a one for it would compute it.
@@ -412,12 +433,16 @@ def has_value(variable):
     return variable._value is not None
 
 
-def layout_of(variable):
+def layout_of(
+    variable: keras.Variable,
+) -> keras.distribution.TensorLayout | None:
     """The `keras.distribution.TensorLayout` of a variable, or `None`."""
     return variable._layout
 
 
-def set_layout(variable, layout):
+def set_layout(
+    variable: keras.Variable, layout: keras.distribution.TensorLayout
+) -> None:
     """Moves a variable to a `keras.distribution.TensorLayout`."""
     previous = variable._layout
     variable._layout = layout
@@ -430,13 +455,13 @@ def set_layout(variable, layout):
             raise
 
 
-def layout_map_of(distribution):
+def layout_map_of(distribution: Any) -> keras.distribution.LayoutMap | None:
     """The `LayoutMap` of a `keras.distribution.ModelParallel`, or `None`."""
     return getattr(distribution, "_layout_map", None)
 
 
 @contextlib.contextmanager
-def without_values():
+def without_values() -> Iterator[None]:
     """Variables that are made inside the block never get a value."""
     name = "uninitialized_variables"
     previous = [*global_state.get_global_attribute(name, [])]
@@ -447,18 +472,18 @@ def without_values():
         global_state.set_global_attribute(name, previous)
 
 
-def added_losses(layer):
+def added_losses(layer: keras.Layer) -> list[Tensor]:
     """The losses that a layer itself has added in this step, a list."""
     return layer._get_own_losses()
 
 
-def clear_losses(layer):
+def clear_losses(layer: keras.Layer) -> None:
     """Forgets the losses that a layer and those inside it have added."""
     layer._clear_losses()
 
 
 @contextlib.contextmanager
-def losses_kept(layer):
+def losses_kept(layer: keras.Layer) -> Iterator[None]:
     """The losses of a layer, or `None`, are after the block as before."""
     layers = [] if layer is None else flatten_layers(layer)
     kept = [(layer, [*layer._losses]) for layer in layers]
@@ -470,13 +495,13 @@ def losses_kept(layer):
             layer._losses.extend(losses)
 
 
-def entry_layer():
+def entry_layer() -> keras.Layer | None:
     """The outermost layer that is being called, or `None`."""
     context = global_state.get_global_attribute("current_call_ctx")
     return None if context is None else context.entry_layer
 
 
-def entry_models():
+def entry_models() -> list[keras.Model]:
     """The models that were called, but for those inside of them, a list."""
     entries = [entry_layer()]
     if keras.config.backend() == "jax":
@@ -490,7 +515,7 @@ def entry_models():
     return [entry for entry in entries if isinstance(entry, keras.Model)]
 
 
-def trace_state():
+def trace_state() -> Any:
     """What differs where a backend traces a function within another one."""
     if keras.config.backend() == "jax":
         import jax
@@ -516,7 +541,7 @@ def trace_state():
     return torch._C._functorch.maybe_current_level()
 
 
-def to_features(x, dtype):
+def to_features(x: Tensor, dtype: str) -> Tensor:
     """Dense floats, of any tensor that Keras's layers take.
 
     Args:
@@ -542,7 +567,12 @@ def _is_sparse(x):
     return False
 
 
-def without_moving(variables, model, step, arguments):
+def without_moving(
+    variables: Sequence[keras.Variable],
+    model: keras.Model,
+    step: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> Any:
     """Calls a training step, and leaves some variables as they were before it.
 
     Args:
@@ -573,7 +603,7 @@ def without_moving(variables, model, step, arguments):
 
 
 @contextlib.contextmanager
-def values_kept(model):
+def values_kept(model: keras.Model) -> Iterator[None]:
     """Gives a model its values back if what runs inside the block raises.
 
     On JAX Keras takes them while `fit` runs, and forgets them then.
@@ -610,7 +640,7 @@ def values_kept(model):
         del vars(model)["_purge_model_variables"]
 
 
-def no_gradients():
+def no_gradients() -> AbstractContextManager[Any]:
     """Context in which PyTorch records nothing for gradients."""
     if keras.config.backend() == "torch":
         import torch
@@ -619,7 +649,9 @@ def no_gradients():
     return contextlib.nullcontext()
 
 
-def add_to_update(optimizer, function):
+def add_to_update(
+    optimizer: keras.optimizers.Optimizer, function: Callable[..., None]
+) -> None:
     """Has a function called after each update of an optimizer, in the step.
 
     Args:
@@ -637,22 +669,24 @@ def add_to_update(optimizer, function):
     vars(optimizer)["_backend_update_step"] = update_and_call
 
 
-def restore_update(optimizer):
+def restore_update(optimizer: keras.optimizers.Optimizer) -> None:
     """Takes away what `add_to_update` added."""
     vars(optimizer).pop("_backend_update_step", None)
 
 
-def untrack_optimizer_variable(optimizer, variable):
+def untrack_optimizer_variable(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> None:
     """Takes a variable out of those that an optimizer saves and restores."""
     optimizer._untrack_variable(variable)
 
 
-def get_keras_mask(x):
+def get_keras_mask(x: Tensor) -> Tensor | None:
     """The Keras mask that travels with a tensor, or `None`."""
     return backend.get_keras_mask(x)
 
 
-def trace_makes_state(model):
+def trace_makes_state(model: keras.Model) -> bool:
     """Whether TensorFlow would make variables while it traces a step.
 
     Keras leaves the optimizer's slots and the metrics to the trace, here alone
@@ -667,7 +701,9 @@ def trace_makes_state(model):
     )
 
 
-def make_state(model, iterator=None, data_batch=None):
+def make_state(
+    model: keras.Model, iterator: Any = None, data_batch: Any = None
+) -> None:
     """Makes what `trace_makes_state` found, before there is a trace.
 
     Data of which nothing is known beforehand is left to the trace.
@@ -699,7 +735,7 @@ def make_state(model, iterator=None, data_batch=None):
         model._symbolic_build(data_batch=data_batch)
 
 
-def float_kernel(layer, full_precision=False):
+def float_kernel(layer: keras.Layer, full_precision: bool = False) -> Tensor:
     """The kernel of a layer in its own shape, dequantized.
 
     Args:

@@ -5,13 +5,16 @@ keeps what that begins with: here the random bits, several times as large as
 what came of them. PyTorch takes a pass over memory for each operation.
 """
 
+from __future__ import annotations
+
 import keras
 from keras import ops
 
 from keras_fvae.backend.token_mean import token_mean
+from keras_fvae.backend.types import Tensor
 
 
-def relu_and_dropout(x, dropout_mask, rate):
+def relu_and_dropout(x: Tensor, dropout_mask: Tensor, rate: float) -> Tensor:
     """ReLU and dropout.
 
     Args:
@@ -40,7 +43,7 @@ def relu_and_dropout(x, dropout_mask, rate):
     return compute(x, dropout_mask)
 
 
-def clip(x, low, high):
+def clip(x: Tensor, low: float, high: float) -> Tensor:
     """Clips x to `[low, high]`.
 
     Args:
@@ -67,7 +70,7 @@ def clip(x, low, high):
     return compute(x)
 
 
-def add_noise(mean, log_variance, noise):
+def add_noise(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """mean + standard deviation * noise.
 
     Args:
@@ -97,7 +100,7 @@ def add_noise(mean, log_variance, noise):
     return compute_leanly(mean, log_variance, noise)
 
 
-def token_mean_of_squares(x, token_weights):
+def token_mean_of_squares(x: Tensor, token_weights: Tensor | None) -> Tensor:
     """The mean over the tokens of what is squared.
 
     Args:

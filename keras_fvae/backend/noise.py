@@ -1,9 +1,13 @@
 """Random numbers from the state of a `keras.random.SeedGenerator`."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import random
+from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,9 +15,10 @@ from keras import ops
 
 from keras_fvae.backend import packing
 from keras_fvae.backend.replicas import replica_index
+from keras_fvae.backend.types import Tensor
 
 
-def choose_seed(seed):
+def choose_seed(seed: int | None) -> int:
     """A seed, drawn if it is `None`.
 
     As Keras does, so that `keras.utils.set_random_seed` controls it.
@@ -21,7 +26,7 @@ def choose_seed(seed):
     return random.randrange(2**31) if seed is None else seed
 
 
-def initial_generator(seed, name):
+def initial_generator(seed: int, name: str) -> np.random.Generator:
     """What the initial values of a weight are drawn from.
 
     NumPy's: on JAX each operation is a program, which stays in memory.
@@ -36,7 +41,7 @@ def initial_generator(seed, name):
     return np.random.default_rng([seed, *name.encode()])
 
 
-def next_seed(seed_generator):
+def next_seed(seed_generator: keras.random.SeedGenerator) -> Tensor:
     """What a call of `noise_and_masks` draws from.
 
     Args:
@@ -55,7 +60,7 @@ def next_seed(seed_generator):
     return seed
 
 
-def save_seed(layer, store):
+def save_seed(layer: keras.Layer, store: Any) -> None:
     """Adds the state of a layer's `seed_generator` to what it saves.
 
     Keras does not, and a resumed run would draw the same numbers again.
@@ -69,7 +74,7 @@ def save_seed(layer, store):
         store["seed_generator_state"] = state
 
 
-def load_seed(layer, store):
+def load_seed(layer: keras.Layer, store: Any) -> dict[str, Any]:
     """Sets what `save_seed` saved.
 
     Returns:
@@ -83,7 +88,9 @@ def load_seed(layer, store):
 
 
 @contextlib.contextmanager
-def seeds_set(seed_generators, seed):
+def seeds_set(
+    seed_generators: Sequence[keras.random.SeedGenerator], seed: int
+) -> Iterator[None]:
     """Sets what generators draw, for the time of a block.
 
     Args:
@@ -103,7 +110,13 @@ def seeds_set(seed_generators, seed):
             generator.state.assign(state)
 
 
-def noise_and_masks(shape, seed, noise_width, mask_widths=(), rate=0.0):
+def noise_and_masks(
+    shape: Sequence[Any],
+    seed: Tensor,
+    noise_width: int,
+    mask_widths: Sequence[int] = (),
+    rate: float = 0.0,
+) -> tuple[Tensor, Sequence[Tensor]]:
     """Standard normal noise, and which units dropout keeps.
 
     All in one call to the generator, which costs more than the numbers do.
@@ -134,7 +147,9 @@ def noise_and_masks(shape, seed, noise_width, mask_widths=(), rate=0.0):
     return noise, masks
 
 
-def dropout(x, rate, seed_generator):
+def dropout(
+    x: Tensor, rate: float, seed_generator: keras.random.SeedGenerator
+) -> Tensor:
     """Dropout: a part of x is 0, the rest is scaled up by as much.
 
     Args:
@@ -152,7 +167,7 @@ def dropout(x, rate, seed_generator):
     return ops.where(mask, x * (1 / (1 - rate)), 0)
 
 
-def are_at_least(numbers, share):
+def are_at_least(numbers: Tensor, share: float) -> Tensor:
     """Which numbers are not among the smallest.
 
     Args:
@@ -174,7 +189,7 @@ def are_at_least(numbers, share):
 NUMBERS_PER_NORMAL = 2
 
 
-def to_normal(numbers):
+def to_normal(numbers: Tensor) -> Tensor:
     """Standard normal numbers from uniform ones, by Box and Muller's method.
 
     Two for each, so that noise and dropout can share one call to the

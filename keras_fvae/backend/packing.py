@@ -5,12 +5,18 @@ kernel launches, in operations to trace, in slots to keep. The networks of an
 FVAE would have some twenty small ones.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_fvae.backend.types import Tensor
 
 
 class Packing:
@@ -24,15 +30,23 @@ class Packing:
         num_shared_axes: Integer, how many first axes the arrays share.
     """
 
-    def __init__(self, shapes, num_shared_axes=0):
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], num_shared_axes: int = 0
+    ) -> None:
         self.shapes = shapes
-        self.shared_shape = next(iter(shapes.values()))[:num_shared_axes]
-        self.sizes = [math.prod(s[num_shared_axes:]) for s in shapes.values()]
+        self.shared_shape: tuple[int, ...] = next(iter(shapes.values()))[
+            :num_shared_axes
+        ]
+        self.sizes: list[int] = [
+            math.prod(s[num_shared_axes:]) for s in shapes.values()
+        ]
         ends = [*itertools.accumulate(self.sizes)]
-        self.slices = dict(zip(shapes, map(slice, [0, *ends], ends)))
-        self.shape = (*self.shared_shape, ends[-1])
+        self.slices: dict[str, slice] = dict(
+            zip(shapes, map(slice, [0, *ends], ends))
+        )
+        self.shape: tuple[int, ...] = (*self.shared_shape, ends[-1])
 
-    def pack(self, arrays):
+    def pack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """From a dict of name to array to the one array."""
         return ops.concatenate(
             [
@@ -42,7 +56,7 @@ class Packing:
             axis=-1,
         )
 
-    def unpack(self, array, prefix=""):
+    def unpack(self, array: Tensor, prefix: str = "") -> dict[str, Tensor]:
         """From the one array to a dict; of views, if it is a NumPy array.
 
         Args:
@@ -57,7 +71,7 @@ class Packing:
             if name.startswith(prefix)
         }
 
-    def unpack_one(self, array, name):
+    def unpack_one(self, array: Tensor, name: str) -> Tensor:
         """One of the arrays, with all axes that it does not share as one.
 
         A slice: for where there is no gradient, which would be padded to the
@@ -66,7 +80,7 @@ class Packing:
         return array[..., self.slices[name]]
 
 
-def split(array, sizes):
+def split(array: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     """Parts of an array, along its last axis.
 
     Not slices: the gradient is then one array, put together once, and not the
@@ -94,7 +108,7 @@ def split(array, sizes):
     return ops.split(array, boundaries, axis=-1)
 
 
-def reshape(array, shape):
+def reshape(array: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Another shape for one of the arrays."""
     if isinstance(array, np.ndarray) or keras.config.backend() == "torch":
         # Keras would take longer to look for symbolic tensors in the shape

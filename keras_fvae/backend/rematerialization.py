@@ -1,10 +1,22 @@
 """Results that are computed once more for the gradient, and not kept."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 
-def rematerialize(draw, function, inputs, seed):
+
+def rematerialize(
+    draw: Callable[..., Any],
+    function: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    seed: Tensor | None,
+) -> Any:
     """Calls a function, and keeps for its gradient little but its arguments.
 
     As `keras.remat`, whose second computation XLA on CPUs joins with the first

@@ -5,16 +5,23 @@ step sees the whole batch, on however many devices and processes it is; only
 what is read from the model, or from files, knows of the processes.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.backend.types import Tensor
 
 
-def token_weights(mask, num_tokens):
+def token_weights(mask: Tensor | None, num_tokens: Any) -> Tensor | None:
     """What each token weighs in the mean over the tokens that count.
 
     Where a batch is shared among replicas, the mean is that of the batch: the
@@ -38,7 +45,7 @@ def token_weights(mask, num_tokens):
     return ops.divide_no_nan(counts, mean_over_replicas(ops.sum(counts)))
 
 
-def mean_over_replicas(value):
+def mean_over_replicas(value: Tensor) -> Tensor:
     """The mean of a tensor over the replicas; the tensor, if there is one."""
     context = _replica_context()
     if context is None:
@@ -50,7 +57,7 @@ def mean_over_replicas(value):
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
 
 
-def sum_over_replicas(values):
+def sum_over_replicas(values: list[Tensor]) -> list[Tensor]:
     """The sums of tensors over the replicas; the tensors, if there is one.
 
     Args:
@@ -64,7 +71,9 @@ def sum_over_replicas(values):
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
-def assign(variables, values):
+def assign(
+    variables: Sequence[keras.Variable], values: Sequence[Tensor]
+) -> None:
     """Assigns to each variable its value, on each replica its own.
 
     Keras's variables would refuse that, because they cannot know that the
@@ -92,18 +101,18 @@ def assign(variables, values):
     context.merge_call(assign_all, args=(values,))
 
 
-def are_several():
+def are_several() -> bool:
     """Whether this is one of several replicas of `tf.distribute`."""
     return _replica_context() is not None
 
 
-def replica_index():
+def replica_index() -> Tensor:
     """Which replica this is: integer, or scalar tensor; 0 if there is one."""
     context = _replica_context()
     return 0 if context is None else context.replica_id_in_sync_group
 
 
-def scope_of(variable):
+def scope_of(variable: keras.Variable) -> AbstractContextManager[Any]:
     """The scope in which new variables are on the replicas a variable is on.
 
     Args:
@@ -116,27 +125,27 @@ def scope_of(variable):
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
-def has_replicas(variable):
+def has_replicas(variable: keras.Variable) -> bool:
     """Whether a variable is on several replicas of `tf.distribute`."""
     strategy = _strategy_of(variable)
     return strategy is not None and strategy.num_replicas_in_sync > 1
 
 
-def spans_processes(variables):
+def spans_processes(variables: Sequence[keras.Variable]) -> bool:
     """Whether some variables lie on devices of several processes."""
     return keras.config.backend() == "jax" and not all(
         variable.value.is_fully_addressable for variable in variables
     )
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Whether this process is the one to write what all of them share."""
     import jax
 
     return jax.process_index() == 0
 
 
-def to_numpy(value):
+def to_numpy(value: Tensor) -> np.ndarray:
     """NumPy array of a tensor or variable, wherever its shards are.
 
     Where they lie with several processes, all of these must call this.
@@ -151,7 +160,7 @@ def to_numpy(value):
     return ops.convert_to_numpy(value)
 
 
-def from_first_process(read):
+def from_first_process(read: Callable[[], bytes]) -> bytes:
     """What the first process reads, for all processes, which must call this.
 
     Args:

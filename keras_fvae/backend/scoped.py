@@ -1,7 +1,11 @@
 """Values that hold for the time of a block."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 
 class ScopedValue(threading.local):
@@ -13,11 +17,11 @@ class ScopedValue(threading.local):
         default: The value outside of all blocks.
     """
 
-    def __init__(self, default=None):
-        self.value = default
+    def __init__(self, default: Any = None) -> None:
+        self.value: Any = default
 
     @contextlib.contextmanager
-    def set_to(self, value):
+    def set_to(self, value: Any) -> Iterator[None]:
         """Makes it another value inside the block."""
         previous = self.value
         self.value = value

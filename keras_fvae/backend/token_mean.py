@@ -1,11 +1,17 @@
 """The mean over the tokens that count."""
 
+from __future__ import annotations
+
 import math
 
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 
-def token_mean(values, token_weights=None, feature_axes=0):
+
+def token_mean(
+    values: Tensor, token_weights: Tensor | None = None, feature_axes: int = 0
+) -> Tensor:
     """Mean over the tokens.
 
     Args:

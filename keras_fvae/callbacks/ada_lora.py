@@ -4,14 +4,22 @@ All of it is computed inside the compiled step. What depends on the number of
 the step alone is a table, made before.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.callbacks.importance import Importance
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.layers.config import is_finite
+from keras_fvae.methods.ada_lora import AdaLoRAAdapter
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
 
 # Which axis of each weight is that of the ranks.
@@ -74,42 +82,48 @@ class AdaLoRAAllocator(ObservingCallback):
     Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), section 3.
     """
 
-    config_class = AdaLoRAConfig
+    config_class: type[AdaLoRAConfig] = AdaLoRAConfig
 
     def __init__(
         self,
-        initial_steps=None,
-        final_steps=None,
-        interval=None,
-        total_steps=None,
-        beta_1=0.85,
-        beta_2=0.85,
-    ):
+        initial_steps: int | None = None,
+        final_steps: int | None = None,
+        interval: int | None = None,
+        total_steps: int | None = None,
+        beta_1: float = 0.85,
+        beta_2: float = 0.85,
+    ) -> None:
         super().__init__(total_steps)
-        self.initial_steps = checked_integer("initial_steps", initial_steps, 0)
-        self.final_steps = checked_integer("final_steps", final_steps, 0)
-        self.interval = checked_integer("interval", interval, 1)
+        self.initial_steps: int | None = checked_integer(
+            "initial_steps", initial_steps, 0
+        )
+        self.final_steps: int | None = checked_integer(
+            "final_steps", final_steps, 0
+        )
+        self.interval: int | None = checked_integer("interval", interval, 1)
         for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             if not is_finite(value) or not 0 <= value < 1:
                 raise ValueError(
                     f"`{name}` must be a number in [0, 1). "
                     f"Received: {name}={value!r}"
                 )
-        self.betas = (beta_1, beta_2)
-        self.history = []
+        self.betas: tuple[float, float] = (beta_1, beta_2)
+        self.history: list[dict[str, int]] = []
 
-    def make_observer(self, adapters):
+    def make_observer(self, adapters: Sequence[AdaLoRAAdapter]) -> Allocation:
         return Allocation(adapters, self.betas)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.observer.table = self._make_table()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # What an optimizer with `use_ema` has just overwritten by averages.
         self.observer.repeat_last_choice()
         super().on_train_end(logs)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         ranks = {layer.path: layer.adapter.num_ranks for layer in self.layers}
         self.history.append(ranks)
         if logs is not None:
@@ -151,13 +165,25 @@ class Table:
         last_choice: Integer, the update after which it is for the last time.
     """
 
-    def __init__(self, full, target, total, initial, final, interval):
+    def __init__(
+        self,
+        full: int,
+        target: int,
+        total: int,
+        initial: int,
+        final: int,
+        interval: int,
+    ) -> None:
         updates = np.arange(total + 1)
-        self.last_choice = total - final
+        self.last_choice: int = total - final
         progress = (updates - initial) / (self.last_choice - initial)
         left = (1 - np.clip(progress, 0, 1)) ** 3
-        self.budgets = (target + (full - target) * left).astype("int32")
-        self.is_choice = (updates > initial) & (updates % interval == 0)
+        self.budgets: np.ndarray = (target + (full - target) * left).astype(
+            "int32"
+        )
+        self.is_choice: np.ndarray = (updates > initial) & (
+            updates % interval == 0
+        )
         self.is_choice[self.last_choice] = True
         self.is_choice[self.last_choice + 1 :] = False
 
@@ -171,15 +197,18 @@ class Allocation(Observer):
     """
 
     # Set before the first step.
-    table = None
+    table: Table
 
-    def __init__(self, adapters, betas):
+    def __init__(
+        self, adapters: Sequence[AdaLoRAAdapter], betas: tuple[float, float]
+    ) -> None:
         super().__init__(adapters)
         self.betas = betas
 
-    def build(self, optimizer):
+    def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
-        self.importance, self.kept = [], []
+        self.importance: list[Importance] = []
+        self.kept: list[keras.Variable] = []
         for adapter in self.adapters:
             self.importance.append(
                 Importance(optimizer, adapter, RANK_AXES, self.betas)
@@ -190,7 +219,9 @@ class Allocation(Observer):
                 )
             )
 
-    def after_update(self, num_updates, gradients):
+    def after_update(
+        self, num_updates: Tensor, gradients: dict[int, Tensor]
+    ) -> None:
         """Scores the ranks, and sets singular values to 0."""
         table = self.table
         # `fit` may make more than it said.
@@ -208,7 +239,7 @@ class Allocation(Observer):
             values = adapter.singular_values
             values.assign(ops.where(is_masked, values * kept, values.value))
 
-    def repeat_last_choice(self):
+    def repeat_last_choice(self) -> None:
         """Sets to 0 what the last choice did, if there was one."""
         if int(ops.convert_to_numpy(self.num_updates)) < self.table.last_choice:
             return

@@ -1,16 +1,24 @@
 """BeamLoRA's pruning: the best ranks in the place of the worst."""
 
-import math
+from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.callbacks.observing import forget_moments
 from keras_fvae.layers.config import is_finite
+from keras_fvae.methods.beam_lora import BeamLoRAAdapter
 from keras_fvae.methods.beam_lora import BeamLoRAConfig
 
 FACTORS = ("kernel_a", "kernel_b")
@@ -70,14 +78,18 @@ class BeamLoRAPruner(ObservingCallback):
     Reference: [BeamLoRA](https://arxiv.org/abs/2502.13604), section 3.
     """
 
-    config_class = BeamLoRAConfig
+    config_class: type[BeamLoRAConfig] = BeamLoRAConfig
 
     def __init__(
-        self, interval=None, first_share=0.95, last_step=None, total_steps=None
-    ):
+        self,
+        interval: int | None = None,
+        first_share: float = 0.95,
+        last_step: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
         super().__init__(total_steps)
-        self.interval = checked_integer("interval", interval, 2)
-        self.last_step = checked_integer("last_step", last_step, 1)
+        self.interval: int | None = checked_integer("interval", interval, 2)
+        self.last_step: int | None = checked_integer("last_step", last_step, 1)
         if not is_finite(first_share) or not 0 < first_share <= 1:
             raise ValueError(
                 "`first_share` must be a number in (0, 1]. "
@@ -85,10 +97,10 @@ class BeamLoRAPruner(ObservingCallback):
             )
         self.first_share = first_share
 
-    def make_observer(self, adapters):
+    def make_observer(self, adapters: Sequence[BeamLoRAAdapter]) -> Copies:
         return Copies(adapters)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         total = self.total_updates()
         self._interval = self.interval or max(2, total // 12)
         self._last_step = self.last_step or max(1, 2 * total // 3)
@@ -96,16 +108,22 @@ class BeamLoRAPruner(ObservingCallback):
         self._last_pruning = total - self._interval
         self.observer.interval = self._interval
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         super().on_epoch_begin(epoch, logs)
         self._num_pruned = 0
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         for update in self.new_updates(batch):
             if update % self._interval == 0 and update <= self._last_pruning:
                 self._prune(update)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if logs is not None:
             logs["pruned_ranks"] = self._num_pruned
 
@@ -137,11 +155,11 @@ class Copies(Observer):
     """
 
     # Set before the first step.
-    interval = None
+    interval: int
 
-    def build(self, optimizer):
+    def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
-        self.copies = [
+        self.copies: list[dict[str, keras.Variable]] = [
             {
                 name: optimizer.add_variable_from_reference(
                     getattr(adapter, name), name="copy"
@@ -151,7 +169,9 @@ class Copies(Observer):
             for adapter in self.adapters
         ]
 
-    def after_update(self, num_updates, gradients):
+    def after_update(
+        self, num_updates: Tensor, gradients: dict[int, Tensor]
+    ) -> None:
         """Copies when it is time."""
         until_pruning = self.interval - self.interval // 2
         is_time = num_updates % self.interval == until_pruning
@@ -161,7 +181,7 @@ class Copies(Observer):
                 copy.assign(ops.where(is_time, weight.value, copy.value))
 
 
-def pruned(scores, share):
+def pruned(scores: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
     """Which ranks are outside of the head that makes up a share of all scores.
 
     Args:
@@ -181,7 +201,9 @@ def pruned(scores, share):
     return parts
 
 
-def parents(scores, is_pruned, rng):
+def parents(
+    scores: np.ndarray, is_pruned: np.ndarray, rng: np.random.Generator
+) -> dict[int, int]:
     """For each pruned rank, the rank from which it starts anew.
 
     Args:
@@ -198,7 +220,11 @@ def parents(scores, is_pruned, rng):
     return dict(zip(children.tolist(), rng.permutation(best).tolist()))
 
 
-def start_anew(adapter, found_parents, copies):
+def start_anew(
+    adapter: BeamLoRAAdapter,
+    found_parents: dict[int, int],
+    copies: Mapping[str, keras.Variable],
+) -> None:
     """Puts ranks in the place of others.
 
     Args:

@@ -1,10 +1,15 @@
 """Adapters on disk while `fit` runs."""
 
+from __future__ import annotations
+
 import math
 import os
+from typing import Any
+from typing import Literal
 
 import keras
 
+from keras_fvae.backend.types import Filepath
 from keras_fvae.layers.config import check_boolean
 from keras_fvae.model import files
 from keras_fvae.model import saving
@@ -65,13 +70,13 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def __init__(
         self,
-        filepath,
-        monitor="val_loss",
-        save_best_only=False,
-        mode="auto",
-        include="all",
-        resume=False,
-    ):
+        filepath: Filepath,
+        monitor: str = "val_loss",
+        save_best_only: bool = False,
+        mode: Literal["auto", "min", "max"] = "auto",
+        include: Literal["all", "inference"] = "all",
+        resume: bool = False,
+    ) -> None:
         super().__init__()
         files.check_filepath(filepath)
         if mode not in MODES:
@@ -86,7 +91,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
                 "`monitor` must be the name of an entry of the logs. "
                 f"Received: monitor={monitor!r}"
             )
-        self.filepath = os.fspath(filepath)
+        self.filepath: str = os.fspath(filepath)
         try:
             is_one_name = self.filepath == self.filepath.format_map(_AnyName())
         except (ValueError, IndexError, AttributeError) as error:
@@ -103,17 +108,19 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             )
         self.monitor = monitor
         self.save_best_only = save_best_only
-        self.sign = _sign(monitor, mode) if save_best_only else None
-        self.include = include
+        self.sign: int | None = _sign(monitor, mode) if save_best_only else None
+        self.include: Literal["all", "inference"] = include
         self.resume = resume
-        self.best = None
+        self.best: float | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         require_adapted_layers(self.model)
         if self.resume and self.best is None and os.path.exists(self.filepath):
             self.best = self._value_of(read_adapter(self.filepath))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         logs = logs or {}
         value = logs.get(self.monitor)
         if self.save_best_only:

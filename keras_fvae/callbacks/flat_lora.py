@@ -1,5 +1,9 @@
 """The noise of Flat-LoRA, from none at all to all of it."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 
 from keras_fvae.methods.flat_lora import FlatLoRAConfig
@@ -39,7 +43,10 @@ class FlatLoRASchedule(keras.callbacks.Callback):
     Reference: [Flat-LoRA](https://arxiv.org/abs/2409.14396).
     """
 
-    def set_model(self, model):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def set_model(self, model: keras.Model) -> None:
         # Before the step is made, which would say that nobody does this.
         super().set_model(model)
         self._adapters = [
@@ -49,25 +56,29 @@ class FlatLoRASchedule(keras.callbacks.Callback):
         for adapter in self._adapters:
             adapter.callback = self
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self.leave()
 
-    def leave(self):
+    def leave(self) -> None:
         """Tells the adapters that nobody lets their noise grow any more."""
         for adapter in self._adapters:
             adapter.callback = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self.params["steps"] is None:
             raise ValueError(
                 "`FlatLoRASchedule` must know how many steps an epoch has, "
                 "and this data does not say. Pass `steps_per_epoch` to `fit`."
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         self._steps_before = epoch * self.params["steps"]
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         num_steps = self.params["epochs"] * self.params["steps"]
         share = (self._steps_before + batch) / num_steps
         # By way of the model, which has its variables' values then.

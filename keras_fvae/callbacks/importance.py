@@ -1,6 +1,14 @@
 """How much a loss depends on each element of some weights, while they train."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
 from keras import ops
+
+from keras_fvae.backend.types import Tensor
+from keras_fvae.layers.adapter import Adapter
 
 
 class Importance:
@@ -16,8 +24,19 @@ class Importance:
     Reference: [AdaLoRA](https://arxiv.org/abs/2303.10512), equations 8 to 10.
     """
 
-    def __init__(self, optimizer, adapter, rank_axes, betas):
-        self.weights = {name: getattr(adapter, name) for name in rank_axes}
+    sensitivity: dict[str, keras.Variable]
+    uncertainty: dict[str, keras.Variable]
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        adapter: Adapter,
+        rank_axes: Mapping[str, int],
+        betas: tuple[float, float],
+    ) -> None:
+        self.weights: dict[str, keras.Variable] = {
+            name: getattr(adapter, name) for name in rank_axes
+        }
         self.rank_axes = rank_axes
         self.betas = betas
         self.sensitivity, self.uncertainty = (
@@ -30,7 +49,9 @@ class Importance:
             for average in ("sensitivity", "uncertainty")
         )
 
-    def update(self, gradients, is_scored=True):
+    def update(
+        self, gradients: Mapping[int, Tensor], is_scored: bool | Tensor = True
+    ) -> None:
         """Goes on with the averages, after an update of the optimizer.
 
         Args:
@@ -52,7 +73,7 @@ class Importance:
             for average, new in ((sensitivity, mean), (uncertainty, spread)):
                 average.assign(ops.where(is_scored, new, average.value))
 
-    def scores_of_ranks(self):
+    def scores_of_ranks(self) -> Tensor:
         """Tensor of shape `(rank,)`: the importance of each rank.
 
         The product of both averages is that of an element; a rank has the sum

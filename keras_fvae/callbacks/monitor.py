@@ -1,7 +1,10 @@
 """The ELBO's terms in the logs of `fit`, and a word where they go wrong."""
 
+from __future__ import annotations
+
 import math
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -83,15 +86,15 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
-    def __init__(self, per_layer=False):
+    def __init__(self, per_layer: bool = False) -> None:
         super().__init__()
         self.per_layer = per_layer
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
-        self._warned = set()
-        self._previous = {}
-        self.health = {}
+        self._warned: set[str] = set()
+        self._previous: dict[str, dict[str, float]] = {}
+        self.health: dict[str, str] = {}
         for layer in self._layers:
             layer.adapter.fvae.totals = TermTotals(layer.config.rank)
         if self.per_layer:
@@ -99,17 +102,19 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
             keras_internals.hide_from_progress_bar(self.model, paths)
         self.model.make_train_function(force=True)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         for layer in self._layers:
             layer.adapter.fvae.totals = None
         forget_compiled_functions(self.model, kinds=("train",))
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         # Outside of an epoch, Keras has the variables' values in the model.
         for layer in self._layers:
             layer.adapter.fvae.totals.reset()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         means = [layer.adapter.fvae.totals.means() for layer in self._layers]
         # A layer may have not been called.
         called = [

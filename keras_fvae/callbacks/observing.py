@@ -1,5 +1,10 @@
 """What the callbacks have in common that methods need while they train."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -7,6 +12,8 @@ from keras_fvae.backend import replicas
 from keras_fvae.backend.gradients import accumulated_steps
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
+from keras_fvae.backend.types import Tensor
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import is_integer
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
@@ -30,13 +37,15 @@ class ObservingCallback(keras.callbacks.Callback):
     """
 
     # The class of the configs of the adapters that it is for.
-    config_class = None
+    config_class: type[AdapterConfig]
 
-    def __init__(self, total_steps=None):
+    def __init__(self, total_steps: int | None = None) -> None:
         super().__init__()
-        self.total_steps = checked_integer("total_steps", total_steps, 1)
+        self.total_steps: int | None = checked_integer(
+            "total_steps", total_steps, 1
+        )
 
-    def make_observer(self, adapters):
+    def make_observer(self, adapters: Sequence[Any]) -> Observer:
         """The `Observer` of a `fit` that begins.
 
         Args:
@@ -44,12 +53,14 @@ class ObservingCallback(keras.callbacks.Callback):
         """
         raise NotImplementedError
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         # Before any callback's `on_train_begin`, because `BackupAndRestore`
         # sets the optimizer's variables there.
         super().set_model(model)
         layers = require_adapted_layers(model, self.config_class)
-        self.layers = [la for la in layers if la.adapter.is_trainable]
+        self.layers: list[keras.Layer] = [
+            la for la in layers if la.adapter.is_trainable
+        ]
         if not self.layers:
             raise ValueError(
                 "Each layer that is adapted by "
@@ -58,17 +69,19 @@ class ObservingCallback(keras.callbacks.Callback):
                 "True`, or leave it out."
             )
         # Kept, because to ask for the model after a step costs time on JAX.
-        self.steps_per_update = accumulated_steps(model.optimizer)
+        self.steps_per_update: int = accumulated_steps(model.optimizer)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self.observer = self.make_observer([la.adapter for la in self.layers])
+        self.observer: Any = self.make_observer(
+            [la.adapter for la in self.layers]
+        )
         watch_gradients(model.optimizer, self.observer)
         self._tell_adapters(self)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self.leave()
 
-    def leave(self):
+    def leave(self) -> None:
         """Ends the watching, also where an error has ended `fit`."""
         stop_watching(self.model.optimizer)
         self._tell_adapters(None)
@@ -78,7 +91,7 @@ class ObservingCallback(keras.callbacks.Callback):
             layer.adapter.callback = callback
         forget_compiled_functions(self.model, kinds=("train",))
 
-    def total_updates(self):
+    def total_updates(self) -> int:
         """Integer, the updates of the optimizer in a `fit` that begins.
 
         Raises:
@@ -95,12 +108,14 @@ class ObservingCallback(keras.callbacks.Callback):
             )
         return self.params["epochs"] * num_steps // self.steps_per_update
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         # Here Keras has the variables' values in the model.
         number = int(ops.convert_to_numpy(self.observer.num_updates))
         self._updates_before = self._last_update = number
 
-    def new_updates(self, batch):
+    def new_updates(self, batch: int) -> range:
         """Range of the numbers, from 1, of the updates that were just made.
 
         Args:
@@ -123,23 +138,27 @@ class Observer:
         adapters: List of the adapters that train.
     """
 
-    def __init__(self, adapters):
+    def __init__(self, adapters: Sequence[Any]) -> None:
         self.adapters = adapters
 
-    def build(self, optimizer):
+    def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         """Makes the variables, as state of the optimizer."""
-        self.num_updates = optimizer.add_variable(
+        self.num_updates: keras.Variable = optimizer.add_variable(
             (), dtype="int32", name="num_updates"
         )
 
-    def observe(self, gradients, variables):
+    def observe(
+        self, gradients: Sequence[Tensor], variables: Sequence[keras.Variable]
+    ) -> None:
         """Counts an update, inside the compiled step."""
         num_updates = self.num_updates + 1
         self.num_updates.assign(num_updates)
         by_id = {id(v): g for v, g in zip(variables, gradients)}
         self.after_update(num_updates, by_id)
 
-    def after_update(self, num_updates, gradients):
+    def after_update(
+        self, num_updates: Tensor, gradients: dict[int, Tensor]
+    ) -> None:
         """What is done after an update, inside the compiled step.
 
         Args:
@@ -149,7 +168,11 @@ class Observer:
         raise NotImplementedError
 
 
-def forget_moments(optimizer, variable, index=...):
+def forget_moments(
+    optimizer: keras.optimizers.Optimizer,
+    variable: keras.Variable,
+    index: Any = ...,
+) -> None:
     """Sets to 0 what an optimizer keeps of a weight, such as Adam's moments.
 
     But for its moving average, which is of the weight and no moment.
@@ -169,7 +192,7 @@ def forget_moments(optimizer, variable, index=...):
             slot.assign(array)
 
 
-def checked_integer(name, value, minimum):
+def checked_integer(name: str, value: int | None, minimum: int) -> int | None:
     """An argument that is `None` or an integer; a `ValueError` if not."""
     if value is not None and (not is_integer(value) or value < minimum):
         raise ValueError(

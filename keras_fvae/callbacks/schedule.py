@@ -1,12 +1,26 @@
 """Weights of the objective that change while a model trains."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable
+from typing import Any
+from typing import TypeAlias
 
 import keras
 from keras import ops
 
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.model.lookup import require_adapted_layers
+
+# The weight at a step.
+Schedule: TypeAlias = (
+    keras.optimizers.schedules.LearningRateSchedule | Callable[[int], float]
+)
+# That of gamma may be a pair, for z1 and for z2.
+GammaSchedule: TypeAlias = (
+    Schedule | Callable[[int], float | tuple[float, float]]
+)
 
 
 class FVAELoRASchedule(keras.callbacks.Callback):
@@ -53,14 +67,19 @@ class FVAELoRASchedule(keras.callbacks.Callback):
     https://arxiv.org/abs/2510.19640), section 3, for what the weights are of.
     """
 
-    def __init__(self, elbo_weight=None, kl_weight=None, gamma_weight=None):
+    def __init__(
+        self,
+        elbo_weight: Schedule | None = None,
+        kl_weight: Schedule | None = None,
+        gamma_weight: GammaSchedule | None = None,
+    ) -> None:
         super().__init__()
         schedules = {
             "elbo_weight": elbo_weight,
             "kl_weight": kl_weight,
             "gamma_weight": gamma_weight,
         }
-        self.schedules = {
+        self.schedules: dict[str, GammaSchedule] = {
             name: schedule
             for name, schedule in schedules.items()
             if schedule is not None
@@ -78,11 +97,13 @@ class FVAELoRASchedule(keras.callbacks.Callback):
                     f"{type(schedule)})"
                 )
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
-        self._values = None
+        self._values: dict[str, Any] | None = None
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
         values = {
             name: _checked(name, schedule(step), step)

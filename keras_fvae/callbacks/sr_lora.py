@@ -1,14 +1,22 @@
 """SRLoRA's restarts: which ranks are fused, and when."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 import numpy as np
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.callbacks.importance import Importance
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.callbacks.observing import forget_moments
 from keras_fvae.layers.adapted import read_kernel
+from keras_fvae.methods.sr_lora import SRLoRAAdapter
 from keras_fvae.methods.sr_lora import SRLoRAConfig
 
 # Which axis of each weight is that of the ranks.
@@ -57,26 +65,34 @@ class SRLoRARestarter(ObservingCallback):
     Reference: [SRLoRA](https://arxiv.org/abs/2505.12433).
     """
 
-    config_class = SRLoRAConfig
+    config_class: type[SRLoRAConfig] = SRLoRAConfig
 
-    def __init__(self, interval=None, total_steps=None):
+    def __init__(
+        self, interval: int | None = None, total_steps: int | None = None
+    ) -> None:
         super().__init__(total_steps)
-        self.interval = checked_integer("interval", interval, 1)
+        self.interval: int | None = checked_integer("interval", interval, 1)
 
-    def make_observer(self, adapters):
+    def make_observer(
+        self, adapters: Sequence[SRLoRAAdapter]
+    ) -> PairImportance:
         return PairImportance(adapters)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         total = self.total_updates()
         self._interval = self.interval or max(1, total // 10)
         self._last_restart = total - self._interval
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         for update in self.new_updates(batch):
             if update % self._interval == 0 and update <= self._last_restart:
                 self._restart()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if logs is not None:
             fused = [layer.adapter.num_fused for layer in self.layers]
             logs["fused_ranks"] = float(np.mean(fused))
@@ -102,14 +118,16 @@ class PairImportance(Observer):
         adapters: List of `SRLoRAAdapter`.
     """
 
-    def build(self, optimizer):
+    def build(self, optimizer: keras.optimizers.Optimizer) -> None:
         super().build(optimizer)
-        self.importance = [
+        self.importance: list[Importance] = [
             Importance(optimizer, adapter, RANK_AXES, BETAS)
             for adapter in self.adapters
         ]
 
-    def after_update(self, num_updates, gradients):
+    def after_update(
+        self, num_updates: Tensor, gradients: dict[int, Tensor]
+    ) -> None:
         """Goes on with the averages."""
         for importance in self.importance:
             importance.update(gradients)

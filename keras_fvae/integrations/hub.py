@@ -1,8 +1,13 @@
 """Adapters to the Hugging Face Hub and back, each a repository of its own."""
 
+from __future__ import annotations
+
 import contextlib
 import pathlib
 import tempfile
+from typing import Literal
+
+import keras
 
 from keras_fvae.model import lookup
 from keras_fvae.model.saving import save_adapter
@@ -35,7 +40,13 @@ summary = keras_fvae.load_adapter(model, path)
 """
 
 
-def upload_adapter(model, uri, *, base_model=None, include="all"):
+def upload_adapter(
+    model: keras.Layer,
+    uri: str,
+    *,
+    base_model: str | None = None,
+    include: Literal["all", "inference"] = "all",
+) -> None:
     """Uploads a model's adapters, and what else of it was trained.
 
     To a repository of the Hugging Face Hub, which is made if need be, as one
@@ -73,8 +84,8 @@ def upload_adapter(model, uri, *, base_model=None, include="all"):
             f"Received: base_model={base_model!r}"
         )
     huggingface_hub = _client()
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
         save_adapter(model, folder / FILE, include)
         with _reached(uri):
             repository = huggingface_hub.create_repo(
@@ -92,7 +103,7 @@ def upload_adapter(model, uri, *, base_model=None, include="all"):
             )
 
 
-def download_adapter(uri):
+def download_adapter(uri: str) -> pathlib.Path:
     """Downloads what `upload_adapter` uploaded.
 
     Args:

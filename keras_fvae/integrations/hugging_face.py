@@ -1,7 +1,15 @@
 """What Hugging Face calls the layers of KerasHub's backbones."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Callable
+from typing import Any
 from typing import NamedTuple
+
+import keras
+
+from keras_fvae.model.tree import LayerTree
 
 
 class Blocks(NamedTuple):
@@ -18,7 +26,7 @@ class Blocks(NamedTuple):
 
     path: str
     name: str
-    layers: dict
+    layers: dict[str, str | tuple[str, ...]]
     first_number: int = 0
 
 
@@ -39,15 +47,15 @@ class Architecture(NamedTuple):
             does, its `fan_in_fan_out`.
     """
 
-    roots: tuple
-    blocks: tuple
-    others: dict = {}
-    heads: dict = {}
-    newer_blocks: tuple = ()
+    roots: tuple[str, ...]
+    blocks: tuple[Blocks, ...]
+    others: dict[str, str] = {}
+    heads: dict[str, str] = {}
+    newer_blocks: tuple[Blocks, ...] = ()
     is_transposed: bool = False
 
 
-def architecture_of(backbone):
+def architecture_of(backbone: keras.Layer) -> Architecture:
     """The `Architecture` of a KerasHub backbone.
 
     Raises:
@@ -65,7 +73,9 @@ def architecture_of(backbone):
     )
 
 
-def modules_of(tree, architecture, newer=False):
+def modules_of(
+    tree: LayerTree, architecture: Architecture, newer: bool = False
+) -> dict[str, tuple[keras.Layer, ...]]:
     """The layers of a backbone by their names in Hugging Face.
 
     Args:
@@ -86,13 +96,13 @@ def modules_of(tree, architecture, newer=False):
             *_flat(architecture.others),
         ]
     )
-    layers = {}
+    layers: dict[str, keras.Layer] = {}
     for path, layer in tree.layers.items():
         layers.setdefault(_without_numbers(path, known_parts), layer)
-    modules = {}
+    modules: dict[str, tuple[keras.Layer, ...]] = {}
     for stack in blocks:
         number = stack.first_number
-        found = True
+        found: Any = True
         while found:
             found = {
                 stack.name.format(number - stack.first_number) + name: these
@@ -449,7 +459,9 @@ def _towers(path, attention_path, mlp, others=None):
 
 
 # By the name of KerasHub's backbone, whose subclasses count as well.
-ARCHITECTURES = {
+ARCHITECTURES: dict[
+    str, Architecture | Callable[[keras.Layer], Architecture]
+] = {
     "BertBackbone": _BERT,
     "CLIPBackbone": _towers("clip", "attention", ("dense_1", "dense_2")),
     "DINOV2Backbone": _DINO,

@@ -1,9 +1,12 @@
 """What is to be done once a module has been imported, whoever imports it."""
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
 
 
-def when_imported(name, function):
+def when_imported(name: str, function: Callable[[], None]) -> None:
     """Calls a function each time that a module has been imported.
 
     Now, if the module is there; and after each import that runs it, the first

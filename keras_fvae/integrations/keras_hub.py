@@ -1,10 +1,14 @@
 """The methods of every KerasHub backbone."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect
 import sys
 import types
+from typing import Any
+from typing import NoReturn
 
 import keras
 
@@ -31,20 +35,20 @@ class AdaptedHubModel(containers.AdaptedModel):
     """
 
     @classmethod
-    def from_config(cls, config, **kwargs):
+    def from_config(cls, config: dict[str, Any], **kwargs: Any) -> keras.Layer:
         return containers.base_class(cls).from_config(config, **kwargs)
 
     @classmethod
-    def registration(cls, base):
+    def registration(cls, base: type) -> tuple[str, str, type]:
         return f"keras_fvae>{base.__name__}", MODULE, base
 
-    def enable_lora(self, *args, **kwargs):
+    def enable_lora(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             f"'{self.name}' is adapted already, and takes no LoRA of Keras's "
             "besides. Call `keras_fvae.remove_adapter` first."
         )
 
-    def export_to_transformers(self, *args, **kwargs):
+    def export_to_transformers(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             f"'{self.name}' has adapters, or biases that came of merging them, "
             "and KerasHub would write its base weights alone. To go to Hugging "
@@ -53,7 +57,7 @@ class AdaptedHubModel(containers.AdaptedModel):
         )
 
 
-def extend_keras_hub():
+def extend_keras_hub() -> None:
     """Gives KerasHub's backbones their methods, and saves adapters.
 
     Called twice it does the same as called once.

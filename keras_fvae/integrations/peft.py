@@ -1,11 +1,17 @@
 """Adapters in PEFT's format: its own methods, and the authors' fork."""
 
-import re
+from __future__ import annotations
 
+import re
+from typing import Any
+from typing import Literal
+
+import keras
 from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Filepath
 from keras_fvae.integrations import peft_files
 from keras_fvae.integrations import peft_fvae
 from keras_fvae.integrations import peft_lora
@@ -24,6 +30,7 @@ from keras_fvae.model.enable import refuse_if_adapted
 from keras_fvae.model.files import check_local
 from keras_fvae.model.install import install
 from keras_fvae.model.install import refuse_loops
+from keras_fvae.model.summary import AdapterSummary
 from keras_fvae.model.summary import summarize
 from keras_fvae.model.tree import LayerTree
 
@@ -31,7 +38,7 @@ from keras_fvae.model.tree import LayerTree
 ROOT = "base_model.model."
 # What a root says if it is of another stack of blocks than the model has.
 OTHER_STACKS = re.compile("vision|image|text|audio|encoder|decoder|tower")
-READERS = {
+READERS: dict[str, Any] = {
     "FVAEPEFT": peft_fvae.FVAEReader,
     "LORA": peft_lora.LoRAReader,
     "ADALORA": peft_lora.LoRAReader,
@@ -39,7 +46,9 @@ READERS = {
 }
 
 
-def load_peft_adapter(model, directory):
+def load_peft_adapter(
+    model: keras.Layer, directory: Filepath
+) -> AdapterSummary:
     """Adapts a KerasHub model by an adapter that PEFT saved.
 
     Of PEFT's own methods LoRA, rsLoRA, PiSSA, OLoRA, DoRA and HiRA; AdaLoRA as
@@ -73,7 +82,7 @@ def load_peft_adapter(model, directory):
     https://arxiv.org/abs/2510.19640).
     """
     lookup.check_model(model)
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     tree = LayerTree(backbone)
     refuse_if_adapted(tree)
@@ -120,8 +129,12 @@ def load_peft_adapter(model, directory):
 
 
 def save_peft_adapter(
-    model, directory, *, as_lora=False, transformers_version=4
-):
+    model: keras.Layer,
+    directory: Filepath,
+    *,
+    as_lora: bool = False,
+    transformers_version: Literal[4, 5] = 4,
+) -> None:
     """Saves adapters, and the head, as PEFT reads them.
 
     FVAE-LoRA as the authors' fork of PEFT reads it; DoRA and HiRA as
@@ -165,7 +178,7 @@ def save_peft_adapter(
             f"transformers_version={transformers_version!r}"
         )
     check_boolean("as_lora", as_lora)
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     adapted = lookup.require_adapted_layers(backbone)
     modules = modules_of(

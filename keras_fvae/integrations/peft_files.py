@@ -1,6 +1,11 @@
 """The files of an adapter in PEFT's format: settings and tensors."""
 
+from __future__ import annotations
+
 import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +18,7 @@ from keras_fvae.model.files import replaced_when_complete
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # The dtypes of PyTorch in which adapters are saved, as safetensors has them.
-FLOATS = {
+FLOATS: dict[str, Any] = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -21,7 +26,9 @@ FLOATS = {
 }
 
 
-def read(directory):
+def read(
+    directory: pathlib.Path,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The settings and tensors of an adapter.
 
     Args:
@@ -52,7 +59,11 @@ def read(directory):
     return settings, {name: _to_array(name, entry) for name, entry in entries}
 
 
-def write(directory, settings, tensors):
+def write(
+    directory: pathlib.Path,
+    settings: dict[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
     """Writes an adapter.
 
     Args:

@@ -1,23 +1,29 @@
 """FVAE-LoRA as the authors' PyTorch code has it, a fork of PEFT."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_fvae.backend import replicas
 from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
-from keras_fvae.integrations.peft_lora import RANK_OFFSET
 from keras_fvae.integrations.peft_lora import LoadedAdapter
 from keras_fvae.integrations.peft_lora import rounded
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.methods.ada_lora import RANK_OFFSET
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.layout import reference_views
 
 # What changes the predictions of theirs, and has no counterpart here.
-REQUIRED_SETTINGS = {
+REQUIRED_SETTINGS: dict[str, Any] = {
     "peft_type": "FVAEPEFT",
     "encoder_nn_type": "mlp",
     "decoder_nn_type": "mlp",
@@ -33,7 +39,7 @@ REQUIRED_SETTINGS = {
     "alpha_pattern": {},
 }
 # What changes only how theirs is trained, and has no counterpart here.
-TRAINING_SETTINGS = {
+TRAINING_SETTINGS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "enc_l2_reg": 0,
     "dec_l2_reg": 0,
@@ -52,11 +58,18 @@ class FVAEReader:
         ValueError: If a setting is missing, or has no counterpart here.
     """
 
-    def __init__(self, settings, tensors):
+    def __init__(
+        self, settings: dict[str, Any], tensors: dict[str, np.ndarray]
+    ) -> None:
         _check_sizes(settings, tensors)
-        self.config = config_from_peft(settings)
+        self.config: FVAELoRAConfig = config_from_peft(settings)
 
-    def read(self, module, tensors, layers):
+    def read(
+        self,
+        module: str,
+        tensors: dict[str, np.ndarray],
+        layers: tuple[keras.Layer, ...],
+    ) -> list[LoadedAdapter]:
         """The adapters of the layers that a module stands for.
 
         Args:
@@ -82,7 +95,9 @@ class FVAEReader:
         return [LoadedAdapter(layers[0], self.config, False, set_weights)]
 
 
-def write(modules):
+def write(
+    modules: Mapping[str, tuple[keras.Layer, ...]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Settings and tensors of adapters, as the authors' code reads them.
 
     Args:
@@ -112,7 +127,7 @@ def write(modules):
     return config_to_peft(configs), tensors
 
 
-def config_from_peft(settings):
+def config_from_peft(settings: dict[str, Any]) -> FVAELoRAConfig:
     """The `FVAELoRAConfig` for settings of the authors' code.
 
     Args:
@@ -140,10 +155,10 @@ def config_from_peft(settings):
         config = FVAELoRAConfig(
             rank=rank,
             alpha=settings["lora_alpha"] * rank / (rank + RANK_OFFSET),
-            encoder_units=[settings["enc_hidden_layer"]]
+            encoder_units=(settings["enc_hidden_layer"],)
             * settings["enc_num_of_layer"],
             encoder_shared_trunk=settings["encoder_use_common_hidden_layer"],
-            decoder_units=[settings["dec_hidden_layer"]]
+            decoder_units=(settings["dec_hidden_layer"],)
             * settings["dec_num_of_layer"],
             dropout=dropout,
             latent_fusion=settings["latent_fusion"],
@@ -173,7 +188,7 @@ def config_from_peft(settings):
     return config
 
 
-def config_to_peft(configs):
+def config_to_peft(configs: Sequence[FVAELoRAConfig]) -> dict[str, Any]:
     """The settings of the authors' code for the configs of adapted layers.
 
     Args:

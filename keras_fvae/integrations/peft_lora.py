@@ -4,14 +4,20 @@ The methods as PEFT defines them have the same matrices: A of shape (rank, d)
 and B of shape (k, rank), which are transposed here.
 """
 
+from __future__ import annotations
+
 import collections
 import math
 import re
 import warnings
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
 from keras_fvae.backend import replicas
@@ -19,7 +25,9 @@ from keras_fvae.integrations.peft_files import CONFIG_FILE
 from keras_fvae.integrations.peft_files import WEIGHTS_FILE
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import read_kernel
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.attach import adapter_shapes
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import linear_map_of
 from keras_fvae.methods.ada_lora import RANK_OFFSET
 from keras_fvae.methods.dora import DoRAConfig
@@ -34,7 +42,7 @@ from keras_fvae.methods.pissa import PiSSAConfig
 
 # What else changes the predictions of an adapter, and its value where it does
 # not.
-NEUTRAL_SETTINGS = {
+NEUTRAL_SETTINGS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "lora_bias": (False,),
     "layer_replication": (None,),
@@ -50,7 +58,10 @@ NEUTRAL_SETTINGS = {
 }
 # The ways to begin which leave the base model as it is.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-FACTORED_STARTS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
+FACTORED_STARTS: dict[Any, type[PiSSAConfig] | type[OLoRAConfig]] = {
+    "pissa": PiSSAConfig,
+    "olora": OLoRAConfig,
+}
 # In a regular expression of a file: repeats and groups, and what is between
 # bars.
 MOST_CHOICES, MOST_ALTERNATIVES = 4, 100
@@ -66,10 +77,10 @@ class LoadedAdapter(NamedTuple):
         set_weights: Function that sets the weights of the built adapter.
     """
 
-    layer: Any
-    config: Any
+    layer: keras.Layer
+    config: AdapterConfig
     starts_anew: bool
-    set_weights: Callable
+    set_weights: Callable[[Adapter], None]
 
 
 class LoRAReader:
@@ -84,7 +95,9 @@ class LoRAReader:
         ValueError: If a setting has no counterpart here.
     """
 
-    def __init__(self, settings, tensors):
+    def __init__(
+        self, settings: dict[str, Any], tensors: dict[str, np.ndarray]
+    ) -> None:
         self.settings = settings
         for name, allowed in NEUTRAL_SETTINGS.items():
             value = settings.get(name, allowed[0])
@@ -97,7 +110,9 @@ class LoRAReader:
         is_known = isinstance(start, (str, bool)) and (
             start in PLAIN_STARTS or start in FACTORED_STARTS
         )
-        self.config_class = FACTORED_STARTS.get(start) if is_known else None
+        self.config_class: type[PiSSAConfig] | type[OLoRAConfig] | None = (
+            FACTORED_STARTS.get(start) if is_known else None
+        )
         if not is_known:
             raise ValueError(
                 f"`{CONFIG_FILE}` says init_lora_weights={start!r}: the base "
@@ -142,7 +157,12 @@ class LoRAReader:
                     "name the modules in several patterns."
                 )
 
-    def read(self, module, tensors, layers):
+    def read(
+        self,
+        module: str,
+        tensors: dict[str, np.ndarray],
+        layers: tuple[keras.Layer, ...],
+    ) -> list[LoadedAdapter]:
         """As `peft_fvae.FVAEReader.read`."""
         matrices = {
             name.removesuffix(".weight"): array
@@ -179,7 +199,7 @@ class LoRAReader:
         pieces = np.split(
             b, np.cumsum([units_of(layer) for layer in layers])[:-1]
         )
-        magnitudes = [None] * len(layers)
+        magnitudes: Sequence[np.ndarray | None] = [None] * len(layers)
         if "lora_magnitude_vector" in matrices:
             magnitudes = np.split(
                 matrices["lora_magnitude_vector"].reshape(-1),
@@ -287,13 +307,13 @@ def _setter(arrays):
     return set_weights
 
 
-def width_of(layer):
+def width_of(layer: keras.Layer) -> int:
     """Integer, the width of a token of a built layer."""
     linear_map = linear_map_of(layer)
     return linear_map.width(layer.kernel.shape)
 
 
-def units_of(layer):
+def units_of(layer: keras.Layer) -> int:
     """Integer, the number of outputs of a built layer for each token."""
     linear_map = linear_map_of(layer)
     return linear_map.units(layer.kernel.shape)
@@ -310,14 +330,16 @@ class Matrices(NamedTuple):
         bias: Array of shape `(k,)`, of what is added after B and scaled, too.
     """
 
-    kernel_a: Any
-    kernel_b: Any
+    kernel_a: np.ndarray
+    kernel_b: np.ndarray
     scale: float
-    magnitude: Any = None
-    bias: Any = None
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
 
-def write(modules):
+def write(
+    modules: Mapping[str, tuple[keras.Layer, ...]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Settings and tensors of adapters, as PEFT reads them.
 
     Args:
@@ -404,7 +426,7 @@ def write(modules):
     }, tensors
 
 
-def kind_of(config):
+def kind_of(config: AdapterConfig) -> Literal["lora", "dora", "hira"]:
     """String, what of PEFT's an adapter becomes: "lora", "dora" or "hira".
 
     Raises:
@@ -511,7 +533,7 @@ def _most_common(values):
     return collections.Counter(values).most_common(1)[0][0]
 
 
-def rounded(value):
+def rounded(value: float) -> float:
     """Without the rounding errors of going there and back."""
     value = float(f"{value:.12g}")
     return int(value) if value.is_integer() else value

@@ -1,9 +1,16 @@
 """Layers with an adapter: frozen, and with what a method adds to them."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect
 import types
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+from typing import NoReturn
+from typing import Self
 
 import keras
 import numpy as np
@@ -12,13 +19,17 @@ from keras import ops
 from keras_fvae.backend import fast_ops
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import call_context
 from keras_fvae.layers import sharding
 from keras_fvae.layers import switching
+from keras_fvae.layers.adapter import Adapter
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import check_config
 from keras_fvae.layers.frozen import BASES
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.frozen import linear_map_of
+from keras_fvae.layers.sharding import WeightAxes
 
 # One more entry among the weights that an adapted layer saves.
 ADAPTED_MARK = "keras_fvae"
@@ -32,11 +43,11 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
     activation.
     """
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Of the same class as a layer that was adapted in place.
         return super().__new__(in_place_class(cls), *args, **kwargs)
 
-    def _init_adapter(self, config):
+    def _init_adapter(self, config: AdapterConfig) -> None:
         """The part of `__init__` that the adapted layers share."""
         if self.lora_rank:
             raise ValueError(
@@ -44,31 +55,31 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
                 f"Received: lora_rank={self.lora_rank}. Leave it out."
             )
         check_config(config)
-        self.adapter = new_adapter(self, config)
+        self.adapter: Adapter = new_adapter(self, config)
 
     @property
-    def config(self):
+    def config(self) -> AdapterConfig:
         """The config of the layer's adapter."""
         return self.adapter.config
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         """Boolean, whether the adapter trains. The base weights never do."""
         return super().trainable
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         keras.Layer.trainable.fset(self, value)
         self.freeze_base()
 
-    def freeze_base(self):
+    def freeze_base(self) -> None:
         """Keeps every weight but the adapter's from training."""
         adapter_ids = {id(variable) for variable in self.adapter.variables}
         for variable in self.variables:
             if id(variable) not in adapter_ids:
                 variable.trainable = False
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         super().build(input_shape)
         with sharding.distributed_by(None):
             self.adapter.build(
@@ -81,13 +92,15 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
         )
         self.freeze_base()
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         return self._adapt(super().call, inputs, training)
 
-    def quantized_call(self, inputs, training=None):
+    def quantized_call(
+        self, inputs: Tensor, training: bool | None = None
+    ) -> Tensor:
         return self._adapt(super().quantized_call, inputs, training)
 
-    def convolution_op(self, inputs, kernel):
+    def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         """What Keras's convolutions call, and what it computes there."""
         return fast_ops.conv(
             inputs,
@@ -98,25 +111,25 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
             self.dilation_rate,
         )
 
-    def enable_lora(self, *args, **kwargs):
+    def enable_lora(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             f"Layer '{self.name}' is adapted by {self.config.method_name} "
             "already, and takes no other method beside it. Call "
             "`keras_fvae.remove_adapter` first."
         )
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         # A layer without an adapter would load the base weights and pass the
         # adapter's over. One more entry than it expects makes it refuse.
         store[ADAPTED_MARK] = np.ones((), "int8")
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         own = {name: store[name] for name in [*store.keys()]}
         own.pop(ADAPTED_MARK, None)
         super().load_own_variables(own)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "config": keras.saving.serialize_keras_object(self.config),
@@ -124,7 +137,7 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> keras.Layer:
         finalized = config["finalized"]
         config = {key: config[key] for key in config if key != "finalized"}
         config["config"] = keras.saving.deserialize_keras_object(
@@ -204,7 +217,9 @@ class AdaptedDense(AdaptedLayer, keras.layers.Dense):
     ['kernel_a', 'kernel_b']
     """
 
-    def __init__(self, units, config, **kwargs):
+    def __init__(
+        self, units: int, config: AdapterConfig, **kwargs: Any
+    ) -> None:
         super().__init__(units, **kwargs)
         self._init_adapter(config)
 
@@ -242,7 +257,13 @@ class AdaptedEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
     (2, 10, 2, 8)
     """
 
-    def __init__(self, equation, output_shape, config, **kwargs):
+    def __init__(
+        self,
+        equation: str,
+        output_shape: int | tuple[int | None, ...],
+        config: AdapterConfig,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(equation, output_shape, **kwargs)
         self._init_adapter(config)
 
@@ -272,7 +293,13 @@ class AdaptedConv1D(AdaptedLayer, keras.layers.Conv1D):
     (2, 8, 8)
     """
 
-    def __init__(self, filters, kernel_size, config, **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | tuple[int],
+        config: AdapterConfig,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(filters, kernel_size, **kwargs)
         self._init_adapter(config)
 
@@ -312,7 +339,13 @@ class AdaptedConv2D(AdaptedLayer, keras.layers.Conv2D):
     [(144, 4), (4, 8)]
     """
 
-    def __init__(self, filters, kernel_size, config, **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | tuple[int, int],
+        config: AdapterConfig,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(filters, kernel_size, **kwargs)
         self._init_adapter(config)
 
@@ -341,13 +374,19 @@ class AdaptedConv3D(AdaptedLayer, keras.layers.Conv3D):
     (2, 3, 3, 3, 8)
     """
 
-    def __init__(self, filters, kernel_size, config, **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | tuple[int, int, int],
+        config: AdapterConfig,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(filters, kernel_size, **kwargs)
         self._init_adapter(config)
 
 
 @functools.cache
-def in_place_class(adapted_class):
+def in_place_class(adapted_class: type) -> type:
     """The class of adapted layers that have the name of their plain class.
 
     Keras finds the weights of the layers in a list by the names of their
@@ -373,7 +412,7 @@ def in_place_class(adapted_class):
 
 
 @contextlib.contextmanager
-def seen_as(layer, cls):
+def seen_as(layer: keras.Layer, cls: type) -> Iterator[None]:
     """Makes a layer one of another class, for the time of the block.
 
     Args:
@@ -396,9 +435,9 @@ class AdaptedSubclass(AdaptedLayer):
     is known.
     """
 
-    plain_class = None
+    plain_class: type
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         with seen_as(self, self.plain_class):
             layer = keras.saving.serialize_keras_object(self)
         # What is loaded is built by the config of this layer.
@@ -410,7 +449,7 @@ class AdaptedSubclass(AdaptedLayer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> keras.Layer:
         # For its class, which may be known by a name of the user's.
         plain = keras.saving.deserialize_keras_object(config["layer"])
         # Made so, because Keras binds `build` when a layer is made.
@@ -431,7 +470,7 @@ class AdaptedSubclass(AdaptedLayer):
 
 
 # By the class of a plain layer.
-ADAPTED_CLASSES = {
+ADAPTED_CLASSES: dict[type, type] = {
     keras.layers.Dense: in_place_class(AdaptedDense),
     keras.layers.EinsumDense: in_place_class(AdaptedEinsumDense),
     keras.layers.Conv1D: in_place_class(AdaptedConv1D),
@@ -449,7 +488,7 @@ COMPUTATIONS = (
 
 
 @functools.cache
-def adapted_class_of(plain_class):
+def adapted_class_of(plain_class: type) -> type | None:
     """The class of layers of a class that have an adapter.
 
     Args:
@@ -491,14 +530,16 @@ def adapted_class_of(plain_class):
     return adapted_class
 
 
-def plain_class_of(layer):
+def plain_class_of(layer: keras.Layer) -> type:
     """The class of which an adapted layer is without its adapter."""
     if isinstance(layer, AdaptedSubclass):
         return layer.plain_class
     return next(base for base in ADAPTED_CLASSES if isinstance(layer, base))
 
 
-def new_adapter(layer, config, finalized=False):
+def new_adapter(
+    layer: keras.Layer, config: AdapterConfig, finalized: bool = False
+) -> Adapter:
     """An adapter for a layer, neither built nor attached.
 
     Args:
@@ -518,7 +559,7 @@ def new_adapter(layer, config, finalized=False):
     )
 
 
-def read_kernel(layer):
+def read_kernel(layer: keras.Layer) -> np.ndarray:
     """The kernel of a built layer, dequantized: float32 array `(d, k)`.
 
     Raises:
@@ -536,7 +577,11 @@ def read_kernel(layer):
     return kernel
 
 
-def shard_like_kernel(layer, variables, weight_axes=types.MappingProxyType({})):
+def shard_like_kernel(
+    layer: keras.Layer,
+    variables: Sequence[keras.Variable],
+    weight_axes: WeightAxes = types.MappingProxyType({}),
+) -> None:
     """Lays variables of a layer out as its kernel is, on a mesh of devices.
 
     Args:

@@ -1,7 +1,10 @@
 """Putting an adapter onto a layer that is there, and taking it off again."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -17,12 +20,14 @@ from keras_fvae.layers.adapted import new_adapter
 from keras_fvae.layers.adapted import plain_class_of
 from keras_fvae.layers.adapted import read_kernel
 from keras_fvae.layers.adapted import shard_like_kernel
+from keras_fvae.layers.adapter import Adapter
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.frozen import linear_map_of
 
 # Those in which Keras gives the gradient with respect to a layer's input.
 QUANTIZATION_MODES = (None, "int8", "int4")
 # Convolutions that are no map of patches to filters by one kernel.
-OTHER_CONVOLUTIONS = {
+OTHER_CONVOLUTIONS: dict[tuple[type, ...], str] = {
     (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D): (
         "its filters see one channel each, so that more weights would be added "
         "than are adapted"
@@ -38,7 +43,7 @@ OTHER_CONVOLUTIONS = {
 }
 
 
-def check_adaptable(layer):
+def check_adaptable(layer: keras.Layer) -> None:
     """Refuses a layer that cannot be adapted in place.
 
     Args:
@@ -55,7 +60,7 @@ def check_adaptable(layer):
         raise ValueError(
             f"The {what} is adapted by {layer.config.method_name} already."
         )
-    if adapted_class_of(type(layer)) is None:
+    if adapted_class_of(type(layer)) is None:  # type: ignore[arg-type]
         kind = f"of class `{type(layer).__name__}`"
         for base in ADAPTED_CLASSES:
             if isinstance(layer, base):
@@ -93,7 +98,7 @@ def check_adaptable(layer):
     linear_map_of(layer)
 
 
-def other_convolution(layer):
+def other_convolution(layer: keras.Layer) -> str:
     """Why a convolution that is none of `BASES` cannot be adapted.
 
     Args:
@@ -109,7 +114,12 @@ def other_convolution(layer):
     return ""
 
 
-def build_adapter(layer, config, finalized=False, starts_anew=True):
+def build_adapter(
+    layer: keras.Layer,
+    config: AdapterConfig,
+    finalized: bool = False,
+    starts_anew: bool = True,
+) -> Adapter:
     """A built adapter for a built layer, not attached to it yet.
 
     Args:
@@ -138,7 +148,9 @@ def build_adapter(layer, config, finalized=False, starts_anew=True):
     return adapter
 
 
-def adapter_shapes(layer, config, finalized=False):
+def adapter_shapes(
+    layer: keras.Layer, config: AdapterConfig, finalized: bool = False
+) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's arrays, none of which is made.
 
     Args:
@@ -167,7 +179,7 @@ def _named_refusals(layer, config):
 
 
 @contextlib.contextmanager
-def refusals_after(sentence):
+def refusals_after(sentence: str) -> Iterator[None]:
     """Says a sentence before that of a `ValueError` raised inside the block.
 
     Args:
@@ -179,14 +191,14 @@ def refusals_after(sentence):
         raise ValueError(f"{sentence}: {error}.") from error
 
 
-def inference_arrays(layer):
+def inference_arrays(layer: keras.Layer) -> dict[str, np.ndarray]:
     """Dict of name to NumPy array: what inference needs of an adapted layer."""
     return layer.adapter.get_arrays(
         finalized=True, read_kernel=lambda: read_kernel(layer)
     )
 
 
-def attach_adapter(layer, adapter):
+def attach_adapter(layer: keras.Layer, adapter: Adapter) -> None:
     """Turns a layer into an adapted one, in place: the same object.
 
     Args:
@@ -195,12 +207,12 @@ def attach_adapter(layer, adapter):
     """
     with keras_internals.unlocked(layer):
         layer.adapter = adapter
-    layer.__class__ = adapted_class_of(type(layer))
+    layer.__class__ = adapted_class_of(type(layer))  # type: ignore
     keras_internals.update_call_signature(layer)
     layer.freeze_base()
 
 
-def detach_adapter(layer):
+def detach_adapter(layer: keras.Layer) -> None:
     """Turns an adapted layer back into a plain one; the reverse of attaching.
 
     Args:
@@ -212,7 +224,7 @@ def detach_adapter(layer):
     keras_internals.update_call_signature(layer)
 
 
-def merged_weights(layer):
+def merged_weights(layer: keras.Layer) -> tuple[np.ndarray, np.ndarray | None]:
     """The weights of the plain layer that computes what an adapted one does.
 
     Args:
@@ -246,7 +258,9 @@ def merged_weights(layer):
     )
 
 
-def set_merged_weights(layer, kernel, bias):
+def set_merged_weights(
+    layer: keras.Layer, kernel: np.ndarray, bias: np.ndarray | None
+) -> None:
     """Sets the weights of a layer that `detach_adapter` made plain.
 
     Args:
@@ -260,7 +274,7 @@ def set_merged_weights(layer, kernel, bias):
         layer.bias.assign(bias.reshape(layer.bias.shape))
 
 
-def widen_bias(layer):
+def widen_bias(layer: keras.Layer) -> None:
     """Gives a layer a bias for each unit, if it has none or a narrower one.
 
     Args:
@@ -293,6 +307,6 @@ def widen_bias(layer):
     layer.has_widened_bias = True
 
 
-def has_widened_bias(layer):
+def has_widened_bias(layer: keras.Layer) -> bool:
     """Whether `widen_bias` has changed the layer."""
     return getattr(layer, "has_widened_bias", False)

@@ -1,6 +1,13 @@
 """The context of a call: what adapted layers know beside their arguments."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend.scoped import ScopedValue
@@ -9,7 +16,7 @@ from keras_fvae.backend.scoped import ScopedValue
 _training = ScopedValue()
 
 
-def known_training(training):
+def known_training(training: bool | None) -> AbstractContextManager[None]:
     """Sets a fallback value of `training` for the time of a block.
 
     It holds for adapted layers whose caller does not pass one, because not
@@ -22,7 +29,7 @@ def known_training(training):
     return _training.set_to(training)
 
 
-def is_training(training):
+def is_training(training: bool | None) -> bool:
     """Whether a layer trains: the one rule for `training`.
 
     First what the layer is called with counts, if it is `True`; then the
@@ -42,14 +49,14 @@ def is_training(training):
 _outer_trace = ScopedValue()
 
 
-def called_in_this_trace():
+def called_in_this_trace() -> AbstractContextManager[None]:
     """Remembers the backend's trace of a model's call, inside a block."""
     if _outer_trace.value is not None:
         return contextlib.nullcontext()
     return _outer_trace.set_to((keras_internals.trace_state(),))
 
 
-def refuse_inside_transformation(layer):
+def refuse_inside_transformation(layer: keras.Layer) -> None:
     """Refuses to train inside a function that the backend transforms.
 
     Raises:
@@ -68,10 +75,10 @@ def refuse_inside_transformation(layer):
 
 # An attribute that models which know of their adapters have.
 CONTAINER_MARK = "base_call_signature"
-_make_container = None
+_make_container: Any = None
 
 
-def on_unknown_container(function):
+def on_unknown_container(function: Callable[[keras.Layer], None]) -> None:
     """Has a function called for models that do not know of their adapters.
 
     Args:
@@ -81,7 +88,7 @@ def on_unknown_container(function):
     _make_container = function
 
 
-def note_entries():
+def note_entries() -> None:
     """Makes the models that are being called such that know of adapters.
 
     Those that were made around an adapted model do not yet.

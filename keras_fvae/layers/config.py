@@ -1,14 +1,19 @@
 """What the settings of every low-rank method have in common."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import numbers
+from typing import Any
+from typing import ClassVar
+from typing import Self
 
 import keras
 
 DEFAULT_RANK = 16
 # By the name of the class: all that a file can ask for.
-_config_classes = {}
+_config_classes: dict[str, type[AdapterConfig]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +43,19 @@ class AdapterConfig:
     seed: int | None = dataclasses.field(default=None, kw_only=True)
 
     # The class of the adapters that the config makes.
-    adapter_class = None
+    adapter_class: ClassVar[Any] = None
     # What the method is called in messages.
-    method_name = "A low-rank method"
+    method_name: ClassVar[str] = "A low-rank method"
     # The fields that matter in training alone: an adapter that was trained
     # with others can be loaded.
-    training_settings = ("seed",)
+    training_settings: ClassVar[tuple[str, ...]] = ("seed",)
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _config_classes[cls.__name__] = cls
         keras.saving.register_keras_serializable(package="keras_fvae")(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_integer("rank", minimum=1)
         if self.alpha is not None:
             self._check_number("alpha", "a positive number", lambda v: v > 0)
@@ -58,11 +63,11 @@ class AdapterConfig:
             self._check_integer("seed", minimum=0)
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """Float, the factor of the update."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def scaled(self, factor):
+    def scaled(self, factor: float) -> Self:
         """A config whose updates weigh more by a factor, a positive float.
 
         Raises:
@@ -76,7 +81,7 @@ class AdapterConfig:
         alpha = self.rank if self.alpha is None else self.alpha
         return dataclasses.replace(self, alpha=factor * alpha)
 
-    def for_layer(self, index):
+    def for_layer(self, index: int) -> Self:
         """The config of one of several adapted layers, with a seed of its own.
 
         Args:
@@ -89,7 +94,7 @@ class AdapterConfig:
             return self
         return dataclasses.replace(self, seed=self.seed + index)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the fields as a dict that JSON can hold."""
         return {
             field.name: getattr(self, field.name)
@@ -98,7 +103,7 @@ class AdapterConfig:
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Makes a config from what `get_config` returned."""
         return cls(**config)
 
@@ -132,7 +137,7 @@ class AdapterConfig:
             self._refuse(name, f"one of {choices}")
 
 
-def check_config(config):
+def check_config(config: Any) -> None:
     """Raises a `TypeError` if `config` is none of a low-rank method."""
     if isinstance(config, AdapterConfig) and config.adapter_class is not None:
         return
@@ -146,12 +151,12 @@ def check_config(config):
     )
 
 
-def describe_config(config):
+def describe_config(config: AdapterConfig) -> dict[str, Any]:
     """A config as a dict that JSON can hold, with the name of its class."""
     return {"class_name": type(config).__name__, **config.get_config()}
 
 
-def config_from_description(description):
+def config_from_description(description: dict[str, Any]) -> AdapterConfig:
     """The config that `describe_config` described.
 
     Args:
@@ -173,12 +178,12 @@ def config_from_description(description):
         raise ValueError(f"{name} takes other fields: {error}") from error
 
 
-def is_integer(value):
+def is_integer(value: Any) -> bool:
     """Whether a value is an integer, and not a boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_boolean(name, value):
+def check_boolean(name: str, value: Any) -> None:
     """Raises a `ValueError` if the value of an argument is no boolean."""
     if value not in (True, False):
         raise ValueError(
@@ -186,7 +191,7 @@ def check_boolean(name, value):
         )
 
 
-def is_finite(value):
+def is_finite(value: Any) -> bool:
     """Whether a value is a real number that a float can hold."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False

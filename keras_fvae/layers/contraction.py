@@ -1,11 +1,15 @@
 """How a kernel contracts: einsum equations as maps from tokens to units."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import string
+from typing import Any
 
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.linear_map import LinearMap
 from keras_fvae.layers.linear_map import is_range
 from keras_fvae.layers.linear_map import transpose
@@ -27,21 +31,21 @@ class Contraction(LinearMap):
             axes followed by the carried axes to the output's order.
     """
 
-    token_axes: tuple
-    contracted_axes: tuple
-    kernel_contracted_axes: tuple
-    kernel_carried_axes: tuple
-    output_order: tuple
+    token_axes: tuple[int, ...]
+    contracted_axes: tuple[int, ...]
+    kernel_contracted_axes: tuple[int, ...]
+    kernel_carried_axes: tuple[int, ...]
+    output_order: tuple[int, ...]
 
     @property
-    def num_leading_token_axes(self):
+    def num_leading_token_axes(self) -> int:
         return sum(i == axis for i, axis in enumerate(self.token_axes))
 
     @property
-    def has_units_last(self):
+    def has_units_last(self) -> bool:
         return is_range(self.output_order)
 
-    def bias_shape(self, kernel_shape):
+    def bias_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         num_tokens = len(self.token_axes)
         sizes = [1] * num_tokens
         sizes += [kernel_shape[i] for i in self.kernel_carried_axes]
@@ -49,12 +53,14 @@ class Contraction(LinearMap):
         first_unit = is_token.index(False)
         return tuple(sizes[axis] for axis in self.output_order[first_unit:])
 
-    def token_shape(self, inputs):
+    def token_shape(self, inputs: Tensor) -> tuple[Any, ...]:
         """The shape of the token axes of a layer's input."""
         shape = ops.shape(inputs)
         return tuple(shape[axis] for axis in self.token_axes)
 
-    def to_tokens(self, inputs, kernel_shape):
+    def to_tokens(
+        self, inputs: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         x = transpose(inputs, self.token_axes + self.contracted_axes)
         if len(self.contracted_axes) == 1:
             return x
@@ -62,14 +68,16 @@ class Contraction(LinearMap):
             x, (*self.token_shape(inputs), self.width(kernel_shape))
         )
 
-    def from_tokens(self, outputs, inputs, kernel_shape):
+    def from_tokens(
+        self, outputs: Tensor, inputs: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         units_shape = [kernel_shape[i] for i in self.kernel_carried_axes]
         shape = (*self.token_shape(inputs), *units_shape)
         return transpose(ops.reshape(outputs, shape), self.output_order)
 
 
 @functools.cache
-def analyze_equation(equation, input_rank):
+def analyze_equation(equation: str, input_rank: int) -> Contraction:
     """Reads an einsum equation of two operands, the input and the kernel.
 
     Args:

@@ -1,5 +1,7 @@
 """How a kernel convolves: convolutions as maps from patches to filters."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import math
@@ -7,6 +9,7 @@ import math
 from keras import ops
 
 from keras_fvae.backend import fast_ops
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.linear_map import LinearMap
 
 
@@ -26,42 +29,44 @@ class Convolution(LinearMap):
         data_format: `"channels_last"` or `"channels_first"`.
     """
 
-    size: tuple
-    strides: tuple
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
     padding: str
-    dilation: tuple
+    dilation: tuple[int, ...]
     data_format: str
 
     @property
-    def kernel_contracted_axes(self):
+    def kernel_contracted_axes(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(range(len(self.size) + 1))
 
     @property
-    def kernel_carried_axes(self):
+    def kernel_carried_axes(self) -> tuple[int, ...]:  # type: ignore[override]
         return (len(self.size) + 1,)
 
     @property
-    def is_pointwise(self):
+    def is_pointwise(self) -> bool:
         """Whether a patch is of one position: then it is a `Dense` layer."""
         return math.prod(self.size) == 1
 
     @property
-    def num_leading_token_axes(self):
+    def num_leading_token_axes(self) -> int:
         return len(self.size) + 1 if self.has_units_last else 1
 
     @property
-    def has_units_last(self):
+    def has_units_last(self) -> bool:
         return self.data_format == "channels_last"
 
-    def bias_shape(self, kernel_shape):
+    def bias_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(kernel_shape[-1:])
 
-    def broadcast_bias(self, bias):
+    def broadcast_bias(self, bias: Tensor) -> Tensor:
         if self.has_units_last:
             return bias
         return ops.reshape(bias, (-1, *[1] * len(self.size)))
 
-    def to_tokens(self, inputs, kernel_shape):
+    def to_tokens(
+        self, inputs: Tensor, kernel_shape: tuple[int, ...] | None
+    ) -> Tensor:
         x = self._to_channels_last(self._pad(inputs))
         if self.is_pointwise:
             return fast_ops.subsample(x, self.strides)
@@ -72,10 +77,12 @@ class Convolution(LinearMap):
             parts.append(x[(slice(None), *slices)])
         return ops.concatenate(parts, axis=-1)
 
-    def from_tokens(self, outputs, inputs, kernel_shape):
+    def from_tokens(
+        self, outputs: Tensor, inputs: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         return outputs if self.has_units_last else ops.moveaxis(outputs, -1, 1)
 
-    def mask_tokens(self, mask, inputs):
+    def mask_tokens(self, mask: Tensor | None, inputs: Tensor) -> Tensor | None:
         """A patch counts if any part of it does."""
         if mask is None or len(mask.shape) == 1:
             return mask
@@ -85,13 +92,17 @@ class Convolution(LinearMap):
         mask = ops.broadcast_to(ops.cast(mask, "float32"), (*positions, 1))
         return ops.any(self.to_tokens(mask, kernel_shape=None), axis=-1)
 
-    def project(self, inputs, matrix, kernel_shape):
+    def project(
+        self, inputs: Tensor, matrix: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         if self.is_pointwise:
             return super().project(inputs, matrix, kernel_shape)
         outputs = self.multiply(inputs, matrix, kernel_shape)
         return self._to_channels_last(outputs)
 
-    def multiply(self, inputs, matrix, kernel_shape):
+    def multiply(
+        self, inputs: Tensor, matrix: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         kernel = ops.reshape(matrix, (*kernel_shape[:-1], matrix.shape[-1]))
         padding = self.padding
         if padding == "causal":
@@ -105,7 +116,7 @@ class Convolution(LinearMap):
             self.dilation,
         )
 
-    def multiply_tokens(self, tokens, matrix):
+    def multiply_tokens(self, tokens: Tensor, matrix: Tensor) -> Tensor:
         # On JAX the gradient of a matrix product would transpose that of the
         # outputs, which takes longer than all the rest.
         kernel = ops.reshape(matrix, (*[1] * len(self.size), *matrix.shape))

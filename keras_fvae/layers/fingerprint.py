@@ -1,7 +1,10 @@
 """By what a frozen kernel is known again, cast or quantized since or not."""
 
+from __future__ import annotations
+
 import re
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -21,7 +24,7 @@ TOLERANCES = {
 }
 
 
-def fingerprint(layer):
+def fingerprint(layer: keras.Layer) -> str:
     """Some entries of the frozen kernel of a layer, dequantized.
 
     Args:
@@ -38,17 +41,17 @@ def fingerprint(layer):
     return entries.astype("<f4").tobytes().hex()
 
 
-def precision(layer):
+def precision(layer: keras.Layer) -> str:
     """String, in what the kernel of a layer is stored."""
     return layer.quantization_mode or layer.kernel.dtype
 
 
-def is_fingerprint(text):
+def is_fingerprint(text: str) -> bool:
     """Whether a string is one that `fingerprint` may have returned."""
     return re.fullmatch(f"[0-9a-f]{{{8 * NUM_ENTRIES}}}", text) is not None
 
 
-def are_alike(one, other, *precisions):
+def are_alike(one: str, other: str, *precisions: str) -> bool:
     """Whether two fingerprints are of one kernel.
 
     Args:

@@ -1,19 +1,27 @@
 """A frozen layer, and one call of it, as its adapter sees them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import masking
 from keras_fvae.layers.contraction import analyze_equation
 from keras_fvae.layers.convolution import Convolution
+from keras_fvae.layers.linear_map import LinearMap
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 # The layers that can be adapted.
 BASES = (keras.layers.Dense, keras.layers.EinsumDense, *CONVOLUTIONS)
 
 
-def linear_map_of(layer, input_rank=None):
+def linear_map_of(
+    layer: keras.Layer, input_rank: int | None = None
+) -> LinearMap:
     """How a layer is a linear map of tokens.
 
     Args:
@@ -48,7 +56,7 @@ def linear_map_of(layer, input_rank=None):
     )
 
 
-def input_rank_of(layer):
+def input_rank_of(layer: keras.Layer) -> int:
     """Integer, how many axes the input of a built layer has, at least."""
     return layer.input_spec.ndim or layer.input_spec.min_ndim
 
@@ -66,19 +74,24 @@ class FrozenCall:
         inputs: Tensor, the layer's input.
     """
 
-    def __init__(self, layer, compute_outputs, inputs):
+    def __init__(
+        self,
+        layer: keras.Layer,
+        compute_outputs: Callable[[], Tensor],
+        inputs: Tensor,
+    ) -> None:
         self.layer = layer
         self.outputs = compute_outputs
         self.inputs = inputs
-        self.linear_map = linear_map_of(layer, len(inputs.shape))
-        self.kernel_shape = layer.adapter.kernel_shape
+        self.linear_map: LinearMap = linear_map_of(layer, len(inputs.shape))
+        self.kernel_shape: tuple[int, ...] = layer.adapter.kernel_shape
 
     @property
-    def tokens(self):
+    def tokens(self) -> Tensor:
         """Tensor of shape `(..., d)`. Of a convolution, all its patches."""
         return self.linear_map.to_tokens(self.inputs, self.kernel_shape)
 
-    def find_mask(self):
+    def find_mask(self) -> Tensor | None:
         """Tensor that says which tokens count, or `None` if all do.
 
         Of the shape of the first axes of the tokens.
@@ -89,11 +102,11 @@ class FrozenCall:
         return self.linear_map.mask_tokens(mask, self.inputs)
 
     @property
-    def is_quantized(self):
+    def is_quantized(self) -> bool:
         """Boolean, whether the frozen kernel is of integers."""
         return self.layer.quantization_mode is not None
 
-    def kernel(self, full_precision=False):
+    def kernel(self, full_precision: bool = False) -> Tensor:
         """Tensor of shape `(d, k)`, the frozen kernel, dequantized.
 
         Args:
@@ -104,13 +117,13 @@ class FrozenCall:
             keras_internals.float_kernel(self.layer, full_precision)
         )
 
-    def bias(self):
+    def bias(self) -> Tensor | None:
         """Tensor that broadcasts to the outputs, or `None`."""
         if self.layer.bias is None:
             return None
         return self.linear_map.broadcast_bias(self.layer.bias)
 
-    def project(self, matrix, inputs=None):
+    def project(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
         """The tokens times a matrix, in the compute dtype.
 
         Args:
@@ -123,7 +136,9 @@ class FrozenCall:
         inputs = self.inputs if inputs is None else inputs
         return self.linear_map.project(inputs, matrix, self.kernel_shape)
 
-    def add_product(self, outputs, projected, matrix):
+    def add_product(
+        self, outputs: Tensor, projected: Tensor, matrix: Tensor
+    ) -> Tensor:
         """Adds a map of tokens to outputs.
 
         Args:
@@ -139,7 +154,7 @@ class FrozenCall:
             outputs, projected, matrix, self.inputs, self.kernel_shape
         )
 
-    def add_for_tokens(self, outputs, values):
+    def add_for_tokens(self, outputs: Tensor, values: Tensor) -> Tensor:
         """Adds to outputs what there is for each token.
 
         Args:
@@ -154,7 +169,7 @@ class FrozenCall:
         )
         return outputs
 
-    def multiply(self, matrix):
+    def multiply(self, matrix: Tensor) -> Tensor:
         """Outputs by another kernel than the frozen one, and no bias.
 
         Args:
@@ -165,7 +180,7 @@ class FrozenCall:
         """
         return self.linear_map.multiply(self.inputs, matrix, self.kernel_shape)
 
-    def for_units(self, values):
+    def for_units(self, values: Tensor) -> Tensor:
         """Values `(k,)`, one for each unit, that broadcast to the outputs."""
         shape = self.linear_map.bias_shape(self.kernel_shape)
         return self.linear_map.broadcast_bias(ops.reshape(values, shape))

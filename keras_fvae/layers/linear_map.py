@@ -1,10 +1,14 @@
 """What a frozen layer is to its adapter: a linear map of vectors."""
 
+from __future__ import annotations
+
 import math
 
+import numpy as np
 from keras import ops
 
 from keras_fvae.backend import fast_ops
+from keras_fvae.backend.types import Tensor
 
 
 class LinearMap:
@@ -24,66 +28,77 @@ class LinearMap:
             carried to the output.
     """
 
+    kernel_contracted_axes: tuple[int, ...]
+    kernel_carried_axes: tuple[int, ...]
+
     @property
-    def num_kernel_axes(self):
+    def num_kernel_axes(self) -> int:
         """How many axes the kernel has."""
         return len(self.matrix_order)
 
     @property
-    def matrix_order(self):
+    def matrix_order(self) -> tuple[int, ...]:
         """Tuple of integers, the kernel's axes: contracted, then carried."""
         return self.kernel_contracted_axes + self.kernel_carried_axes
 
     @property
-    def num_leading_token_axes(self):
+    def num_leading_token_axes(self) -> int:
         """How many axes that count tokens come first in the input."""
         raise NotImplementedError
 
     @property
-    def has_units_last(self):
+    def has_units_last(self) -> bool:
         """Whether the outputs are the tokens', in their order, units last."""
         raise NotImplementedError
 
-    def width(self, kernel_shape):
+    def width(self, kernel_shape: tuple[int, ...]) -> int:
         """The width of a token's vector."""
         return math.prod(kernel_shape[i] for i in self.kernel_contracted_axes)
 
-    def units(self, kernel_shape):
+    def units(self, kernel_shape: tuple[int, ...]) -> int:
         """The number of outputs for each token."""
         return math.prod(kernel_shape[i] for i in self.kernel_carried_axes)
 
-    def bias_shape(self, kernel_shape):
+    def bias_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a bias for each unit, as the layer holds it."""
         raise NotImplementedError
 
-    def to_matrix(self, kernel):
+    def to_matrix(self, kernel: Tensor) -> Tensor:
         """A kernel, or array of its shape, as a matrix `(d, k)`."""
         shape = self.width(kernel.shape), self.units(kernel.shape)
         return ops.reshape(transpose(kernel, self.matrix_order), shape)
 
-    def from_matrix(self, matrix, kernel_shape):
+    def from_matrix(
+        self, matrix: np.ndarray, kernel_shape: tuple[int, ...]
+    ) -> np.ndarray:
         """A NumPy matrix `(d, k)` in the shape of the kernel."""
         order = self.matrix_order
         matrix = matrix.reshape([kernel_shape[axis] for axis in order])
         return matrix.transpose([order.index(i) for i in range(len(order))])
 
-    def to_tokens(self, inputs, kernel_shape):
+    def to_tokens(
+        self, inputs: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         """From a layer's input to a vector for each token, on the last axis."""
         raise NotImplementedError
 
-    def from_tokens(self, outputs, inputs, kernel_shape):
+    def from_tokens(
+        self, outputs: Tensor, inputs: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         """From outputs for each token, on the last axis, to the layer's."""
         raise NotImplementedError
 
-    def broadcast_bias(self, bias):
+    def broadcast_bias(self, bias: Tensor) -> Tensor:
         """A bias of the layer, such that it broadcasts to the outputs."""
         return bias
 
-    def mask_tokens(self, mask, inputs):
+    def mask_tokens(self, mask: Tensor | None, inputs: Tensor) -> Tensor | None:
         """From a mask of the first axes of the input to one of the tokens'."""
         return mask
 
-    def project(self, inputs, matrix, kernel_shape):
+    def project(
+        self, inputs: Tensor, matrix: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         """The tokens times a matrix.
 
         Args:
@@ -97,7 +112,9 @@ class LinearMap:
         tokens = self.to_tokens(inputs, kernel_shape)
         return fast_ops.thin_matmul(tokens, matrix)
 
-    def multiply(self, inputs, matrix, kernel_shape):
+    def multiply(
+        self, inputs: Tensor, matrix: Tensor, kernel_shape: tuple[int, ...]
+    ) -> Tensor:
         """The layer's outputs by another kernel, without a bias.
 
         Args:
@@ -112,11 +129,18 @@ class LinearMap:
         outputs = ops.matmul(tokens, ops.cast(matrix, tokens.dtype))
         return self.from_tokens(outputs, inputs, kernel_shape)
 
-    def multiply_tokens(self, tokens, matrix):
+    def multiply_tokens(self, tokens: Tensor, matrix: Tensor) -> Tensor:
         """Vectors `(..., rank)`, one for each token, times `(rank, k)`."""
         return ops.matmul(tokens, matrix)
 
-    def add_product(self, outputs, tokens, matrix, inputs, kernel_shape):
+    def add_product(
+        self,
+        outputs: Tensor,
+        tokens: Tensor,
+        matrix: Tensor,
+        inputs: Tensor,
+        kernel_shape: tuple[int, ...],
+    ) -> Tensor:
         """Adds a map of tokens to a layer's outputs.
 
         Args:
@@ -140,11 +164,11 @@ class LinearMap:
         return outputs
 
 
-def transpose(x, order):
+def transpose(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """`x` with its axes in an order, a tuple of integers."""
     return x if is_range(order) else ops.transpose(x, order)
 
 
-def is_range(order):
+def is_range(order: tuple[int, ...]) -> bool:
     """Whether an order of axes is that in which they are."""
     return order == tuple(range(len(order)))

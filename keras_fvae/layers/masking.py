@@ -6,19 +6,28 @@ adapted layer sits deep inside a model, where Keras masks do not reach and a
 time of their call, which masks they were called with.
 """
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend.scoped import ScopedValue
+from keras_fvae.backend.types import Tensor
 
 # From the outermost layer being called to the innermost: what `find_masks`
 # returned for each.
 _known_masks = ScopedValue(default=())
 
 
-def known_masks(masks, inherit=True):
+def known_masks(
+    masks: list[tuple[Tensor, Tensor]], inherit: bool = True
+) -> AbstractContextManager[None]:
     """Makes masks known to the adapted layers called inside the block.
 
     Args:
@@ -31,7 +40,7 @@ def known_masks(masks, inherit=True):
     return _known_masks.set_to((*outer, masks))
 
 
-def find_masks(arguments):
+def find_masks(arguments: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """The masks among a layer's call arguments that say which tokens count.
 
     Args:
@@ -49,7 +58,7 @@ def find_masks(arguments):
     sequences = _sequences(
         value for name, value in arguments.items() if not name.endswith("mask")
     )
-    named = {}
+    named: dict[str, Any] = {}
     for name, value in arguments.items():
         entries = value if isinstance(value, dict) else {name: value}
         named |= {str(name): value for name, value in entries.items()}
@@ -70,7 +79,7 @@ def find_masks(arguments):
     return pairs
 
 
-def find_token_mask(inputs, num_token_axes):
+def find_token_mask(inputs: Tensor, num_token_axes: int) -> Tensor | None:
     """The mask for the tokens of an adapted layer's inputs.
 
     Args:
@@ -92,7 +101,9 @@ def find_token_mask(inputs, num_token_axes):
     return None
 
 
-def flatten_mask(mask, token_shape):
+def flatten_mask(
+    mask: Tensor | None, token_shape: Sequence[Any]
+) -> Tensor | None:
     """A mask of the first token axes, as one value for each token.
 
     Args:

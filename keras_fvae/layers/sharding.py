@@ -5,15 +5,29 @@ adapter's follows from the layout of the kernel beside it, and from which of
 the kernel's axes are contracted.
 """
 
+from __future__ import annotations
+
 import contextlib
 import re
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import TypeAlias
 
 import keras
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.backend.types import Tensor
+from keras_fvae.layers.linear_map import LinearMap
+
+# By the name of a weight of an adapter, which axes of the kernel its axes are.
+WeightAxes: TypeAlias = Mapping[str, tuple[str | None, ...]]
 
 
-def adapter_layout_map(layout_map):
+def adapter_layout_map(
+    layout_map: keras.distribution.LayoutMap,
+) -> keras.distribution.LayoutMap:
     """Extends a layout map by the variables of FVAE-LoRA's adapters.
 
     Adapters follow the kernels that they adapt, with this function or without
@@ -69,7 +83,7 @@ class _ExtendedLayoutMap(keras.distribution.LayoutMap):
 
 
 @contextlib.contextmanager
-def distributed_by(distribution):
+def distributed_by(distribution: Any) -> Iterator[None]:
     """Sets the distribution inside the block, or none at all.
 
     With none, variables have no layout yet, nor can a pattern that is meant
@@ -83,7 +97,12 @@ def distributed_by(distribution):
         keras.distribution.set_distribution(previous)
 
 
-def lay_out_like_kernel(kernel, linear_map, variables, weight_axes):
+def lay_out_like_kernel(
+    kernel: Tensor,
+    linear_map: LinearMap,
+    variables: Sequence[keras.Variable],
+    weight_axes: WeightAxes,
+) -> None:
     """Lays out an adapter's variables as their kernel is, if it is.
 
     Args:
@@ -112,7 +131,7 @@ def lay_out_like_kernel(kernel, linear_map, variables, weight_axes):
             _lay_out(variable, axes, kernel_layout.device_mesh)
 
 
-def join_distribution(variables):
+def join_distribution(variables: Sequence[keras.Variable]) -> None:
     """Lays out variables that were made before the distribution was set."""
     distribution = keras.distribution.distribution()
     if distribution is None:
@@ -122,7 +141,9 @@ def join_distribution(variables):
             _set_layout(variable, distribution.get_variable_layout(variable))
 
 
-def layout_of(variable):
+def layout_of(
+    variable: keras.Variable,
+) -> keras.distribution.TensorLayout | None:
     """The layout that a variable has, or is to get; `None` if none."""
     layout = keras_internals.layout_of(variable)
     distribution = keras.distribution.distribution()
@@ -131,7 +152,9 @@ def layout_of(variable):
     return layout
 
 
-def num_parts(device_mesh, axis_name):
+def num_parts(
+    device_mesh: keras.distribution.DeviceMesh, axis_name: str | None
+) -> int:
     """Into how many parts an axis of a mesh cuts; 1 if it is `None`."""
     sizes = dict(zip(device_mesh.axis_names, device_mesh.shape))
     return sizes.get(axis_name, 1)

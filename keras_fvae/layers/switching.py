@@ -1,8 +1,14 @@
 """Which adapted layers are off, and which adapters sample, in a thread."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import keras
 
 from keras_fvae.backend.scoped import ScopedValue
 
@@ -13,7 +19,7 @@ _lock = threading.Lock()
 _num_blocks = 0
 
 
-def switched_off(layers):
+def switched_off(layers: Sequence[keras.Layer]) -> AbstractContextManager[None]:
     """Makes adapted layers compute what they did before they were adapted.
 
     Inside the block, in the thread that entered it. Blocks may overlap.
@@ -24,7 +30,7 @@ def switched_off(layers):
     return _switch(layers)
 
 
-def sampling(layers):
+def sampling(layers: Sequence[keras.Layer]) -> AbstractContextManager[None]:
     """Makes adapters draw at inference what they draw in training.
 
     Inside the block, in the thread that entered it. Blocks may overlap.
@@ -35,22 +41,22 @@ def sampling(layers):
     return _switch([layer.adapter for layer in layers])
 
 
-def is_off(layer):
+def is_off(layer: keras.Layer) -> bool:
     """Whether an adapted layer is off in this thread."""
     return id(layer) in _switched.value
 
 
-def is_sampling(adapter):
+def is_sampling(adapter: keras.Layer) -> bool:
     """Whether an adapter samples in this thread."""
     return id(adapter) in _switched.value
 
 
-def is_switched():
+def is_switched() -> bool:
     """Whether a layer is off, or an adapter samples, in this thread."""
     return bool(_switched.value)
 
 
-def ids_switched(layers):
+def ids_switched(layers: Sequence[keras.Layer]) -> frozenset[int]:
     """Frozen set of the ids of those that are off, or whose adapter samples.
 
     Args:
@@ -60,7 +66,7 @@ def ids_switched(layers):
     return frozenset(ids & _switched.value.keys())
 
 
-def is_any_switched():
+def is_any_switched() -> bool:
     """Whether any layer is off, or adapter samples, in any thread."""
     return _num_blocks > 0
 

@@ -1,6 +1,10 @@
 """AdaLoRA: ranks that are given to the layers that need them."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -8,8 +12,10 @@ from keras import ops
 
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.lora import LoRAConfig
 
 INITIAL_STD = 0.02
@@ -24,62 +30,71 @@ class AdaLoRAAdapter(LowRankAdapter):
     `keras_fvae.AdaLoRAAllocator` sets the least important to 0 in training.
     """
 
+    config: AdaLoRAConfig
+
     adds_loss = True
-    without_callback = (
+    without_callback: str | None = (
         "AdaLoRA gives ranks to layers by a callback, without which each "
         "layer keeps them all: pass `keras_fvae.AdaLoRAAllocator()` to "
         "`fit`."
     )
-    weight_axes = {**LowRankAdapter.weight_axes, "singular_values": (None,)}
+    weight_axes: WeightAxes = {
+        **LowRankAdapter.weight_axes,
+        "singular_values": (None,),
+    }
     # Among how many adapters the loss is shared.
-    num_sharing = 1
+    num_sharing: int = 1
 
-    def build_projection(self):
+    def build_projection(self) -> None:
         super().build_projection()
-        self.singular_values = self.add_adapter_weight(
+        self.singular_values: keras.Variable = self.add_adapter_weight(
             "singular_values",
             (self.config.rank,),
             lambda: np.zeros(self.config.rank),
         )
 
-    def regularizer_of(self, name):
+    def regularizer_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
         weight = self.config.orthogonality_weight
         if weight == 0:
             return self.regularizer
         return Orthogonality(self, name == "kernel_a", self.regularizer)
 
-    def initial_kernel_a(self):
+    def initial_kernel_a(self) -> np.ndarray:
         generator = noise.initial_generator(self.initial_seed, "kernel_a")
         return generator.normal(0, INITIAL_STD, (self.width, self.config.rank))
 
-    def initial_kernel_b(self):
+    def initial_kernel_b(self) -> np.ndarray:
         generator = noise.initial_generator(self.initial_seed, "kernel_b")
         return generator.normal(0, INITIAL_STD, (self.config.rank, self.units))
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         return not replicas.to_numpy(self.singular_values).any()
 
     @property
-    def num_ranks(self):
+    def num_ranks(self) -> int:
         # At first all are 0, and none is lost.
         num_nonzero = np.count_nonzero(replicas.to_numpy(self.singular_values))
         return int(num_nonzero) or self.config.rank
 
-    def share_loss(self, num_adapters):
+    def share_loss(self, num_adapters: int) -> None:
         self.num_sharing = num_adapters
 
     @property
-    def scaled_kernel_a(self):
+    def scaled_kernel_a(self) -> Tensor:
         return self.kernel_a.value * self.singular_values.value
 
     @property
-    def inference_config(self):
+    def inference_config(self) -> LoRAConfig:
         """The LoRA that is left."""
         rank = len(self._ranks_left())
         return LoRAConfig(rank, rank * self.config.scale, seed=self.config.seed)
 
-    def get_arrays(self, finalized=False, read_kernel=None):
+    def get_arrays(
+        self,
+        finalized: bool = False,
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
         if not finalized:
             return super().get_arrays()
         left = self._ranks_left()
@@ -89,7 +104,7 @@ class AdaLoRAAdapter(LowRankAdapter):
         }
 
     @property
-    def num_inference_parameters(self):
+    def num_inference_parameters(self) -> int:
         return self.num_ranks * (self.width + self.units)
 
     def _ranks_left(self):
@@ -113,12 +128,17 @@ class Orthogonality(keras.regularizers.Regularizer):
         other: Optional regularizer, whose loss is added.
     """
 
-    def __init__(self, adapter, is_a, other):
+    def __init__(
+        self,
+        adapter: AdaLoRAAdapter,
+        is_a: bool,
+        other: Callable[[Tensor], Tensor] | None,
+    ) -> None:
         self.adapter = adapter
         self.is_a = is_a
         self.other = other
 
-    def __call__(self, factor):
+    def __call__(self, factor: Tensor) -> Tensor:
         factor = ops.convert_to_tensor(factor)
         rows = ops.transpose(factor) if self.is_a else factor
         gram = ops.matmul(rows, ops.transpose(rows))
@@ -190,9 +210,13 @@ class AdaLoRAConfig(AdapterConfig):
 
     adapter_class = AdaLoRAAdapter
     method_name = "AdaLoRA"
-    training_settings = ("seed", "target_rank", "orthogonality_weight")
+    training_settings: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "target_rank",
+        "orthogonality_weight",
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_rank is not None:
             self._check_integer("target_rank", minimum=1)
@@ -203,13 +227,13 @@ class AdaLoRAConfig(AdapterConfig):
         )
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """Float, the factor of the update."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank + RANK_OFFSET)
 
     @property
-    def final_rank(self):
+    def final_rank(self) -> int:
         """Integer, the rank that is left at the end, in the mean."""
         if self.target_rank is not None:
             return self.target_rank

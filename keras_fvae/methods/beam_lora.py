@@ -1,50 +1,62 @@
 """BeamLoRA: ranks with scores, and the best in the place of the worst."""
 
-import dataclasses
+from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.lora import LoRAConfig
 
 
 class BeamLoRAAdapter(LowRankAdapter):
     """The update `scale * (x A * scores) B`, the scores of a softmax."""
 
-    without_callback = (
+    config: BeamLoRAConfig
+
+    without_callback: str | None = (
         "BeamLoRA puts the best ranks in the place of the worst by a "
         "callback, without which it only weighs them: pass "
         "`keras_fvae.BeamLoRAPruner()` to `fit`."
     )
-    weight_axes = {**LowRankAdapter.weight_axes, "gate": (None,)}
+    weight_axes: WeightAxes = {**LowRankAdapter.weight_axes, "gate": (None,)}
 
-    def build_projection(self):
+    def build_projection(self) -> None:
         super().build_projection()
-        self.gate = self.add_adapter_weight(
+        self.gate: keras.Variable = self.add_adapter_weight(
             "gate", (self.config.rank,), lambda: np.zeros(self.config.rank)
         )
 
     @property
-    def scores(self):
+    def scores(self) -> Tensor:
         """Tensor of shape `(rank,)`, what each rank weighs; 1 in the mean."""
         gate = self.gate.value / self.config.temperature
         return self.config.rank * ops.softmax(gate)
 
     @property
-    def scaled_kernel_a(self):
+    def scaled_kernel_a(self) -> Tensor:
         return self.kernel_a.value * self.scores
 
     @property
-    def inference_config(self):
+    def inference_config(self) -> LoRAConfig:
         """The LoRA that it is when its scores stay."""
         return LoRAConfig(
             self.config.rank, self.config.alpha, seed=self.config.seed
         )
 
-    def get_arrays(self, finalized=False, read_kernel=None):
+    def get_arrays(
+        self,
+        finalized: bool = False,
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
         arrays = super().get_arrays()
         if finalized:
             del arrays["gate"]
@@ -52,7 +64,7 @@ class BeamLoRAAdapter(LowRankAdapter):
         return arrays
 
     @property
-    def num_inference_parameters(self):
+    def num_inference_parameters(self) -> int:
         return self.config.rank * (self.width + self.units)
 
 
@@ -99,6 +111,6 @@ class BeamLoRAConfig(AdapterConfig):
     adapter_class = BeamLoRAAdapter
     method_name = "BeamLoRA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_number("temperature", "a positive number", lambda v: v > 0)

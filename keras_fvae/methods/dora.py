@@ -1,12 +1,19 @@
 """DoRA: the kernel's direction by LoRA, and a magnitude for each unit."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 
 class DoRAAdapter(LowRankAdapter):
@@ -17,13 +24,20 @@ class DoRAAdapter(LowRankAdapter):
     held, and neither m nor what c is computed from.
     """
 
-    weight_axes = {
+    config: DoRAConfig
+
+    weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "magnitude": ("output",),
         "ratio": ("output",),
     }
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         name = "ratio" if self.finalized else "magnitude"
         weight = self.add_adapter_weight(
@@ -31,7 +45,7 @@ class DoRAAdapter(LowRankAdapter):
         )
         setattr(self, name, weight)
 
-    def initial_magnitude(self):
+    def initial_magnitude(self) -> np.ndarray:
         """NumPy array of shape `(k,)`: the norms of the frozen kernel."""
         if self.read_kernel is None:
             return np.ones(self.units)
@@ -45,7 +59,7 @@ class DoRAAdapter(LowRankAdapter):
             )
         return norms
 
-    def norms(self, frozen):
+    def norms(self, frozen: FrozenCall) -> Tensor:
         """The norms c of V, from products no larger than `(k, rank)`.
 
         `|W_j + s (A B)_j|^2 = |W_j|^2 + 2 s (W^T A)_j B_j + s^2 |(A B)_j|^2`,
@@ -73,7 +87,7 @@ class DoRAAdapter(LowRankAdapter):
         )
         return ops.sqrt(squares)
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         if self.finalized:
             ratio = self.ratio.value
         else:
@@ -86,23 +100,29 @@ class DoRAAdapter(LowRankAdapter):
         # The bias is not of the direction.
         return outputs * ratio + bias * (1 - ratio)
 
-    def check_can_scale(self):
+    def check_can_scale(self) -> None:
         if self.finalized:
             raise ValueError(
                 "it is finalized, and its norms were taken at the scale that "
                 "it had. Scale it before"
             )
 
-    def merge(self, kernel, bias):
+    def merge(
+        self, kernel: np.ndarray, bias: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         direction, bias = super().merge(kernel, bias)
         return direction * self._final_ratio(direction), bias
 
-    def get_arrays(self, finalized=False, read_kernel=None):
+    def get_arrays(
+        self,
+        finalized: bool = False,
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
         arrays = super().get_arrays()
         if finalized and not self.finalized:
             del arrays["magnitude"]
-            kernel = read_kernel().astype("float64")
-            direction, _ = super().merge(kernel, bias=None)
+            kernel = read_kernel().astype("float64")  # type: ignore[misc]
+            direction, _ = super().merge(kernel, np.zeros(self.units))
             arrays["ratio"] = self._final_ratio(direction).astype("float32")
         return arrays
 
@@ -155,6 +175,6 @@ class DoRAConfig(AdapterConfig):
     adapter_class = DoRAAdapter
     method_name = "DoRA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("gradient_through_norm", (True, False))

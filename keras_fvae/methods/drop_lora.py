@@ -1,26 +1,33 @@
 """DropLoRA: dropout between A and B."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Any
 
 from keras_fvae.backend.noise import dropout
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
 
 
 class DropLoRAAdapter(LowRankAdapter):
     """The update `scale * dropout(x A) B`, for each token and rank."""
 
-    def __init__(self, config, **kwargs):
+    config: DropLoRAConfig
+
+    def __init__(self, config: DropLoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.add_seed_generator()
 
-    def project(self, frozen, training):
+    def project(self, frozen: FrozenCall, training: bool) -> Tensor:
         projected = super().project(frozen, training)
         if not self.changes_state(training):
             return projected
         return dropout(projected, self.config.dropout, self.seed_generator)
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return self.config.dropout > 0 and self.is_drawn(training)
 
 
@@ -62,6 +69,6 @@ class DropLoRAConfig(AdapterConfig):
     adapter_class = DropLoRAAdapter
     method_name = "DropLoRA"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_rate("dropout")

@@ -1,16 +1,25 @@
 """Flat-LoRA: LoRA that trains under noise on the merged kernel."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
+from typing import ClassVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend.noise import next_seed
 from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
 
 
 class NoiseFactor:
@@ -20,8 +29,8 @@ class NoiseFactor:
     trained nor saved. At first it is 1.
     """
 
-    def __init__(self):
-        self.variable = keras.Variable(
+    def __init__(self) -> None:
+        self.variable: keras.Variable = keras.Variable(
             "ones",
             shape=(),
             dtype="float32",
@@ -30,7 +39,7 @@ class NoiseFactor:
             name="noise_factor",
         )
 
-    def set(self, value):
+    def set(self, value: float) -> None:
         """Sets it to a float."""
         self.variable.assign(value)
 
@@ -41,24 +50,31 @@ class FlatLoRAAdapter(LowRankAdapter):
     N is as if it were added to the frozen kernel, which stays what it is.
     """
 
-    without_callback = (
+    config: FlatLoRAConfig
+
+    without_callback: str | None = (
         "Flat-LoRA's noise grows by a callback, without which it is what it "
         "was last, and all of it at first: pass `keras_fvae.FlatLoRASchedule()`"
         " to `fit`. In a loop of your own, call `layer.adapter.set_progress("
         "share)` of each adapted layer before a step."
     )
 
-    def __init__(self, config, **kwargs):
+    def __init__(self, config: FlatLoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.add_seed_generator()
-        self.noise_factor = None
+        self.noise_factor: Any = None
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         if not self.finalized:
             self.noise_factor = NoiseFactor()
 
-    def set_progress(self, share):
+    def set_progress(self, share: float) -> None:
         """Says how far training is: the noise grows with it.
 
         Args:
@@ -74,7 +90,7 @@ class FlatLoRAAdapter(LowRankAdapter):
             )
         self.noise_factor.set((1 - math.cos(math.pi * share)) / 2)
 
-    def noise(self, frozen):
+    def noise(self, frozen: FrozenCall) -> Tensor:
         """The noise N on the merged kernel, without a gradient.
 
         The standard deviation is the same for all weights of a unit: `rho`
@@ -95,17 +111,17 @@ class FlatLoRAAdapter(LowRankAdapter):
         )
         return ops.stop_gradient(rho / math.sqrt(self.width) * norms * normal)
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         outputs = super().adapt(frozen, training)
         if not self.changes_state(training):
             return outputs
         return outputs + frozen.multiply(self.noise(frozen))
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return training and self.config.rho > 0
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         """List of all state: the weights, the seed, the noise's factor."""
         # On PyTorch that would count as a parameter, and need not be known.
         is_parameter = keras_internals.lists_variables_as_parameters()
@@ -165,8 +181,8 @@ class FlatLoRAConfig(AdapterConfig):
 
     adapter_class = FlatLoRAAdapter
     method_name = "Flat-LoRA"
-    training_settings = ("rho", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = ("rho", "seed")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_number("rho", "a number >= 0", lambda v: v >= 0)

@@ -1,11 +1,16 @@
 """HiRA: the kernel times a low-rank matrix, element by element."""
 
+from __future__ import annotations
+
 import dataclasses
 
+import numpy as np
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
 
 
 class HiRAAdapter(LowRankAdapter):
@@ -15,7 +20,7 @@ class HiRAAdapter(LowRankAdapter):
     which quantizes x too, `x (W * A B)` is added to it.
     """
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         kernel = frozen.kernel()
         factor = ops.matmul(self.kernel_a.value, self.kernel_b.value)
         if frozen.is_quantized:
@@ -25,7 +30,9 @@ class HiRAAdapter(LowRankAdapter):
         bias = frozen.bias()
         return outputs if bias is None else outputs + bias
 
-    def merge(self, kernel, bias):
+    def merge(
+        self, kernel: np.ndarray, bias: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         arrays = self.get_arrays()
         kernel_a = arrays["kernel_a"].astype("float64")
         return kernel * (1 + kernel_a @ arrays["kernel_b"]), bias

@@ -1,32 +1,40 @@
 """LoRA, and the two methods that differ from it in one thing each."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from typing import Any
+from typing import ClassVar
 
 from keras_fvae.backend.noise import dropout
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
 
 
 class LoRAAdapter(LowRankAdapter):
     """The update `scale * x A B`, with dropout on x in training."""
 
-    def __init__(self, config, **kwargs):
+    config: LoRAConfig
+
+    def __init__(self, config: LoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         if config.dropout > 0:
             self.add_seed_generator()
 
     @property
-    def trains_a(self):
+    def trains_a(self) -> bool:  # type: ignore[override]
         return self.config.trains_a
 
-    def project(self, frozen, training):
+    def project(self, frozen: FrozenCall, training: bool) -> Tensor:
         if not self.changes_state(training):
             return frozen.project(self.kernel_a)
         x = dropout(frozen.inputs, self.config.dropout, self.seed_generator)
         return frozen.project(self.kernel_a, x)
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return self.config.dropout > 0 and self.is_drawn(training)
 
 
@@ -70,17 +78,17 @@ class LoRAConfig(AdapterConfig):
 
     adapter_class = LoRAAdapter
     method_name = "LoRA"
-    training_settings = ("dropout", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = ("dropout", "seed")
     # Whether A trains, or stays as it was drawn.
     trains_a = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("rank_stabilized", (True, False))
         self._check_rate("dropout")
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         """Float, the factor of the update."""
         if not self.rank_stabilized:
             return super().scale

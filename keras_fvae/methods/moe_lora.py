@@ -1,15 +1,26 @@
 """MoE-LoRA: experts of a low rank each, and a router that weighs them."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
+from typing import ClassVar
+from typing import NoReturn
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 
 class MoELoRAAdapter(Adapter):
@@ -22,52 +33,59 @@ class MoELoRAAdapter(Adapter):
     gradient goes through `r_i = sqrt(g_i)`, nor through the second E_i.
     """
 
-    weight_axes = {
+    config: MoELoRAConfig
+
+    weight_axes: WeightAxes = {
         "kernel_a": (None, "input", None),
         "kernel_b": (None, None, "output"),
         "kernel_gate": ("input", None),
     }
 
-    def __init__(self, config, **kwargs):
+    def __init__(self, config: MoELoRAConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         if config.dropout > 0:
             self.add_seed_generator()
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         num_experts, rank = self.config.num_experts, self.config.rank
         shape_a = (num_experts, self.width, rank)
         shape_b = (num_experts, rank, self.units)
         shape_gate = (self.width, num_experts)
-        self.kernel_a = self.add_adapter_weight(
+        self.kernel_a: keras.Variable = self.add_adapter_weight(
             "kernel_a",
             shape_a,
             lambda: self.draw("kernel_a", shape_a),
             regularizer=self.regularizer,
         )
-        self.kernel_b = self.add_adapter_weight(
+        self.kernel_b: keras.Variable = self.add_adapter_weight(
             "kernel_b",
             shape_b,
             lambda: np.zeros(shape_b),
             regularizer=self.regularizer,
         )
-        self.kernel_gate = self.add_adapter_weight(
+        self.kernel_gate: keras.Variable = self.add_adapter_weight(
             "kernel_gate",
             shape_gate,
             lambda: self.draw("kernel_gate", shape_gate),
         )
 
-    def draw(self, name, shape):
+    def draw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """NumPy array, the first values of a weight that x is multiplied by."""
         limit = 1 / math.sqrt(self.width)
         generator = noise.initial_generator(self.initial_seed, name)
         return generator.uniform(-limit, limit, shape)
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         return not replicas.to_numpy(self.kernel_b).any()
 
-    def project(self, frozen, training):
+    def project(self, frozen: FrozenCall, training: bool) -> Tensor:
         """What the experts apply B to: `x A_i`, side by side.
 
         Returns:
@@ -82,7 +100,7 @@ class MoELoRAAdapter(Adapter):
         )
         return frozen.project(kernel_a, x)
 
-    def gates(self, frozen):
+    def gates(self, frozen: FrozenCall) -> Tensor:
         """How much each expert weighs for each token.
 
         Returns:
@@ -95,7 +113,7 @@ class MoELoRAAdapter(Adapter):
         kept = ops.softmax(logits) * mask
         return kept / ops.sum(kept, axis=-1, keepdims=True)
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         projected = self.project(frozen, training)
         # One for each rank of an expert.
         gates = ops.repeat(self.gates(frozen), self.config.rank, axis=-1)
@@ -120,13 +138,13 @@ class MoELoRAAdapter(Adapter):
             ops.stop_gradient(kernel_b),
         )
 
-    def merge(self, kernel, bias):
+    def merge(self, kernel: np.ndarray, bias: np.ndarray) -> NoReturn:
         raise ValueError(
             "its router gives each token experts of its own, so its update is "
             "no linear function of the input. Leave the adapter in the model"
         )
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return self.config.dropout > 0 and self.is_drawn(training)
 
 
@@ -204,9 +222,13 @@ class MoELoRAConfig(AdapterConfig):
 
     adapter_class = MoELoRAAdapter
     method_name = "MoE-LoRA"
-    training_settings = ("gate_rescaling", "dropout", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = (
+        "gate_rescaling",
+        "dropout",
+        "seed",
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("num_experts", minimum=1)
         self._check_integer("top_k", minimum=1)

@@ -1,21 +1,31 @@
 """LoRA for OPLoRA, with the gradient of the whole kernel."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
+from typing import ClassVar
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
 from keras_fvae.backend.token_mean import token_mean
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.lora import LoRAConfig
 
 
 @ops.custom_gradient
-def zero_product(x, kernel):
+def zero_product(x: Tensor, kernel: Tensor) -> Any:
     """0 for each token, with the gradient that `x kernel` has for the kernel.
 
     Args:
@@ -37,7 +47,9 @@ def zero_product(x, kernel):
 
 
 @ops.custom_gradient
-def note_squares(outputs, squares, token_weights):
+def note_squares(
+    outputs: Tensor, squares: Tensor, token_weights: Tensor | None
+) -> Any:
     """The outputs as they are; their squared gradients go to `squares`.
 
     The loss is taken for a mean over the tokens, with these weights. So if u is
@@ -65,7 +77,7 @@ def note_squares(outputs, squares, token_weights):
 
 
 @ops.custom_gradient
-def divide_by_loss_scale(squares):
+def divide_by_loss_scale(squares: Tensor) -> Any:
     """A vector whose gradient is divided by that of a loss.
 
     Squares of gradients go with the square of what the loss is multiplied by,
@@ -97,23 +109,32 @@ class OPLoRAAdapter(LowRankAdapter):
     The gradient of that kernel is the one that the frozen kernel would have.
     """
 
-    weight_axes = {
+    config: OPLoRAConfig
+
+    weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "zero_kernel": ("input", "output"),
         "input_squares": ("input",),
         "output_squares": ("output",),
     }
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         if self.finalized:
             return
-        self.zero_kernel = self._add_zeros(
+        self.zero_kernel: keras.Variable = self._add_zeros(
             "zero_kernel", (self.width, self.units)
         )
         if self.config.mean_squares:
-            self.input_squares = self._add_zeros("input_squares", (self.width,))
-            self.output_squares = self._add_zeros(
+            self.input_squares: keras.Variable = self._add_zeros(
+                "input_squares", (self.width,)
+            )
+            self.output_squares: keras.Variable = self._add_zeros(
                 "output_squares", (self.units,)
             )
 
@@ -122,7 +143,7 @@ class OPLoRAAdapter(LowRankAdapter):
             name, shape, functools.partial(np.zeros, shape)
         )
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         outputs = super().adapt(frozen, training)
         if not training:
             return outputs
@@ -147,23 +168,23 @@ class OPLoRAAdapter(LowRankAdapter):
         self.add_to_mean_loss(loss + of_outputs[-1])
         return note_squares(outputs, of_outputs[:-1], weights)
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return training and self.config.mean_squares
 
     @property
-    def saved_weights(self):
+    def saved_weights(self) -> list[keras.Variable]:
         return [self.kernel_a, self.kernel_b]
 
     @property
-    def inference_config(self):
+    def inference_config(self) -> LoRAConfig:
         """The LoRA that it is."""
         return LoRAConfig(self.config.rank, seed=self.config.seed)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         for index, weight in enumerate(self.saved_weights):
             store[f"{index}"] = weight
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         for index, weight in enumerate(self.saved_weights):
             weight.assign(store[f"{index}"])
 
@@ -221,8 +242,8 @@ class OPLoRAConfig(AdapterConfig):
 
     adapter_class = OPLoRAAdapter
     method_name = "OPLoRA"
-    training_settings = ("mean_squares", "seed")
+    training_settings: ClassVar[tuple[str, ...]] = ("mean_squares", "seed")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("mean_squares", (True, False))

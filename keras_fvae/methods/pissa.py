@@ -7,15 +7,23 @@ same function with the same gradients, and adapters can be switched off, saved
 alone, and put onto a quantized kernel.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from collections.abc import Callable
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 
 FACTORS = ("kernel_a", "kernel_b")
 
@@ -23,13 +31,20 @@ FACTORS = ("kernel_a", "kernel_b")
 class FactorAdapter(LowRankAdapter):
     """The update `scale * (x A B - x A0 B0)`, where A and B start as A0, B0."""
 
-    weight_axes = {
+    config: PiSSAConfig | OLoRAConfig
+
+    weight_axes: WeightAxes = {
         **LowRankAdapter.weight_axes,
         "initial_kernel_a": LowRankAdapter.weight_axes["kernel_a"],
         "initial_kernel_b": LowRankAdapter.weight_axes["kernel_b"],
     }
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         rank = self.config.rank
         if rank > min(self.width, self.units):
@@ -38,23 +53,23 @@ class FactorAdapter(LowRankAdapter):
                 f"rank of a kernel of shape ({self.width}, {self.units}). "
                 f"Received: rank={rank}. Choose a lower one"
             )
-        self.frozen_kernel_a = self.add_adapter_weight(
+        self.frozen_kernel_a: keras.Variable = self.add_adapter_weight(
             "initial_kernel_a",
             (self.width, rank),
             self.initial_kernel_a,
             trainable=False,
         )
-        self.frozen_kernel_b = self.add_adapter_weight(
+        self.frozen_kernel_b: keras.Variable = self.add_adapter_weight(
             "initial_kernel_b",
             (rank, self.units),
             self.initial_kernel_b,
             trainable=False,
         )
         # They take as much memory as the weights.
-        vars(self).pop("factors", None)
+        self.__dict__.pop("factors", None)
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         arrays = self.get_arrays()
         return all(
             np.array_equal(arrays[name], arrays[f"initial_{name}"])
@@ -62,7 +77,7 @@ class FactorAdapter(LowRankAdapter):
         )
 
     @functools.cached_property
-    def factors(self):
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Pair of NumPy arrays, A0 and B0."""
         if self.read_kernel is None:
             return (
@@ -71,13 +86,13 @@ class FactorAdapter(LowRankAdapter):
             )
         return self.config.factorize(self.read_kernel())
 
-    def initial_kernel_a(self):
+    def initial_kernel_a(self) -> np.ndarray:
         return self.factors[0]
 
-    def initial_kernel_b(self):
+    def initial_kernel_b(self) -> np.ndarray:
         return self.factors[1]
 
-    def all_factors(self):
+    def all_factors(self) -> tuple[Tensor, Tensor]:
         """Pair of tensors, the update as one product: [A, A0] and [B; -B0]."""
         return (
             ops.concatenate([self.kernel_a, self.frozen_kernel_a], axis=1),
@@ -86,14 +101,16 @@ class FactorAdapter(LowRankAdapter):
             ),
         )
 
-    def adapt(self, frozen, training):
+    def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:
         kernel_a, kernel_b = self.all_factors()
         projected = frozen.project(kernel_a)
         return frozen.add_product(
             frozen.outputs(), projected, self.config.scale * kernel_b
         )
 
-    def merge(self, kernel, bias):
+    def merge(
+        self, kernel: np.ndarray, bias: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         kernel_a, kernel_b = (
             replicas.to_numpy(factor).astype("float64")
             for factor in self.all_factors()
@@ -138,7 +155,9 @@ class PiSSAConfig(AdapterConfig):
     adapter_class = FactorAdapter
     method_name = "PiSSA"
 
-    def factorize(self, kernel, first=0):
+    def factorize(
+        self, kernel: np.ndarray, first: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A0 and B0 for a kernel of shape `(d, k)`.
 
         From the `first` of its singular values on.
@@ -183,7 +202,7 @@ class OLoRAConfig(AdapterConfig):
     adapter_class = FactorAdapter
     method_name = "OLoRA"
 
-    def factorize(self, kernel):
+    def factorize(self, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A0 and B0 for a kernel of shape `(d, k)`."""
         q, r = np.linalg.qr(kernel.T)
         return r[: self.rank].T, q[:, : self.rank].T

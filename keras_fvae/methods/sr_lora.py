@@ -4,12 +4,22 @@ The papers' own code is not known, nor all of its text: what was assumed is in
 the docstring of `SRLoRAConfig`.
 """
 
-import dataclasses
+from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from typing import ClassVar
+
+import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
+from keras_fvae.layers.linear_map import LinearMap
+from keras_fvae.layers.sharding import WeightAxes
 from keras_fvae.methods.pissa import FactorAdapter
 from keras_fvae.methods.pissa import PiSSAConfig
 
@@ -21,17 +31,26 @@ class SRLoRAAdapter(FactorAdapter):
     two columns and rows: where it got to, less where it started.
     """
 
-    without_callback = (
+    config: SRLoRAConfig
+    fused_kernel_a: keras.Variable
+    fused_kernel_b: keras.Variable
+
+    without_callback: str | None = (
         "SRLoRA fuses ranks and starts others by a callback, without which it "
         "is PiSSA: pass `keras_fvae.SRLoRARestarter()` to `fit`."
     )
-    weight_axes = {
+    weight_axes: WeightAxes = {
         **FactorAdapter.weight_axes,
         "fused_kernel_a": FactorAdapter.weight_axes["kernel_a"],
         "fused_kernel_b": FactorAdapter.weight_axes["kernel_b"],
     }
 
-    def build(self, linear_map, kernel_shape, read_kernel=None):
+    def build(
+        self,
+        linear_map: LinearMap,
+        kernel_shape: tuple[int, ...],
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> None:
         super().build(linear_map, kernel_shape, read_kernel)
         directions_left = min(self.width, self.units) - self.config.rank
         number = 2 * min(self.config.num_fused, directions_left)
@@ -39,7 +58,7 @@ class SRLoRAAdapter(FactorAdapter):
             self.add_adapter_weight(
                 f"fused_{name}",
                 shape,
-                lambda shape=shape: np.zeros(shape),
+                functools.partial(np.zeros, shape),
                 trainable=False,
             )
             for name, shape in (
@@ -49,28 +68,28 @@ class SRLoRAAdapter(FactorAdapter):
         )
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         return super().is_zero and self.num_fused == 0
 
     @property
-    def num_fused(self):
+    def num_fused(self) -> int:
         """Integer, how many pairs have been fused."""
         is_used = replicas.to_numpy(self.fused_kernel_a).any(axis=0)
-        return np.count_nonzero(is_used) // 2
+        return int(np.count_nonzero(is_used)) // 2
 
     @property
-    def max_fused(self):
+    def max_fused(self) -> int:
         """Integer, how many pairs can be."""
         return self.fused_kernel_a.shape[1] // 2
 
-    def all_factors(self):
+    def all_factors(self) -> tuple[Tensor, Tensor]:
         kernel_a, kernel_b = super().all_factors()
         return (
             ops.concatenate([kernel_a, self.fused_kernel_a], axis=1),
             ops.concatenate([kernel_b, self.fused_kernel_b], axis=0),
         )
 
-    def fuse(self, rank, kernel):
+    def fuse(self, rank: int, kernel: np.ndarray) -> None:
         """Fuses a pair; the next singular vectors of the kernel take its place.
 
         The update stays what it is.
@@ -138,9 +157,9 @@ class SRLoRAConfig(PiSSAConfig):
 
     num_fused: int = 16
 
-    adapter_class = SRLoRAAdapter
+    adapter_class: ClassVar[Any] = SRLoRAAdapter
     method_name = "SRLoRA (experimental)"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("num_fused", minimum=1)

@@ -1,15 +1,23 @@
 """Models with adapted layers inside: what they can do besides, and saving."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import inspect
 import pathlib
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend.fast_ops import traced_in_parts
 from keras_fvae.backend.scoped import ScopedValue
+from keras_fvae.backend.types import Filepath
 from keras_fvae.layers import call_context
 from keras_fvae.layers import masking
 from keras_fvae.layers import sharding
@@ -18,6 +26,7 @@ from keras_fvae.layers.adapted import ADAPTED_MARK
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import seen_as
 from keras_fvae.layers.adapted import shard_like_kernel
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.adapter import refuse_quantization
 from keras_fvae.layers.attach import attach_adapter
 from keras_fvae.layers.attach import detach_adapter
@@ -28,6 +37,7 @@ from keras_fvae.layers.call_context import CONTAINER_MARK
 from keras_fvae.layers.call_context import called_in_this_trace
 from keras_fvae.layers.call_context import is_training
 from keras_fvae.layers.call_context import known_training
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.model import training
 from keras_fvae.model.lookup import adapted_layers
 from keras_fvae.model.record import CONFIG_KEY
@@ -54,7 +64,7 @@ class AdaptedContainer(
     knows_outer_masks = True
 
     @traced_in_parts
-    def call(self, *args, **kwargs):
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.base_call_signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         masks = masking.find_masks(arguments.arguments)
@@ -66,7 +76,7 @@ class AdaptedContainer(
         ):
             return call(*args, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         if keras_internals.is_saving_to_h5():
             raise ValueError(NO_H5)
         with seen_as(self, base_class(type(self))):
@@ -79,7 +89,11 @@ class AdaptedContainer(
         return {**config, CONFIG_KEY: record}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        custom_objects: Mapping[str, Any] | None = None,
+    ) -> keras.Layer:
         config = {**config}
         record = config.pop(CONFIG_KEY, {})
         check_version(record)
@@ -95,7 +109,7 @@ class AdaptedContainer(
         return layer
 
     @classmethod
-    def registration(cls, base):
+    def registration(cls, base: type) -> tuple[str, str, type]:
         """As what an adapted container of class `base` is saved.
 
         Returns:
@@ -122,7 +136,7 @@ _is_inside_record = ScopedValue(default=False)
 _called_model = ScopedValue()
 
 
-def inside_record():
+def inside_record() -> AbstractContextManager[None]:
     """Says that a record has all layers that are made in a block."""
     return _is_inside_record.set_to(True)
 
@@ -158,7 +172,9 @@ def _by_what_is_switched(name):
     return property(get, set)
 
 
-def set_configs(layers, configs):
+def set_configs(
+    layers: Sequence[keras.Layer], configs: Sequence[AdapterConfig]
+) -> None:
     """Gives adapters other scales, each of which has compiled steps.
 
     Args:
@@ -192,7 +208,7 @@ class AdaptedModel(AdaptedContainer):
     # Those of the adapted layers, as soon as one of them was changed.
     adapter_scales = None
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         training = kwargs.get("training")
         told = kept = contextlib.nullcontext()
         if training is not None:
@@ -214,14 +230,14 @@ class AdaptedModel(AdaptedContainer):
             and is_training(None)
         )
 
-    def call(self, *args, **kwargs):
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if _called_model.value is not self:
             # Keras's trainer for JAX calls `call` itself, which tells the
             # layers inside nothing of `training`.
             return self(*args, **kwargs)
         return super().call(*args, **kwargs)
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         layers = adapted_layers(self) if switching.is_switched() else ()
         kept = [
             weight
@@ -237,19 +253,19 @@ class AdaptedModel(AdaptedContainer):
                 return step(*args)
             return keras_internals.without_moving(kept, self, step, args)
 
-    def summary(self, *args, **kwargs):
+    def summary(self, *args: Any, **kwargs: Any) -> Any:
         with shown_with_methods(self):
             return super().summary(*args, **kwargs)
 
     # What cannot be done is refused here, before any weight is touched.
 
-    def save(self, filepath, *args, **kwargs):
+    def save(self, filepath: Filepath, *args: Any, **kwargs: Any) -> Any:
         if str(filepath).endswith((".h5", ".hdf5")):
             # Before there is such a file.
             raise ValueError(NO_H5)
         return super().save(filepath, *args, **kwargs)
 
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         refuse_training_if_finalized(self)
         try:
             with keras_internals.values_kept(self):
@@ -257,11 +273,13 @@ class AdaptedModel(AdaptedContainer):
         finally:
             training.dismiss_callbacks(adapted_layers(self))
 
-    def train_on_batch(self, *args, **kwargs):
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         refuse_training_if_finalized(self)
         return super().train_on_batch(*args, **kwargs)
 
-    def load_weights(self, filepath, *args, **kwargs):
+    def load_weights(
+        self, filepath: Filepath, *args: Any, **kwargs: Any
+    ) -> Any:
         _refuse_weights_of_others(self, pathlib.Path(filepath))
         return super().load_weights(filepath, *args, **kwargs)
 
@@ -273,7 +291,7 @@ class AdaptedModel(AdaptedContainer):
 
     # Its steps go where the distribution is that is set when they are made.
 
-    def make_train_function(self, *args, **kwargs):
+    def make_train_function(self, *args: Any, **kwargs: Any) -> Any:
         join_distribution(self)
         training.share_losses(adapted_layers(self))
         training.remember_training(self)
@@ -282,12 +300,12 @@ class AdaptedModel(AdaptedContainer):
         with _another_function(self, "train_step"):
             return super().make_train_function(*args, **kwargs)
 
-    def make_test_function(self, *args, **kwargs):
+    def make_test_function(self, *args: Any, **kwargs: Any) -> Any:
         join_distribution(self)
         with _another_function(self, "test_step"):
             return super().make_test_function(*args, **kwargs)
 
-    def make_predict_function(self, *args, **kwargs):
+    def make_predict_function(self, *args: Any, **kwargs: Any) -> Any:
         join_distribution(self)
         return super().make_predict_function(*args, **kwargs)
 
@@ -330,7 +348,7 @@ _container_mixins = {
 }
 
 
-def register_container(base, mixin):
+def register_container(base: type, mixin: type[AdaptedContainer]) -> None:
     """Makes `mixin` what containers that derive from `base` can do besides.
 
     Args:
@@ -359,13 +377,13 @@ def _refuse_weights_of_others(model, filepath):
         )
 
 
-def refuse_training_if_finalized(model):
+def refuse_training_if_finalized(model: keras.Layer) -> None:
     """Raises a `ValueError` if a model is finalized."""
     for layer in adapted_layers(model):
         layer.adapter.refuse_if_finalized()
 
 
-def join_distribution(model):
+def join_distribution(model: keras.Layer) -> None:
     """Lays out a model with adapters that was made before a distribution."""
     if keras.distribution.distribution() is None:
         # Nor are the layers walked for it, batch by batch.
@@ -385,14 +403,20 @@ def join_distribution(model):
         )
 
 
-def replace_adapters(layers, adapters):
+def replace_adapters(
+    layers: Sequence[keras.Layer], adapters: Sequence[Adapter]
+) -> None:
     """Puts other adapters in the place of those that the layers have."""
     for layer, adapter in zip(layers, adapters):
         detach_adapter(layer)
         attach_adapter(layer, adapter)
 
 
-def detach_adapters(model, layers, merged=()):
+def detach_adapters(
+    model: keras.Layer,
+    layers: Sequence[keras.Layer],
+    merged: Sequence[tuple[np.ndarray, np.ndarray | None]] = (),
+) -> None:
     """Makes adapted layers plain ones, and what holds them.
 
     Args:
@@ -438,7 +462,7 @@ def _needs_record(container):
     )
 
 
-def restore_adapters(model, record):
+def restore_adapters(model: keras.Layer, record: dict[str, Any]) -> None:
     """Adapts and freezes a model as a record says.
 
     Layers that are adapted already, by what was restored inside the model
@@ -489,7 +513,7 @@ def _quantize(layer, mode, config):
             layer.quantize(config=config)
 
 
-def make_containers(model, layers):
+def make_containers(model: keras.Layer, layers: Sequence[keras.Layer]) -> None:
     """Makes what holds one of the layers adapted containers.
 
     The layers inside the model, the model, and models that it is in.
@@ -513,7 +537,7 @@ def _ancestors(model, layers):
     return [*{id(holder): holder for holder in [*inside, *around]}.values()]
 
 
-def make_container(layer):
+def make_container(layer: keras.Layer) -> None:
     """Makes one layer that holds adapted layers an adapted container."""
     if isinstance(layer, AdaptedContainer):
         return
@@ -561,7 +585,7 @@ def _container_class(base):
     return container_class
 
 
-def base_class(container_class):
+def base_class(container_class: type) -> type:
     """The class that a container is of otherwise."""
     return container_class.__bases__[-1]
 

@@ -1,16 +1,24 @@
 """Enabling: adapt layers of a model in place, and freeze the rest."""
 
+from __future__ import annotations
+
 import warnings
+
+import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import check_config
 from keras_fvae.model.install import install
 from keras_fvae.model.install import refuse_loops
 from keras_fvae.model.lookup import check_built
+from keras_fvae.model.summary import AdapterSummary
 from keras_fvae.model.summary import frozen_but_new
 from keras_fvae.model.summary import summarize
+from keras_fvae.model.targets import LayerChoices
+from keras_fvae.model.targets import Targets
 from keras_fvae.model.targets import find_targets
 from keras_fvae.model.targets import match_layers
 from keras_fvae.model.training import refuse_while_running
@@ -18,13 +26,13 @@ from keras_fvae.model.tree import LayerTree
 
 
 def enable_adapter(
-    model,
-    config,
-    target_layer_names=None,
+    model: keras.Layer,
+    config: AdapterConfig,
+    target_layer_names: Targets | None = None,
     *,
-    trainable_layer_names=(),
-    exclude_layer_names=(),
-):
+    trainable_layer_names: LayerChoices = (),
+    exclude_layer_names: LayerChoices = (),
+) -> AdapterSummary:
     """Adapts a model by a low-rank method, in place, and freezes all the rest.
 
     The layers stay the same objects, with the same names, paths and weights.
@@ -125,7 +133,7 @@ def enable_adapter(
     return summary
 
 
-def refuse_if_adapted(tree):
+def refuse_if_adapted(tree: LayerTree) -> None:
     """Raises a `ValueError` if a model has adapters."""
     if tree.adapted:
         layer = tree.adapted[0]

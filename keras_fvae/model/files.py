@@ -5,6 +5,8 @@ record as JSON and a checksum of everything. What such a file says is taken for
 true only where it was checked: it may be damaged, or made to do harm.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -12,20 +14,37 @@ import os
 import pathlib
 import stat
 import uuid
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_fvae.backend.types import Filepath
+
 SUFFIX = ".safetensors"
 FORMAT = "keras_fvae.adapter"
 VERSION = 1
 # How safetensors calls what a file may hold. Narrow floats are widened.
-DTYPES = ("F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+DTYPES: tuple[str, ...] = (
+    "F32",
+    "F64",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "U8",
+    "U16",
+    "U32",
+    "U64",
+)
 DTYPES += ("BOOL",)
 
 
-def check_filepath(filepath):
+def check_filepath(filepath: Any) -> pathlib.Path:
     """The path of an adapter file, if it can be one.
 
     Raises:
@@ -44,7 +63,7 @@ def check_filepath(filepath):
     return path
 
 
-def check_local(path, argument):
+def check_local(path: Filepath, argument: str) -> pathlib.Path:
     """A path of the local file system, if it is one.
 
     Args:
@@ -69,7 +88,11 @@ def check_local(path, argument):
     return pathlib.Path(path)
 
 
-def write(filepath, record, arrays):
+def write(
+    filepath: pathlib.Path,
+    record: dict[str, Any],
+    arrays: Mapping[str, np.ndarray],
+) -> None:
     """Writes an adapter file.
 
     Args:
@@ -80,19 +103,21 @@ def write(filepath, record, arrays):
     """
     # The library saves what lies in memory.
     arrays = {n: np.require(a, requirements="C") for n, a in arrays.items()}
-    record = json.dumps(record)
+    text = json.dumps(record)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "record": record,
-        "sha256": _checksum(record, arrays),
+        "record": text,
+        "sha256": _checksum(text, arrays),
     }
     content = safetensors.numpy.save(arrays, metadata)
     with replaced_when_complete(filepath) as file:
         file.write(content)
 
 
-def parse(content, filepath):
+def parse(
+    content: bytes, filepath: pathlib.Path
+) -> tuple[Any, dict[str, np.ndarray]]:
     """The record and the arrays of an adapter file.
 
     Args:
@@ -138,7 +163,7 @@ def parse(content, filepath):
 
 
 @contextlib.contextmanager
-def replaced_when_complete(filepath):
+def replaced_when_complete(filepath: pathlib.Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `filepath` after the block.
 
     Whatever happens, and whoever else writes there, a file of that name is
@@ -177,7 +202,7 @@ def replaced_when_complete(filepath):
         unfinished.unlink(missing_ok=True)
 
 
-def read_json(content):
+def read_json(content: bytes) -> Any:
     """What JSON in bytes says, if it has nothing that JSON should not have.
 
     Raises:

@@ -1,5 +1,11 @@
 """From training to use: finalize, merge, or do without the adapters."""
 
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import keras
+
 from keras_fvae.layers import attach
 from keras_fvae.layers import switching
 from keras_fvae.layers.config import is_finite
@@ -9,7 +15,7 @@ from keras_fvae.model import training
 from keras_fvae.model.tree import LayerTree
 
 
-def finalize_adapter(model):
+def finalize_adapter(model: keras.Layer) -> None:
     """Drops what inference does not need.
 
     Of FVAE-LoRA that is q2, the decoder and the variance of q1; DoRA keeps
@@ -57,7 +63,7 @@ def finalize_adapter(model):
     training.reset_training_state(layers, keep_optimizer=False)
 
 
-def merge_adapter(model):
+def merge_adapter(model: keras.Layer) -> None:
     """Folds the updates into the kernels.
 
     The layers are plain Keras layers again, and cost what they did before
@@ -96,7 +102,7 @@ def merge_adapter(model):
     training.reset_training_state(layers, keep_optimizer=False)
 
 
-def remove_adapter(model):
+def remove_adapter(model: keras.Layer) -> None:
     """Takes the adapters off: the base model again, bit for bit.
 
     What trained before the model was adapted trains again. A head that was
@@ -130,7 +136,7 @@ def remove_adapter(model):
     training.reset_training_state(layers, keep_optimizer=False)
 
 
-def adapter_disabled(model):
+def adapter_disabled(model: keras.Layer) -> AbstractContextManager[None]:
     """Makes a model predict like the base model, inside a `with` block.
 
     For the thread that enters the block, and in any model that the layers are
@@ -160,7 +166,9 @@ def adapter_disabled(model):
     return switching.switched_off(lookup.require_adapted_layers(model))
 
 
-def adapter_scale(model, factor):
+def adapter_scale(
+    model: keras.Layer, factor: float
+) -> AbstractContextManager[object]:
     """Makes the updates of all adapters weigh more, or less.
 
     For good, or inside a `with` block: `alpha` of each adapter is multiplied

@@ -1,15 +1,27 @@
 """Putting adapters into a model: what every way to adapt one ends with."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers import sharding
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.attach import attach_adapter
 from keras_fvae.model import training
 from keras_fvae.model.containers import make_containers
+from keras_fvae.model.tree import LayerTree
 
 
-def install(tree, layers, adapters, trainable_layers=(), trainable_weights=()):
+def install(
+    tree: LayerTree,
+    layers: Sequence[keras.Layer],
+    adapters: Sequence[Adapter],
+    trainable_layers: Sequence[keras.Layer] = (),
+    trainable_weights: Sequence[keras.Variable] = (),
+) -> None:
     """Adapts layers of a model in place; it trains what is said, no more.
 
     Args:
@@ -36,7 +48,9 @@ def install(tree, layers, adapters, trainable_layers=(), trainable_weights=()):
     training.reset_training_state(layers)
 
 
-def refuse_loops(tree, targets, adapters):
+def refuse_loops(
+    tree: LayerTree, targets: Sequence[keras.Layer], adapters: Sequence[Adapter]
+) -> None:
     """Refuses layers in a loop, out of which TensorFlow and JAX let no loss.
 
     Nor do random numbers get out; what has neither trains there.

@@ -1,14 +1,19 @@
 """Which layers of a model are adapted, and which can be."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers import switching
 from keras_fvae.layers.adapted import AdaptedLayer
 from keras_fvae.layers.adapted import adapted_class_of
+from keras_fvae.layers.config import AdapterConfig
 
 
-def check_model(model):
+def check_model(model: Any) -> None:
     """Raises a `TypeError` if `model` is no Keras model or layer."""
     if not isinstance(model, keras.Layer):
         raise TypeError(
@@ -17,7 +22,7 @@ def check_model(model):
         )
 
 
-def check_built(model):
+def check_built(model: Any) -> None:
     """As `check_model`; a `ValueError` if it has no weights yet."""
     check_model(model)
     if not model.built:
@@ -27,7 +32,7 @@ def check_built(model):
         )
 
 
-def adapted_layers(model):
+def adapted_layers(model: keras.Layer) -> list[keras.Layer]:
     """The layers of a model that have an adapter, in their order."""
     return [
         layer
@@ -36,7 +41,9 @@ def adapted_layers(model):
     ]
 
 
-def require_adapted_layers(model, method=None):
+def require_adapted_layers(
+    model: keras.Layer, method: type[AdapterConfig] | None = None
+) -> list[keras.Layer]:
     """As `adapted_layers`; a `ValueError` if there are none.
 
     Args:
@@ -61,7 +68,9 @@ def require_adapted_layers(model, method=None):
     return layers
 
 
-def require_active_layers(model, method=None):
+def require_active_layers(
+    model: keras.Layer, method: type[AdapterConfig] | None = None
+) -> list[keras.Layer]:
     """As `require_adapted_layers`; a `ValueError` if adapters cannot draw.
 
     That is if they are finalized, or turned off.
@@ -77,7 +86,7 @@ def require_active_layers(model, method=None):
     return layers
 
 
-def check_can_predict(model):
+def check_can_predict(model: Any) -> None:
     """Raises a `TypeError` if `model` is no Keras model."""
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -86,10 +95,10 @@ def check_can_predict(model):
         )
 
 
-def adaptable_layers(model):
+def adaptable_layers(model: keras.Layer) -> list[keras.Layer]:
     """The layers of a model that are of a class that can be adapted."""
     return [
         layer
         for layer in keras_internals.flatten_layers(model)
-        if adapted_class_of(type(layer)) is not None
+        if adapted_class_of(type(layer)) is not None  # type: ignore[arg-type]
     ]

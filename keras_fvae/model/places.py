@@ -5,7 +5,12 @@ fits its bare backbone, and what was recorded of a backbone fits whatever has
 one such backbone inside it.
 """
 
+from __future__ import annotations
+
+from typing import Any
 from typing import NamedTuple
+
+import keras
 
 from keras_fvae.model.tree import LayerTree
 from keras_fvae.model.tree import bare_path
@@ -24,11 +29,11 @@ class Place(NamedTuple):
     """
 
     tree: LayerTree
-    layers: dict
-    weights: dict
+    layers: dict[str, keras.Layer]
+    weights: dict[str, keras.Variable]
 
 
-def find_place(model, record):
+def find_place(model: keras.Layer, record: dict[str, Any]) -> Place:
     """Where the layers and weights of a record are.
 
     By their whole paths; else the paths below one layer of the recorded model

@@ -3,9 +3,14 @@
 Configs and adapter files have such a record, and models are made again by it.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 
 from keras_fvae.backend import keras_internals
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import has_widened_bias
@@ -20,7 +25,7 @@ CONFIG_KEY = "keras_fvae"
 VERSION = 4
 
 
-def describe(model):
+def describe(model: keras.Layer) -> dict[str, Any]:
     """What it takes to adapt and freeze a model of the same architecture so.
 
     Args:
@@ -69,7 +74,7 @@ def describe(model):
     }
 
 
-def check_version(record):
+def check_version(record: dict[str, Any]) -> None:
     """Raises a `ValueError` if a record is none of this version."""
     version = record.get("version", 1)
     if version != VERSION:
@@ -80,7 +85,7 @@ def check_version(record):
         )
 
 
-def paths_of(tree):
+def paths_of(tree: LayerTree) -> dict[str, Any]:
     """The part of a record by which layers and weights are found again."""
     return {
         "name": tree.model.name,
@@ -89,7 +94,9 @@ def paths_of(tree):
     }
 
 
-def describe_adapter(layer, finalized=False):
+def describe_adapter(
+    layer: keras.Layer, finalized: bool = False
+) -> dict[str, Any]:
     """The part of a record that says how a layer is adapted.
 
     Args:
@@ -101,7 +108,9 @@ def describe_adapter(layer, finalized=False):
     return {"config": describe_config(config), "finalized": finalized}
 
 
-def find_layers(tree, record):
+def find_layers(
+    tree: LayerTree, record: dict[str, Any]
+) -> dict[str, keras.Layer]:
     """Dict of recorded path to layer, of those that a record names.
 
     The architecture is the same, so where no name helps the order does.
@@ -109,7 +118,9 @@ def find_layers(tree, record):
     return _find(tree, record["layer_paths"], tree.layers, record["name"])
 
 
-def find_weights(tree, record):
+def find_weights(
+    tree: LayerTree, record: dict[str, Any]
+) -> dict[str, keras.Variable]:
     """As `find_layers`, of the weights."""
     return _find(tree, record["weight_paths"], tree.weights, record["name"])
 
@@ -128,7 +139,9 @@ def _find(tree, recorded_paths, objects, recorded_name):
     return dict(zip(recorded_paths, objects.values()))
 
 
-def build_recorded_adapter(layer, entry):
+def build_recorded_adapter(
+    layer: keras.Layer, entry: dict[str, Any]
+) -> Adapter:
     """The adapter of a recorded layer, neither attached nor loaded.
 
     Raises:
@@ -139,7 +152,7 @@ def build_recorded_adapter(layer, entry):
     return build_adapter(layer, config, entry["finalized"], starts_anew=False)
 
 
-def restore_flags(tree, record):
+def restore_flags(tree: LayerTree, record: dict[str, Any]) -> None:
     """Makes what trained when a model was described train, and nothing else.
 
     Args:

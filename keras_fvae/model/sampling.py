@@ -1,8 +1,12 @@
 """Predictions under what adapters draw: several, which differ by as much as
 the model is unsure."""
 
+from __future__ import annotations
+
 import contextlib
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,7 +19,7 @@ from keras_fvae.model import lookup
 
 
 @contextlib.contextmanager
-def adapter_sampling(model, seed=0):
+def adapter_sampling(model: keras.Layer, seed: int = 0) -> Iterator[None]:
     """Context manager: adapters draw, as in training, and all else does not.
 
     FVAE-LoRA draws z1 from q1 instead of using its mean; LoRA and MoE-LoRA with
@@ -60,7 +64,14 @@ def adapter_sampling(model, seed=0):
             yield
 
 
-def predict_samples(model, x, num_samples=16, *, batch_size=None, seed=0):
+def predict_samples(
+    model: keras.Model,
+    x: Any,
+    num_samples: int = 16,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Any:
     """Predicts several times, under what the adapters draw.
 
     Where the samples agree the model is sure; where they do not it is not.

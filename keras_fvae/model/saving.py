@@ -1,8 +1,12 @@
 """Adapters as values: taken from a model, put into one, on disk and back."""
 
+from __future__ import annotations
+
 import dataclasses
 import warnings
 import weakref
+from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
 import keras
@@ -11,13 +15,16 @@ from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Filepath
 from keras_fvae.layers import fingerprint
 from keras_fvae.layers.adapted import AdaptedLayer
+from keras_fvae.layers.adapter import Adapter
 from keras_fvae.layers.attach import adapter_shapes
 from keras_fvae.layers.attach import build_adapter
 from keras_fvae.layers.attach import check_adaptable
 from keras_fvae.layers.attach import inference_arrays
 from keras_fvae.layers.attach import refusals_after
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import check_boolean
 from keras_fvae.layers.config import describe_config
 from keras_fvae.model import containers
@@ -31,6 +38,7 @@ from keras_fvae.model.places import find_place
 from keras_fvae.model.record import describe_adapter
 from keras_fvae.model.record import paths_of
 from keras_fvae.model.state import AdapterState
+from keras_fvae.model.summary import AdapterSummary
 from keras_fvae.model.summary import frozen_but_new
 from keras_fvae.model.summary import frozen_new_layers
 from keras_fvae.model.summary import summarize
@@ -41,7 +49,9 @@ INCLUDED = ("all", "inference")
 PARTS = ("all", "adapter")
 
 
-def get_adapter(model, include="all"):
+def get_adapter(
+    model: keras.Layer, include: Literal["all", "inference"] = "all"
+) -> AdapterState:
     """The adapters of a model, and what else of it was trained, as a value.
 
     It holds the weights by layer path and the adapters' settings, so that it
@@ -117,8 +127,14 @@ def get_adapter(model, include="all"):
 
 
 def set_adapter(
-    model, state, *, replace=False, only="all", strict=False, **settings
-):
+    model: keras.Layer,
+    state: AdapterState,
+    *,
+    replace: bool = False,
+    only: Literal["all", "adapter"] = "all",
+    strict: bool = False,
+    **settings: Any,
+) -> None:
     """Puts an adapter into a model, in place.
 
     A plain model is adapted first, as the state says, and what was chosen to
@@ -196,7 +212,11 @@ def _set(model, state, name, replace, only, strict, settings):
         state.known_variables[model] = _KnownVariables(plan)
 
 
-def save_adapter(model, filepath, include="all"):
+def save_adapter(
+    model: keras.Layer,
+    filepath: Filepath,
+    include: Literal["all", "inference"] = "all",
+) -> None:
     """Saves a model's adapters, and what else of it was trained, to one file.
 
     As `get_adapter(model, include).save(filepath)`. If a model is spread over
@@ -229,7 +249,7 @@ def save_adapter(model, filepath, include="all"):
     write(model, get_adapter(model, include), filepath)
 
 
-def write(model, state, filepath):
+def write(model: keras.Layer, state: AdapterState, filepath: Filepath) -> None:
     """Writes the state of a model, by the first of its processes.
 
     Args:
@@ -244,8 +264,14 @@ def write(model, state, filepath):
 
 
 def load_adapter(
-    model, filepath, *, replace=False, only="all", strict=False, **settings
-):
+    model: keras.Layer,
+    filepath: Filepath,
+    *,
+    replace: bool = False,
+    only: Literal["all", "adapter"] = "all",
+    strict: bool = False,
+    **settings: Any,
+) -> AdapterSummary:
     """Loads what `save_adapter` saved.
 
     As `set_adapter(model, read_adapter(filepath), ...)`. If a model is spread
@@ -309,12 +335,12 @@ class _Plan(NamedTuple):
     """
 
     tree: LayerTree
-    layers: dict
-    configs: dict
-    weights: dict
-    trained_layers: list
-    trained_weights: list
-    adapters: list
+    layers: dict[str, keras.Layer]
+    configs: dict[str, AdapterConfig]
+    weights: dict[str, keras.Variable]
+    trained_layers: list[keras.Layer]
+    trained_weights: list[keras.Variable]
+    adapters: list[Adapter]
 
 
 def _plan(model, state, replace, only, settings):
@@ -480,7 +506,7 @@ class _KnownVariables:
             variable.assign(value)
 
 
-def check_include(include):
+def check_include(include: Any) -> None:
     """Raises a `ValueError` if it is none of what a state can include."""
     _check_choice("include", include, INCLUDED)
 

@@ -1,10 +1,18 @@
 """An adapter as a value: what was trained, apart from the base model."""
 
+from __future__ import annotations
+
+import pathlib
 import types
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
+import keras
 import numpy as np
 
+from keras_fvae.backend.types import Filepath
+from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import config_from_description
 from keras_fvae.layers.fingerprint import is_fingerprint
 from keras_fvae.model import files
@@ -36,27 +44,33 @@ class AdapterState:
     >>> state.save("task.safetensors")
     """
 
-    def __init__(self, record, arrays):
+    def __init__(
+        self, record: dict[str, Any], arrays: Mapping[str, np.ndarray]
+    ) -> None:
         check_record(record)
         for array in arrays.values():
             array.flags.writeable = False
         self.record = record
-        self.arrays = types.MappingProxyType({**arrays})
+        self.arrays: Mapping[str, np.ndarray] = types.MappingProxyType(
+            {**arrays}
+        )
         # By model, the variables that it was set into and their values.
-        self.known_variables = weakref.WeakKeyDictionary()
+        self.known_variables: weakref.WeakKeyDictionary[keras.Layer, Any] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return AdapterState, (self.record, {**self.arrays})
 
     @property
-    def configs(self):
+    def configs(self) -> dict[str, AdapterConfig]:
         """Dict of layer path to the config of the adapter."""
         return {
             path: config_from_description(entry["config"])
             for path, entry in self.record["adapted"].items()
         }
 
-    def is_finalized(self, path):
+    def is_finalized(self, path: str) -> bool:
         """Whether an adapter is there as inference needs it alone.
 
         Args:
@@ -64,7 +78,7 @@ class AdapterState:
         """
         return self.record["adapted"][path]["finalized"]
 
-    def save(self, filepath):
+    def save(self, filepath: Filepath) -> None:
         """Writes the state to one file, which `read_adapter` reads.
 
         Args:
@@ -80,7 +94,7 @@ class AdapterState:
         """
         files.write(files.check_filepath(filepath), self.record, self.arrays)
 
-    def __str__(self):
+    def __str__(self) -> str:
         configs = [*self.configs.values()]
         methods = sorted({config.method_name for config in configs})
         ranks = [config.rank for config in configs]
@@ -109,7 +123,7 @@ class AdapterState:
     __repr__ = __str__
 
 
-def read_adapter(filepath):
+def read_adapter(filepath: Filepath) -> AdapterState:
     """Reads what `save_adapter` or `AdapterState.save` wrote.
 
     Args:
@@ -138,7 +152,7 @@ def read_adapter(filepath):
     return parse(content(filepath), filepath)
 
 
-def parse(content, filepath):
+def parse(content: bytes, filepath: pathlib.Path) -> AdapterState:
     """An `AdapterState` of the bytes of a file, as `read_adapter`."""
     record, arrays = files.parse(content, filepath)
     try:
@@ -149,19 +163,19 @@ def parse(content, filepath):
         ) from error
 
 
-def content(filepath):
+def content(filepath: pathlib.Path) -> bytes:
     """The bytes of a file, or a `FileNotFoundError` that names it."""
     if not filepath.exists():
         raise FileNotFoundError(f"There is no adapter file '{filepath}'.")
     return filepath.read_bytes()
 
 
-def is_finite(array):
+def is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 # The type of each entry of a record, and of what is in it.
-RECORD_TYPES = {
+RECORD_TYPES: dict[str, Any] = {
     "name": str,
     "layer_paths": [str],
     "weight_paths": [str],
@@ -180,7 +194,7 @@ RECORD_TYPES = {
 }
 
 
-def check_record(record):
+def check_record(record: Any) -> None:
     """Raises a `ValueError` that names an entry of a record that is wrong."""
 
     def check(is_right, where, wanted):

@@ -1,9 +1,14 @@
 """What is adapted in a model, how, and what of it trains, in words."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
+
+import keras
 
 from keras_fvae.backend import replicas
 from keras_fvae.layers import switching
@@ -39,7 +44,7 @@ class LayerSummary:
     health: str | None
 
     @property
-    def method(self):
+    def method(self) -> str:
         """String, the method, the rank, and the scale if it is not 1."""
         method = f"{self.config.method_name} of rank {self.config.rank}"
         if self.config.scale != 1:
@@ -63,20 +68,20 @@ class AdapterSummary:
             needs.
     """
 
-    layers: tuple
-    others: tuple
-    fresh: tuple
+    layers: tuple[LayerSummary, ...]
+    others: tuple[str, ...]
+    fresh: tuple[str, ...]
     base_parameters: int
     total_parameters: int
     trainable_parameters: int
     inference_parameters: int
 
     @property
-    def layer_paths(self):
+    def layer_paths(self) -> tuple[str, ...]:
         """Tuple of strings, the paths of the adapted layers."""
         return tuple(layer.path for layer in self.layers)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "\n".join(
             [
                 *self._lines_of_layers(),
@@ -127,7 +132,7 @@ class AdapterSummary:
         return f"{parameters:>15,}  ({percent:.2f} % of the base model)"
 
 
-def frozen_but_new(paths):
+def frozen_but_new(paths: tuple[str, ...]) -> str:
     """A sentence that warns of layers that look new and do not train.
 
     Args:
@@ -142,7 +147,7 @@ def frozen_but_new(paths):
     )
 
 
-def adapter_summary(model):
+def adapter_summary(model: keras.Layer) -> AdapterSummary:
     """Says what is adapted in a model, how, and what of it trains.
 
     Args:
@@ -174,7 +179,7 @@ def adapter_summary(model):
     return summarize(model)
 
 
-def summarize(model):
+def summarize(model: keras.Layer) -> AdapterSummary:
     """The `AdapterSummary` of a model with adapted layers."""
     tree = LayerTree(model)
     adapter_ids = {
@@ -196,7 +201,7 @@ def summarize(model):
 
 
 @contextlib.contextmanager
-def shown_with_methods(model):
+def shown_with_methods(model: keras.Model) -> Iterator[None]:
     """Names the method beside the class of each layer, inside the block.
 
     For `keras.Model.summary`, which shows a layer as what its class is called.
@@ -215,9 +220,8 @@ def shown_with_methods(model):
             if methods:
                 name = ", ".join([type(layer).__name__, *methods])
                 name += "" if layer in adapted else " inside"
-                stack.enter_context(
-                    seen_as(layer, _class_called(name, type(layer)))
-                )
+                shown = _class_called(name, type(layer))  # type: ignore[arg-type]
+                stack.enter_context(seen_as(layer, shown))
         yield
 
 
@@ -226,7 +230,7 @@ def _class_called(name, base):
     return type(name, (base,), {"__module__": base.__module__})
 
 
-def frozen_new_layers(tree):
+def frozen_new_layers(tree: LayerTree) -> tuple[str, ...]:
     """Tuple of paths of frozen layers that look as if nobody had trained them.
 
     A bias that is 0 throughout is how a layer starts. In a model whose other

@@ -1,7 +1,15 @@
 """Which layers of a model to adapt: by name, expression, function, default."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+from typing import TypeAlias
 
 import keras
 
@@ -15,6 +23,19 @@ from keras_fvae.layers.frozen import BASES
 from keras_fvae.layers.frozen import CONVOLUTIONS
 from keras_fvae.model.lookup import adaptable_layers
 from keras_fvae.model.tree import is_adaptable
+
+# How layers are chosen: by a name, an expression that is searched for in their
+# paths, or a function of a layer; or by several of these.
+LayerChoice: TypeAlias = str | re.Pattern[str] | Callable[[keras.Layer], bool]
+LayerChoices: TypeAlias = (
+    LayerChoice | Sequence[LayerChoice] | AbstractSet[LayerChoice]
+)
+# What is said besides of the layers of one choice: the rank, fields of the
+# config, or a config.
+Changes: TypeAlias = int | dict[str, Any] | AdapterConfig
+# The keys are choices, too, which a dict of names alone would not be, because
+# a `Mapping` has keys of one type exactly.
+Targets: TypeAlias = LayerChoices | Mapping[Any, Changes]
 
 # What the query and value projections of attention are called. A layer without
 # a name of its own is called what the attribute that holds it is; where that
@@ -55,12 +76,12 @@ ALL_CONV = "all-conv"
 
 
 def find_targets(
-    model,
-    config,
-    target_layer_names,
-    exclude_layer_names=(),
-    trainable_layers=(),
-):
+    model: keras.Layer,
+    config: AdapterConfig,
+    target_layer_names: Targets | None,
+    exclude_layer_names: LayerChoices = (),
+    trainable_layers: Sequence[keras.Layer] = (),
+) -> list[tuple[keras.Layer, AdapterConfig]]:
     """The layers to adapt, and how.
 
     Args:
@@ -105,7 +126,10 @@ def find_targets(
             )
         else:
             layers = match_layers(
-                model, target_layer_names, candidates, "target_layer_names"
+                model,
+                target_layer_names,  # type: ignore[arg-type]
+                candidates,
+                "target_layer_names",
             )
         pairs = [(layer, config) for layer in layers]
     excluded_ids = {id(layer) for layer in excluded}
@@ -213,7 +237,12 @@ def _all_but_the_head(model, candidates, others, kind):
     return _in_use([la for la in candidates if id(la) not in other_ids])
 
 
-def match_layers(model, choices, candidates, argument):
+def match_layers(
+    model: keras.Layer,
+    choices: LayerChoices,
+    candidates: Sequence[keras.Layer],
+    argument: str,
+) -> list[keras.Layer]:
     """The candidates that names, expressions or functions choose.
 
     Args:
@@ -238,7 +267,7 @@ def match_layers(model, choices, candidates, argument):
             "expression, a function of a layer, or a list of such. "
             f"Received: {argument}={choices!r}"
         )
-    chosen_ids = set()
+    chosen_ids: set[int] = set()
     for choice in choices:
         chosen = _choose(model, choice, candidates, argument)
         if not chosen:

@@ -1,21 +1,30 @@
 """What trains in a model, and what its trainer keeps from before."""
 
+from __future__ import annotations
+
 import gc
 import hashlib
 import warnings
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.backend import replicas
+from keras_fvae.model.tree import LayerTree
 
 # Models that hold adapted layers, or may come to. Others are looked for.
-known_models = weakref.WeakSet()
+known_models: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
 
 
-def train_only(model, layers, weights):
+def train_only(
+    model: keras.Layer,
+    layers: Sequence[keras.Layer],
+    weights: Sequence[keras.Variable],
+) -> None:
     """Makes layers and weights of a model train, and nothing else of it.
 
     What was chosen so is remembered, because flags may be flipped after.
@@ -45,7 +54,7 @@ def train_only(model, layers, weights):
         choose(weight, weight.trainable)
 
 
-def note_flags(tree):
+def note_flags(tree: LayerTree) -> None:
     """Remembers what trains in a model that is about to be adapted.
 
     Args:
@@ -57,24 +66,26 @@ def note_flags(tree):
             note_flag(layer_or_weight, layer_or_weight.trainable)
 
 
-def note_flag(layer_or_weight, value):
+def note_flag(layer_or_weight: Any, value: bool | None) -> None:
     """Remembers whether a layer or weight trained before it was adapted."""
     layer_or_weight.trained_before = value
 
 
-def trained_before(layer_or_weight):
+def trained_before(
+    layer_or_weight: Any,
+) -> bool | None:
     """Whether it trained before the model was adapted; `None` if not noted."""
     return getattr(layer_or_weight, "trained_before", None)
 
 
-def train_as_before(tree):
+def train_as_before(tree: LayerTree) -> None:
     """Makes what trained before a model was adapted train, and no more.
 
     Args:
         tree: `LayerTree` of a model that is adapted no longer.
     """
     for weight in trained_weights(tree).values():
-        weight.was_trained = True
+        weight.was_trained = True  # type: ignore[attr-defined]
     layers = keras_internals.outermost_first(tree.all_layers)
     parts = [*layers, *tree.model.weights]
     # Before the first is set, since what holds a layer sets that, too.
@@ -88,17 +99,17 @@ def train_as_before(tree):
         note_flag(part, None)
 
 
-def choose(layer_or_weight, value=True):
+def choose(layer_or_weight: Any, value: bool = True) -> None:
     """Remembers whether a layer or weight was chosen to train."""
     layer_or_weight.is_chosen_to_train = value
 
 
-def is_chosen(layer_or_weight):
+def is_chosen(layer_or_weight: Any) -> bool:
     """Whether it was chosen to train, whatever its flag says now."""
     return getattr(layer_or_weight, "is_chosen_to_train", False)
 
 
-def trained_weights(tree):
+def trained_weights(tree: LayerTree) -> dict[str, keras.Variable]:
     """Dict of path to weight, of what trains, or did before it was frozen.
 
     Args:
@@ -118,7 +129,7 @@ def trained_weights(tree):
     }
 
 
-def once_trained_weights(tree):
+def once_trained_weights(tree: LayerTree) -> dict[str, keras.Variable]:
     """Dict of path to weight, of what was trained beside any adapters.
 
     Of those that are there, and of those that were removed.
@@ -133,7 +144,9 @@ def once_trained_weights(tree):
     }
 
 
-def changed_state(tree, if_noted=False):
+def changed_state(
+    tree: LayerTree, if_noted: bool = False
+) -> dict[str, keras.Variable]:
     """Dict of path to weight, of what layers changed without a gradient.
 
     Such as moving averages: where it is not what it was when the model was
@@ -153,7 +166,7 @@ def changed_state(tree, if_noted=False):
     }
 
 
-def note_state(tree):
+def note_state(tree: LayerTree) -> None:
     """Remembers the state of layers, so that a change of it will be seen.
 
     Args:
@@ -166,12 +179,12 @@ def note_state(tree):
             note_digest(weight, _digest(weight))
 
 
-def note_digest(weight, digest):
+def note_digest(weight: Any, digest: str | None) -> None:
     """Remembers a weight by its digest, a string, or forgets it by `None`."""
     weight.noted_digest = digest
 
 
-def noted_state(tree):
+def noted_state(tree: LayerTree) -> dict[str, str]:
     """Dict of path to digest, of what `note_state` remembers."""
     return {
         path: _noted_digest(weight)
@@ -180,9 +193,9 @@ def noted_state(tree):
     }
 
 
-def state_ids_of(tree):
+def state_ids_of(tree: LayerTree) -> set[int]:
     """The ids of the weights that layers may change without a gradient."""
-    ids = set()
+    ids: set[int] = set()
     for layer in tree.all_layers:
         # What quantization leaves is no state, and large.
         if getattr(layer, "quantization_mode", None) is None:
@@ -208,7 +221,7 @@ def _digest(weight):
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
-def share_losses(layers):
+def share_losses(layers: Sequence[keras.Layer]) -> None:
     """Has the adapters of a model that add a loss share its weight.
 
     Args:
@@ -219,7 +232,9 @@ def share_losses(layers):
         adapter.share_loss(len(adapters))
 
 
-def warn_of_missing_callbacks(model, layers):
+def warn_of_missing_callbacks(
+    model: keras.Model, layers: Sequence[keras.Layer]
+) -> None:
     """Warns if the method of some adapted layers needs a callback in `fit`.
 
     Args:
@@ -235,7 +250,7 @@ def warn_of_missing_callbacks(model, layers):
         warnings.warn(f"Model '{model.name}': {message}", stacklevel=4)
 
 
-def dismiss_callbacks(layers):
+def dismiss_callbacks(layers: Sequence[keras.Layer]) -> None:
     """Ends what the callbacks of adapters do, if an error has ended `fit`.
 
     Args:
@@ -247,13 +262,13 @@ def dismiss_callbacks(layers):
             layer.adapter.callback.leave()
 
 
-def remember_training(model):
+def remember_training(model: keras.Model) -> None:
     """Remembers what trains in a model, when it is about to train."""
     for weight in model.trainable_weights:
         choose(weight)
 
 
-def known_models_with(layers):
+def known_models_with(layers: Sequence[keras.Layer]) -> list[keras.Model]:
     """List of the models with adapters that hold one of the layers."""
     layer_ids = {id(layer) for layer in layers}
     return [model for model in known_models if _holds(model, layer_ids)]
@@ -267,7 +282,7 @@ def _holds(model, layer_ids):
     )
 
 
-def living_models_with(layers):
+def living_models_with(layers: Sequence[keras.Layer]) -> list[keras.Model]:
     """Every model that holds one of the layers, such as a backbone's task.
 
     Layers don't know what they are part of, so the models are looked for
@@ -288,12 +303,14 @@ def living_models_with(layers):
     ]
 
 
-def subclasses(cls):
+def subclasses(cls: type) -> set[type]:
     """Set of the class and all that derive from it."""
     return {cls}.union(*map(subclasses, cls.__subclasses__()))
 
 
-def reset_training_state(layers, keep_optimizer=True):
+def reset_training_state(
+    layers: Sequence[keras.Layer], keep_optimizer: bool = True
+) -> None:
     """Makes the models that hold the layers start anew, for other weights.
 
     Their steps are compiled again, and their optimizers have slots for the
@@ -327,8 +344,9 @@ def reset_training_state(layers, keep_optimizer=True):
 
 
 def forget_compiled_functions(
-    model, kinds=("train", "test", "predict", "generate")
-):
+    model: keras.Layer,
+    kinds: Sequence[str] = ("train", "test", "predict", "generate"),
+) -> None:
     """Makes a model compile its steps anew, for its layers as they are now."""
     for kind in kinds:
         # Also where there is none now, but for other adapters or scales.
@@ -336,7 +354,7 @@ def forget_compiled_functions(
             setattr(model, f"{kind}_function", None)
 
 
-def refuse_while_running(layers):
+def refuse_while_running(layers: Sequence[keras.Layer]) -> None:
     """Raises a `ValueError` if a model that holds one of the layers runs `fit`.
 
     Or something like it: what is compiled then, and on JAX where the weights

@@ -1,8 +1,15 @@
 """The layers of a model and their weights, by paths that come back."""
 
+from __future__ import annotations
+
 import collections
 import functools
 import re
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
+
+import keras
 
 from keras_fvae.backend import keras_internals
 from keras_fvae.layers.adapted import AdaptedLayer
@@ -19,9 +26,9 @@ class LayerTree:
         model: `keras.Model` or layer.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Layer) -> None:
         self.model = model
-        self.adapted = []
+        self.adapted: list[keras.Layer] = []
         self._pairs, inner_ids = [], set()
         for path, layer in keras_internals.walk_layers(model):
             if isinstance(layer, AdaptedLayer):
@@ -34,12 +41,12 @@ class LayerTree:
                 self._pairs.append((path, layer))
 
     @property
-    def all_layers(self):
+    def all_layers(self) -> list[keras.Layer]:
         """List of the model and all layers inside it."""
         return [layer for _, layer in self._pairs]
 
     @functools.cached_property
-    def layers(self):
+    def layers(self) -> dict[str, keras.Layer]:
         """Dict of path to layer, of all inside the model that have weights.
 
         Those without are left out: the same model may have a preprocessor or
@@ -52,7 +59,7 @@ class LayerTree:
         )
 
     @functools.cached_property
-    def weights(self):
+    def weights(self) -> dict[str, keras.Variable]:
         """Dict of path to weight, of all that are not an adapter's."""
         return numbered(
             (f"{path}/{weight.name}".lstrip("/"), weight)
@@ -60,7 +67,7 @@ class LayerTree:
         )
 
     @functools.cached_property
-    def owned_weights(self):
+    def owned_weights(self) -> list[tuple[str, keras.Layer, keras.Variable]]:
         """Tuples of a layer's path, the layer, and a weight of its own.
 
         In the order of `model.weights`.
@@ -82,7 +89,7 @@ class LayerTree:
             if id(weight) not in adapter_ids
         ]
 
-    def ancestors(self, layers):
+    def ancestors(self, layers: Sequence[keras.Layer]) -> list[keras.Layer]:
         """The model and the layers inside it that hold one of the layers."""
         parents = collections.defaultdict(list)
         for _, layer in self._pairs:
@@ -97,15 +104,20 @@ class LayerTree:
         return [layer for layer in self.all_layers if id(layer) in found]
 
 
-def is_adaptable(layer):
+def is_adaptable(layer: keras.Layer) -> bool:
     """Whether a layer is adapted, or of a class that can be."""
     return (
         isinstance(layer, AdaptedLayer)
-        or adapted_class_of(type(layer)) is not None
+        or adapted_class_of(type(layer)) is not None  # type: ignore[arg-type]
     )
 
 
-def match_paths(recorded_paths, objects, name="", recorded_name=""):
+def match_paths(
+    recorded_paths: Sequence[str],
+    objects: dict[str, Any],
+    name: str = "",
+    recorded_name: str = "",
+) -> dict[str, Any]:
     """Objects by the paths that they were recorded with.
 
     Where a layer has no name, Keras makes one up, with a number that depends
@@ -129,7 +141,7 @@ def match_paths(recorded_paths, objects, name="", recorded_name=""):
     return objects
 
 
-def bare_path(path, name=""):
+def bare_path(path: str, name: str = "") -> str:
     """A path without what may be another each time a model is made.
 
     Args:
@@ -144,7 +156,7 @@ def bare_path(path, name=""):
     return "/".join(map(bare, path.split("/")))
 
 
-def numbered(pairs):
+def numbered(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A dict of pairs; where a path is taken, it gets a number behind it."""
     by_path = {}
     for path, value in pairs:

@@ -1,10 +1,20 @@
 """What the optimizers take: numbers, and other optimizers."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import TypeAlias
+
 import keras
 
 from keras_fvae.backend.keras_internals import JointOptimizer
 from keras_fvae.layers.config import is_finite
 
+LearningRate: TypeAlias = (
+    float | keras.optimizers.schedules.LearningRateSchedule
+)
 # What happens to gradients before there is a step.
 BEFORE_THE_STEP = (
     "clipnorm",
@@ -15,7 +25,9 @@ BEFORE_THE_STEP = (
 )
 
 
-def check_number(name, value, allowed, is_allowed):
+def check_number(
+    name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]
+) -> None:
     """Raises a `ValueError` if a number is not allowed.
 
     Args:
@@ -30,7 +42,9 @@ def check_number(name, value, allowed, is_allowed):
         )
 
 
-def get_inner_optimizer(name, optimizer, outer, reserved):
+def get_inner_optimizer(
+    name: str, optimizer: Any, outer: str, reserved: Sequence[str]
+) -> keras.optimizers.Optimizer:
     """The optimizer that another one is to call.
 
     Args:

@@ -1,12 +1,17 @@
 """Eigenvalues of the many small matrices of a model's pairs."""
 
+from __future__ import annotations
+
 import itertools
 import math
+from collections.abc import Sequence
 
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 
-def batched_eigh(matrices):
+
+def batched_eigh(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Eigenvalues and eigenvectors of positive semidefinite matrices.
 
     Those of one size go in one call, because a GPU takes about as long for a
@@ -41,13 +46,13 @@ def batched_eigh(matrices):
     return [results[i] for i in range(len(matrices))]
 
 
-def function_of(eigenvalues, eigenvectors):
+def function_of(eigenvalues: Tensor, eigenvectors: Tensor) -> Tensor:
     """The symmetric matrices with these eigenvalues and eigenvectors."""
     return ops.matmul(
         eigenvectors * ops.expand_dims(eigenvalues, -2), transpose(eigenvectors)
     )
 
 
-def transpose(matrix):
+def transpose(matrix: Tensor) -> Tensor:
     """A tensor of shape `(..., n, m)`, of one of shape `(..., m, n)`."""
     return ops.swapaxes(matrix, -1, -2)

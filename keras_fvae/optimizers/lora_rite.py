@@ -1,14 +1,20 @@
 """LoRA-RITE: an optimizer of A and B that sees the product A B alone."""
 
+from __future__ import annotations
+
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.config import check_boolean
+from keras_fvae.optimizers.arguments import LearningRate
 from keras_fvae.optimizers.arguments import check_number
 from keras_fvae.optimizers.eigen import transpose
 from keras_fvae.optimizers.lora_rite_step import State
@@ -105,28 +111,28 @@ class LoRARITE(PairOptimizer):
 
     def __init__(
         self,
-        learning_rate=3e-4,
-        other_optimizer=None,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-6,
-        unmagnified_clipnorm=1.0,
-        skip_threshold=1.0,
-        escaped_mass=False,
-        weight_decay=None,
-        name="lora_rite",
-        **kwargs,
-    ):
+        learning_rate: LearningRate = 3e-4,
+        other_optimizer: keras.optimizers.Optimizer | None = None,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-6,
+        unmagnified_clipnorm: float | None = 1.0,
+        skip_threshold: float | None = 1.0,
+        escaped_mass: bool = False,
+        weight_decay: float | None = None,
+        name: str = "lora_rite",
+        **kwargs: Any,
+    ) -> None:
         for argument, value in (("beta_1", beta_1), ("beta_2", beta_2)):
             check_number(
                 argument, value, "a number in [0, 1)", lambda v: 0 <= v < 1
             )
-        for argument, value in (
+        for argument, number in (
             ("epsilon", epsilon),
             ("unmagnified_clipnorm", unmagnified_clipnorm),
             ("skip_threshold", skip_threshold),
         ):
-            if value is not None or argument == "epsilon":
+            if number is not None or argument == "epsilon":
                 check_number(
                     argument, value, "a positive number", lambda v: v > 0
                 )
@@ -145,7 +151,7 @@ class LoRARITE(PairOptimizer):
         self.skip_threshold = skip_threshold
         self.escaped_mass = escaped_mass
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
             return
         pairs = find_pairs(variables, type(self).__name__)
@@ -185,7 +191,9 @@ class LoRARITE(PairOptimizer):
             (len(self.paths),), dtype="int32", name="skips"
         )
 
-    def step_pairs(self, gradients, learning_rate):
+    def step_pairs(
+        self, gradients: list[Tensor | None], learning_rate: Tensor
+    ) -> None:
         variables = self.optimized_variables
         kernels = [variables[index] for index in self.factors]
         gradients = self.whole_gradients(gradients, self.factors)
@@ -233,7 +241,9 @@ class LoRARITE(PairOptimizer):
             ],
         )
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
         super().finalize_variable_values(var_list)
         if self.built:
             self._warn_of_stall()
@@ -256,7 +266,7 @@ class LoRARITE(PairOptimizer):
             stacklevel=3,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "beta_1": self.beta_1,
@@ -268,7 +278,7 @@ class LoRARITE(PairOptimizer):
         }
 
 
-def tall(tensors):
+def tall(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A as it is, every second tensor, of B, transposed; or back again."""
     return [
         transpose(tensor) if index % 2 else ops.convert_to_tensor(tensor)

@@ -11,12 +11,16 @@ unmagnified, does not depend on how the product is divided, but for the basis
 U, from which the moments turn to that of the next step.
 """
 
+from __future__ import annotations
+
 import math
 import typing
+from collections.abc import Sequence
 
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.optimizers.eigen import batched_eigh
 from keras_fvae.optimizers.eigen import function_of
 from keras_fvae.optimizers.eigen import transpose
@@ -32,22 +36,22 @@ class State(typing.NamedTuple):
         escaped_masses: Of shape `(..., 1, 1)`; none, to do without.
     """
 
-    bases: list
-    momentums: list
-    second_moments: list
-    escaped_masses: list
+    bases: list[Tensor]
+    momentums: list[Tensor]
+    second_moments: list[Tensor]
+    escaped_masses: list[Tensor]
 
 
 def step_factors(
-    weights,
-    gradients,
-    state,
-    beta_1,
-    beta_2,
-    epsilon,
-    unmagnified_clipnorm,
-    skip_threshold,
-):
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    state: State,
+    beta_1: Tensor,
+    beta_2: Tensor,
+    epsilon: float,
+    unmagnified_clipnorm: float | None,
+    skip_threshold: float | None,
+) -> tuple[list[Tensor], State, Tensor]:
     """In which directions the factors go.
 
     Args:
@@ -107,12 +111,12 @@ def step_factors(
     return directions, new_state, is_skipped
 
 
-def of_partners(values):
+def of_partners(values: Sequence[Tensor]) -> list[Tensor]:
     """For each factor, what there is of the other one of its pair."""
     return [values[index ^ 1] for index in range(len(values))]
 
 
-def corrected_decay(beta, step):
+def corrected_decay(beta: float, step: Tensor) -> Tensor:
     """The decay rate with which a moving average needs no correction.
 
     That is `beta (1 - beta^(step - 1)) / (1 - beta^step)`, without the
@@ -128,7 +132,9 @@ def corrected_decay(beta, step):
     return beta * ops.expm1((step - 1) * log_beta) / ops.expm1(step * log_beta)
 
 
-def orthonormal_bases(weights):
+def orthonormal_bases(
+    weights: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
     """Orthonormal bases U of the columns of matrices W = U R.
 
     Args:
@@ -151,7 +157,9 @@ def orthonormal_bases(weights):
     return bases, inverses
 
 
-def skip(gradients, threshold):
+def skip(
+    gradients: Sequence[Tensor], threshold: float | None
+) -> tuple[list[Tensor], Tensor]:
     """Sets gradients to 0 whose root mean square is above a threshold.
 
     Args:
@@ -171,7 +179,7 @@ def skip(gradients, threshold):
     return kept, ops.concatenate([ops.reshape(s, (-1,)) for s in is_skipped])
 
 
-def clip(gradients, norm):
+def clip(gradients: list[Tensor], norm: float | None) -> list[Tensor]:
     """Clips a list of tensors to a norm of them all; `None` leaves them."""
     if norm is None:
         return gradients
@@ -179,17 +187,17 @@ def clip(gradients, norm):
     return [g * (norm / ops.maximum(total, norm)) for g in gradients]
 
 
-def mean_square(gradient):
+def mean_square(gradient: Tensor) -> Tensor:
     """`G^T G / n`, of shape `(..., rank, rank)`."""
     return ops.matmul(transpose(gradient), gradient) / gradient.shape[-2]
 
 
-def symmetric(matrix):
+def symmetric(matrix: Tensor) -> Tensor:
     """A symmetric matrix again, after rounding."""
     return (matrix + transpose(matrix)) / 2
 
 
-def escape(before, turned):
+def escape(before: Sequence[Tensor], turned: Sequence[Tensor]) -> list[Tensor]:
     """How much of second moments is lost where they turn.
 
     Args:
@@ -216,7 +224,12 @@ def escape(before, turned):
     ]
 
 
-def whiten(gradients, second_moments, escaped_masses, epsilon):
+def whiten(
+    gradients: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    escaped_masses: Sequence[Tensor],
+    epsilon: float,
+) -> list[Tensor]:
     """`G (V + escaped_mass I)^(-1/2)`, with epsilon added to the roots.
 
     Args:

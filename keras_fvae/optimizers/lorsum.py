@@ -5,17 +5,31 @@ product is meant: `[(-0.1, (G,)), (-0.05, (P, Q))]` is `-0.1 G - 0.05 P Q`.
 Neither such a product nor the sum is ever formed.
 """
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Sequence
+from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.optimizers.eigen import batched_eigh
 from keras_fvae.optimizers.eigen import function_of
 from keras_fvae.optimizers.eigen import transpose
 
+Sum: TypeAlias = Sequence[tuple[Any, Sequence[Tensor]]]
 
-def lorsum(lefts, rights, sums, proximal_weight, num_iterations):
+
+def lorsum(
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    sums: Sequence[Sum],
+    proximal_weight: float | Tensor,
+    num_iterations: int,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Brings products A B of two factors nearer to `A_0 B_0 + S`.
 
     A_0 and B_0 are the factors given, S is a sum, and w the proximal weight.
@@ -80,7 +94,14 @@ def lorsum(lefts, rights, sums, proximal_weight, num_iterations):
     return new_lefts, new_rights
 
 
-def scaled_lorsum(lefts, rights, sums, scales, proximal_weight, num_iterations):
+def scaled_lorsum(
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    sums: Sequence[Sum],
+    scales: Sequence[tuple[Tensor, Tensor]],
+    proximal_weight: float | Tensor,
+    num_iterations: int,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """LoRSum that is near in a norm of its own, `|rows * . * columns|`.
 
     So it is LoRSum of `rows * A_0` and `B_0 * columns`. Sums are of gradients,
@@ -112,18 +133,20 @@ def scaled_lorsum(lefts, rights, sums, scales, proximal_weight, num_iterations):
     )
 
 
-def unscale(terms, rows, columns):
+def unscale(terms: Sum, rows: Tensor, columns: Tensor) -> Sum:
     """A sum whose rows and columns are divided by what they weigh."""
     unscaled = []
     for coefficient, factors in terms:
-        factors = [*factors]
-        factors[0] = factors[0] / rows
-        factors[-1] = factors[-1] / columns
-        unscaled.append((coefficient, factors))
+        parts = [*factors]
+        parts[0] = parts[0] / rows
+        parts[-1] = parts[-1] / columns
+        unscaled.append((coefficient, parts))
     return unscaled
 
 
-def proximal_inverses(grams, proximal_weight):
+def proximal_inverses(
+    grams: Sequence[Tensor], proximal_weight: float | Tensor
+) -> list[Tensor]:
     """`(M + w I)^-1` of positive semidefinite matrices M of `(rank, rank)`."""
     inverses = []
     for eigenvalues, eigenvectors in batched_eigh(grams):
@@ -133,7 +156,7 @@ def proximal_inverses(grams, proximal_weight):
     return inverses
 
 
-def times(terms, matrix):
+def times(terms: Sum, matrix: Tensor) -> Tensor:
     """A sum times a matrix of few columns."""
     return sum(
         coefficient
@@ -146,7 +169,7 @@ def times(terms, matrix):
     )
 
 
-def multiply(matrix, terms):
+def multiply(matrix: Tensor, terms: Sum) -> Tensor:
     """A matrix of few rows times a sum."""
     return sum(
         coefficient * functools.reduce(ops.matmul, factors, matrix)

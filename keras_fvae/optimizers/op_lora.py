@@ -1,11 +1,18 @@
 """OPLoRA: steps of A and B towards the step of the whole kernel."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.config import check_boolean
 from keras_fvae.layers.config import is_integer
+from keras_fvae.optimizers.arguments import LearningRate
 from keras_fvae.optimizers.arguments import check_number
 from keras_fvae.optimizers.op_lora_step import projected_step
 from keras_fvae.optimizers.op_lora_step import step
@@ -124,19 +131,19 @@ class OPLoRA(PairOptimizer):
 
     def __init__(
         self,
-        learning_rate,
-        other_optimizer=None,
-        momentum=0.0,
-        num_iterations=1,
-        proximal_weight=1e-2,
-        projected_momentum=False,
-        scaled=False,
-        beta_1=0.9,
-        beta_2=0.99,
-        damping=1e-5,
-        name="op_lora",
-        **kwargs,
-    ):
+        learning_rate: LearningRate,
+        other_optimizer: keras.optimizers.Optimizer | None = None,
+        momentum: float = 0.0,
+        num_iterations: int = 1,
+        proximal_weight: float = 1e-2,
+        projected_momentum: bool = False,
+        scaled: bool = False,
+        beta_1: float = 0.9,
+        beta_2: float = 0.99,
+        damping: float = 1e-5,
+        name: str = "op_lora",
+        **kwargs: Any,
+    ) -> None:
         if kwargs.get("weight_decay") is not None:
             raise ValueError(
                 "`OPLoRA` has no weight decay of A and B; that of other "
@@ -193,7 +200,7 @@ class OPLoRA(PairOptimizer):
         self.beta_2 = beta_2
         self.damping = damping
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
             return
         pairs = find_pairs(variables, type(self).__name__)
@@ -234,13 +241,15 @@ class OPLoRA(PairOptimizer):
             )
 
     @property
-    def coefficients(self):
+    def coefficients(self) -> tuple[float, float]:
         """What G and M weigh, in the step and in the new M."""
         if self.scaled:
             return 1.0 - self.beta_1, self.beta_1
         return 1.0, self.momentum
 
-    def step_pairs(self, gradients, learning_rate):
+    def step_pairs(
+        self, gradients: list[Tensor | None], learning_rate: Tensor
+    ) -> None:
         self._check_gradients(gradients)
         variables = self.optimized_variables
         pairs = [
@@ -258,13 +267,13 @@ class OPLoRA(PairOptimizer):
             self.num_iterations,
         )
         if self.projected_momentum:
-            state = pairs, former_pairs, momentums
-            stepped = projected_step(
+            state: Any = pairs, former_pairs, momentums
+            stepped: Any = projected_step(  # type: ignore[call-arg]
                 *map(_to_tensors, state), of_kernels, self.momentum, *how
             )
         else:
             state = pairs, momentums
-            stepped = step(
+            stepped = step(  # type: ignore[call-arg]
                 *map(_to_tensors, state),
                 of_kernels,
                 self.coefficients,
@@ -338,7 +347,7 @@ class OPLoRA(PairOptimizer):
                     "the loss."
                 )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "momentum": self.momentum,

@@ -4,8 +4,14 @@ A list of pairs `(A, B)` is of tensors of shape `(d, rank)` and `(rank, k)`; the
 gradients are those of the kernels, G of shape `(d, k)`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 from keras import ops
 
+from keras_fvae.backend.types import Tensor
 from keras_fvae.optimizers.eigen import transpose
 from keras_fvae.optimizers.lorsum import lorsum
 from keras_fvae.optimizers.lorsum import proximal_inverses
@@ -13,15 +19,15 @@ from keras_fvae.optimizers.lorsum import scaled_lorsum
 
 
 def step(
-    pairs,
-    momentums,
-    gradients,
-    coefficients,
-    learning_rate,
-    proximal_weight,
-    num_iterations,
-    scales=None,
-):
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    momentums: Sequence[tuple[Tensor, Tensor]],
+    gradients: Sequence[Tensor],
+    coefficients: tuple[float, float],
+    learning_rate: Tensor,
+    proximal_weight: float | Tensor,
+    num_iterations: int,
+    scales: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """Brings A B near to `A B - learning_rate * (a G + b M)`.
 
     And then M to `a G + b M`, which is a product of two factors as well.
@@ -41,7 +47,9 @@ def step(
         The new lists of pairs and of momentums.
     """
     of_gradient, of_momentum = coefficients
-    sums = [[(-learning_rate * of_gradient, (g,))] for g in gradients]
+    sums: list[list[tuple[Any, tuple[Tensor, ...]]]] = [
+        [(-learning_rate * of_gradient, (g,))] for g in gradients
+    ]
     for terms, momentum in zip(sums, momentums):
         terms.append((-learning_rate * of_momentum, momentum))
     sums += [
@@ -60,15 +68,19 @@ def step(
 
 
 def projected_step(
-    pairs,
-    former_pairs,
-    momentums,
-    gradients,
-    momentum,
-    learning_rate,
-    proximal_weight,
-    num_iterations,
-):
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    former_pairs: Sequence[tuple[Tensor, Tensor]],
+    momentums: Sequence[tuple[Tensor, Tensor]],
+    gradients: Sequence[Tensor],
+    momentum: float,
+    learning_rate: Tensor,
+    proximal_weight: float | Tensor,
+    num_iterations: int,
+) -> tuple[
+    list[tuple[Tensor, Tensor]],
+    list[tuple[Tensor, Tensor]],
+    list[tuple[Tensor, Tensor]],
+]:
     """Brings A B near to `A B - learning_rate * G`, then on by a momentum.
 
     A momentum `(M_A, M_B)` stands for `M_A B' + A' M_B`, with the factors A'
@@ -89,8 +101,9 @@ def projected_step(
         The new lists of pairs, former pairs and momentums.
     """
     sums = [[(-learning_rate, (gradient,))] for gradient in gradients]
+    lefts, rights = zip(*pairs)
     middle = [
-        *zip(*lorsum(*zip(*pairs), sums, proximal_weight, num_iterations))
+        *zip(*lorsum(lefts, rights, sums, proximal_weight, num_iterations))
     ]
     inverses = proximal_inverses(
         [

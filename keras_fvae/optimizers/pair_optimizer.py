@@ -1,11 +1,20 @@
 """What the optimizers of pairs have in common: the weights in no pair."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_fvae.backend import replicas
 from keras_fvae.backend.keras_internals import JointOptimizer
+from keras_fvae.backend.types import Tensor
 from keras_fvae.optimizers.arguments import BEFORE_THE_STEP
+from keras_fvae.optimizers.arguments import LearningRate
 from keras_fvae.optimizers.arguments import get_inner_optimizer
 
 
@@ -23,7 +32,12 @@ class PairOptimizer(JointOptimizer):
         **kwargs: As of `keras.optimizers.Optimizer`.
     """
 
-    def __init__(self, learning_rate, other_optimizer, **kwargs):
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        other_optimizer: keras.optimizers.Optimizer | None,
+        **kwargs: Any,
+    ) -> None:
         if other_optimizer is not None:
             other_optimizer = get_inner_optimizer(
                 "other_optimizer",
@@ -32,13 +46,17 @@ class PairOptimizer(JointOptimizer):
                 (*BEFORE_THE_STEP, "use_ema"),
             )
         super().__init__(learning_rate, **kwargs)
-        self.other_optimizer = other_optimizer
+        self.other_optimizer: Any = other_optimizer
 
-    def step_pairs(self, gradients, learning_rate):
+    def step_pairs(
+        self, gradients: list[Tensor | None], learning_rate: Tensor
+    ) -> None:
         """Steps what belongs to pairs; the arguments are `joint_step`'s."""
         raise NotImplementedError
 
-    def build_others(self, variables, of_pairs):
+    def build_others(
+        self, variables: Sequence[keras.Variable], of_pairs: AbstractSet[int]
+    ) -> None:
         """Builds the optimizer of the weights that are in no pair.
 
         Args:
@@ -48,7 +66,7 @@ class PairOptimizer(JointOptimizer):
         Raises:
             ValueError: If there are such weights, and no optimizer.
         """
-        self.others = tuple(
+        self.others: tuple[int, ...] = tuple(
             index for index in range(len(variables)) if index not in of_pairs
         )
         others = [variables[index] for index in self.others]
@@ -64,7 +82,9 @@ class PairOptimizer(JointOptimizer):
                 "`other_optimizer=keras.optimizers.AdamW(1e-3)`."
             )
 
-    def joint_step(self, gradients, learning_rate):
+    def joint_step(
+        self, gradients: list[Tensor | None], learning_rate: Tensor
+    ) -> None:
         self.step_pairs(gradients, learning_rate)
         variables = self.optimized_variables
         others = [
@@ -75,7 +95,9 @@ class PairOptimizer(JointOptimizer):
         if others:
             self.other_optimizer.apply_gradients(others)
 
-    def whole_gradients(self, gradients, indices):
+    def whole_gradients(
+        self, gradients: list[Tensor | None], indices: Iterable[int]
+    ) -> list[Tensor]:
         """Gradients over all replicas, 0 for what the loss does not depend on.
 
         Args:
@@ -97,12 +119,12 @@ class PairOptimizer(JointOptimizer):
         )
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         if self.other_optimizer is None:
             return super().variables
         return super().variables + self.other_optimizer.variables
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "other_optimizer": self.other_optimizer

@@ -1,7 +1,16 @@
 """Which of a model's variables are the two factors of one update."""
 
+from __future__ import annotations
 
-def find_pairs(variables, optimizer_name):
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+
+def find_pairs(
+    variables: Sequence[keras.Variable], optimizer_name: str
+) -> tuple[tuple[int, int], ...]:
     """Finds the factors A and B of each adapter.
 
     These are `kernel_a` of shape `(..., d, rank)` and `kernel_b` of shape
@@ -48,7 +57,11 @@ def find_pairs(variables, optimizer_name):
     return tuple(pairs)
 
 
-def find_beside(name, variables, pairs):
+def find_beside(
+    name: str,
+    variables: Sequence[keras.Variable],
+    pairs: Sequence[tuple[int, int]],
+) -> tuple[Any, ...]:
     """Finds the variables of a name that the adapters have beside their pairs.
 
     Args:

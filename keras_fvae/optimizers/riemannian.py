@@ -1,10 +1,17 @@
 """Riemannian preconditioning: gradients in the metric of the product A B."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_fvae.backend.keras_internals import JointOptimizer
+from keras_fvae.backend.types import Tensor
 from keras_fvae.optimizers.arguments import BEFORE_THE_STEP
+from keras_fvae.optimizers.arguments import LearningRate
 from keras_fvae.optimizers.arguments import check_number
 from keras_fvae.optimizers.arguments import get_inner_optimizer
 from keras_fvae.optimizers.eigen import batched_eigh
@@ -70,8 +77,12 @@ class RiemannianPreconditioning(JointOptimizer):
     """
 
     def __init__(
-        self, inner_optimizer, regularization=1e-2, name=None, **kwargs
-    ):
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        regularization: float = 1e-2,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         for setting in kwargs:
             if setting not in BEFORE_THE_STEP:
                 raise ValueError(
@@ -96,14 +107,16 @@ class RiemannianPreconditioning(JointOptimizer):
         self.inner_optimizer = inner_optimizer
         self.regularization = regularization
 
-    def build(self, variables):
+    def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
             return
         self.pairs = find_pairs(variables, type(self).__name__)
         self.inner_optimizer.build(variables)
         super().build(variables)
 
-    def joint_step(self, gradients, learning_rate):
+    def joint_step(
+        self, gradients: list[Tensor | None], learning_rate: Tensor
+    ) -> None:
         gradients = self.precondition(gradients)
         self.inner_optimizer.apply_gradients(
             (gradient, variable)
@@ -111,7 +124,9 @@ class RiemannianPreconditioning(JointOptimizer):
             if gradient is not None
         )
 
-    def precondition(self, gradients):
+    def precondition(
+        self, gradients: list[Tensor | None]
+    ) -> list[Tensor | None]:
         """What the inner optimizer gets in the place of gradients.
 
         Args:
@@ -144,21 +159,23 @@ class RiemannianPreconditioning(JointOptimizer):
         return result
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         return super().variables + self.inner_optimizer.variables
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: LearningRate) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(

@@ -1,17 +1,27 @@
 """FVAE-LoRA as a method: z1 in the place of `x A`, and the loss of the FVAE."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
 from keras_fvae.backend.noise import initial_generator
 from keras_fvae.backend.scoped import ScopedValue
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import LowRankAdapter
+from keras_fvae.layers.frozen import FrozenCall
+from keras_fvae.layers.sharding import WeightAxes
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.fvae import FVAE
 
 # Where adapted layers put their posteriors, if anywhere.
@@ -28,13 +38,13 @@ class RecordedPosteriors(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded_posteriors():
+def recorded_posteriors() -> Iterator[list[RecordedPosteriors]]:
     """Records the posteriors of the adapted layers called inside the block.
 
     Yields:
         List, to which each call at inference adds a `RecordedPosteriors`.
     """
-    records = []
+    records: list[RecordedPosteriors] = []
     with _recorded.set_to(records):
         yield records
 
@@ -46,15 +56,17 @@ class FVAELoRAAdapter(LowRankAdapter):
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
+    config: FVAELoRAConfig
+
     adds_loss = True
-    weight_axes = {
+    weight_axes: WeightAxes = {
         "kernel_b": (None, "output"),
         "feature_weights": ("input", None),
         "latent_weights": (None,),
     }
 
-    def build_projection(self):
-        self.fvae = FVAE(
+    def build_projection(self) -> None:
+        self.fvae: FVAE = FVAE(
             dataclasses.replace(self.config, seed=self.initial_seed),
             self.finalized,
             dtype=self.dtype_policy,
@@ -62,13 +74,13 @@ class FVAELoRAAdapter(LowRankAdapter):
         )
         self.fvae.build((None, self.width))
 
-    def initial_kernel_b(self):
+    def initial_kernel_b(self) -> np.ndarray:
         if self.config.zero_at_start == "kernel_b":
             return super().initial_kernel_b()
         generator = initial_generator(self.initial_seed, "kernel_b")
         return 0.02 * generator.normal(size=(self.config.rank, self.units))
 
-    def project(self, frozen, training):
+    def project(self, frozen: FrozenCall, training: bool) -> Tensor:
         """The latent z1 of each token; in training, the loss is added.
 
         In training z1 is drawn; at inference it is its posterior mean, unless
@@ -92,7 +104,9 @@ class FVAELoRAAdapter(LowRankAdapter):
             z1 = ops.mean(z1, axis=0)
         return z1
 
-    def merge(self, kernel, bias):
+    def merge(
+        self, kernel: np.ndarray, bias: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self.config.sample_at_inference:
             raise ValueError(
                 "it samples at inference (sample_at_inference=True), so its "
@@ -112,14 +126,14 @@ class FVAELoRAAdapter(LowRankAdapter):
             bias + arrays["encoder_bias_0"][0] @ kernel_b,
         )
 
-    def changes_state(self, training):
+    def changes_state(self, training: bool) -> bool:
         return self.config.sample_at_inference or self.is_drawn(training)
 
-    def share_loss(self, num_adapters):
+    def share_loss(self, num_adapters: int) -> None:
         self.fvae.num_sharing = num_adapters
 
     @property
-    def is_zero(self):
+    def is_zero(self) -> bool:
         arrays = self.get_arrays(finalized=True)
         last = len(self.config.hidden_units)
         has_mean = any(
@@ -129,10 +143,10 @@ class FVAELoRAAdapter(LowRankAdapter):
         return not (has_mean and arrays["kernel_b"].any())
 
     @property
-    def is_trainable(self):
+    def is_trainable(self) -> bool:
         return bool(self.fvae.trainable_weights)
 
-    def check_can_finalize(self):
+    def check_can_finalize(self) -> None:
         if self.config.sample_at_inference:
             raise ValueError(
                 "it samples at inference (sample_at_inference=True), which "
@@ -140,21 +154,25 @@ class FVAELoRAAdapter(LowRankAdapter):
                 "up without"
             )
 
-    def get_arrays(self, finalized=False, read_kernel=None):
+    def get_arrays(
+        self,
+        finalized: bool = False,
+        read_kernel: Callable[[], np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
         kernel_b = {"kernel_b": replicas.to_numpy(self.kernel_b)}
         return {**kernel_b, **self.fvae.get_arrays(finalized)}
 
-    def set_arrays(self, arrays):
+    def set_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         self.kernel_b.assign(arrays["kernel_b"])
         self.fvae.set_arrays(arrays)
 
     @property
-    def array_shapes(self):
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
         kernel_b = {"kernel_b": tuple(self.kernel_b.shape)}
         return {**kernel_b, **self.fvae.array_shapes}
 
     @property
-    def num_inference_parameters(self):
+    def num_inference_parameters(self) -> int:
         rank, units = self.kernel_b.shape
         return rank * units + self.fvae.num_inference_parameters
 

@@ -1,6 +1,12 @@
 """The settings of FVAE-LoRA."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import Any
+from typing import ClassVar
+from typing import Literal
+from typing import Self
 
 from keras_fvae.layers.config import DEFAULT_RANK
 from keras_fvae.layers.config import AdapterConfig
@@ -117,23 +123,23 @@ class FVAELoRAConfig(AdapterConfig):
     encoder_shared_trunk: bool = True
     decoder_units: tuple[int, ...] = (128, 128, 128)
     dropout: float = 0.3
-    latent_fusion: str = "concat"
+    latent_fusion: Literal["concat", "average"] = "concat"
     prior_mean: float = 1.5
     prior_std: float = 1.0
-    objective: str = "fvae"
+    objective: Literal["fvae", "vae2lat", "beta_vae2lat"] = "fvae"
     reconstruction_weight: float = 1.0
     kl_weight: float = 1.0
     gamma_weight: float | tuple[float, float] | None = None
-    gamma_estimator: str = "closed_form"
+    gamma_estimator: Literal["closed_form", "monte_carlo"] = "closed_form"
     elbo_weight: float = 1e-3
     num_samples: int = 1
     rematerialize: bool = False
     sample_at_inference: bool = False
     initial_log_variance: float = 0.0
-    zero_at_start: str = "z1_mean"
+    zero_at_start: Literal["z1_mean", "kernel_b"] = "z1_mean"
 
     method_name = "FVAE-LoRA"
-    training_settings = (
+    training_settings: ClassVar[tuple[str, ...]] = (
         "dropout",
         "prior_mean",
         "prior_std",
@@ -150,7 +156,7 @@ class FVAELoRAConfig(AdapterConfig):
         "seed",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("num_samples", minimum=1)
         if self.encoder_units is not None:
@@ -176,7 +182,7 @@ class FVAELoRAConfig(AdapterConfig):
         self._check_gamma_weight()
 
     @classmethod
-    def from_paper(cls, rank=DEFAULT_RANK, **options):
+    def from_paper(cls, rank: int = DEFAULT_RANK, **options: Any) -> Self:
         """The settings that the authors published.
 
         Each encoder has one hidden layer, as wide as the rank, and the dropout
@@ -201,10 +207,11 @@ class FVAELoRAConfig(AdapterConfig):
         >>> config.encoder_units, config.dropout
         ((8,), 0.1)
         """
-        return cls(rank, **{"encoder_units": (rank,), "dropout": 0.1} | options)
+        published: dict[str, Any] = {"encoder_units": (rank,), "dropout": 0.1}
+        return cls(rank, **published | options)
 
     @property
-    def adapter_class(self):
+    def adapter_class(self) -> Any:
         """`FVAELoRAAdapter`."""
         # Which imports this module.
         from keras_fvae.methods.fvae.adapter import FVAELoRAAdapter
@@ -212,14 +219,14 @@ class FVAELoRAConfig(AdapterConfig):
         return FVAELoRAAdapter
 
     @property
-    def hidden_units(self):
+    def hidden_units(self) -> tuple[int, ...]:
         """Tuple of integers, the widths of an encoder's hidden layers."""
         if self.encoder_units is None:
             return (4 * self.rank,)
         return self.encoder_units
 
     @property
-    def gamma_weights(self):
+    def gamma_weights(self) -> tuple[float, float]:
         """Pair of floats, gamma's weights for `z1` and for `z2`."""
         if self.gamma_weight is None:
             return (min(2 / self.rank, 0.5),) * 2
@@ -228,7 +235,7 @@ class FVAELoRAConfig(AdapterConfig):
         return (self.gamma_weight,) * 2
 
     @property
-    def prior(self):
+    def prior(self) -> tuple[float, float]:
         """Pair of floats, mean and standard deviation of `p2`."""
         return self.prior_mean, self.prior_std
 
@@ -267,7 +274,11 @@ class FVAELoRAConfig(AdapterConfig):
             )
 
 
-def resolve_config(rank=DEFAULT_RANK, config=None, **config_options):
+def resolve_config(
+    rank: int = DEFAULT_RANK,
+    config: FVAELoRAConfig | None = None,
+    **config_options: Any,
+) -> FVAELoRAConfig:
     """The config that `rank`, `config` and single fields stand for together.
 
     Args:

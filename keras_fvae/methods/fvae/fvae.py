@@ -1,9 +1,14 @@
 """The variational autoencoder with two latents that takes the place of A."""
 
+from __future__ import annotations
+
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
+from typing import NoReturn
+from typing import Self
 
 import keras
 import numpy as np
@@ -18,6 +23,7 @@ from keras_fvae.backend.noise import next_seed
 from keras_fvae.backend.noise import noise_and_masks
 from keras_fvae.backend.noise import save_seed
 from keras_fvae.backend.token_mean import token_mean
+from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import masking
 from keras_fvae.layers.adapter import refuse_quantization
 from keras_fvae.methods.fvae import objective
@@ -26,7 +32,10 @@ from keras_fvae.methods.fvae.config import resolve_config
 from keras_fvae.methods.fvae.layout import REFERENCE_STD
 from keras_fvae.methods.fvae.layout import head_place
 from keras_fvae.methods.fvae.layout import reference_views
+from keras_fvae.methods.fvae.networks import ELBO
 from keras_fvae.methods.fvae.networks import STD_FLOOR
+from keras_fvae.methods.fvae.networks import Networks
+from keras_fvae.methods.fvae.networks import Posterior
 from keras_fvae.methods.fvae.networks import networks_for
 from keras_fvae.methods.fvae.networks import reparameterize
 
@@ -66,8 +75,8 @@ class ObjectiveCoefficients:
     neither trained nor saved. At first they are those of the config.
     """
 
-    def __init__(self, config):
-        self.variable = keras.Variable(
+    def __init__(self, config: FVAELoRAConfig) -> None:
+        self.variable: keras.Variable = keras.Variable(
             lambda shape, dtype: ops.convert_to_tensor(
                 np.array(self._values(config), dtype), dtype
             ),
@@ -78,12 +87,12 @@ class ObjectiveCoefficients:
             name="coefficients",
         )
 
-    def set(self, config):
+    def set(self, config: FVAELoRAConfig) -> None:
         """Sets them to those of a config."""
         self.variable.assign(self._values(config))
 
     @property
-    def elbo_weight(self):
+    def elbo_weight(self) -> Tensor:
         """Scalar tensor, the weight of all."""
         return self.variable[0]
 
@@ -92,7 +101,7 @@ class ObjectiveCoefficients:
 
 
 @keras.saving.register_keras_serializable(package="keras_fvae")
-class FVAE(keras_internals.NotRematerialized, keras.Layer):
+class FVAE(keras_internals.NotRematerialized, keras.Layer):  # type: ignore[misc]
     """Variational autoencoder with two latents: z1 for the task, z2 the rest.
 
     Two encoders give each token x its posteriors q1(z1 | x) and q2(z2 | x),
@@ -131,34 +140,45 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
-    def __init__(self, config=None, finalized=False, **kwargs):
+    def __init__(
+        self,
+        config: FVAELoRAConfig | None = None,
+        finalized: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.config = resolve_config(config=config)
         self.finalized = finalized
         self._initial_seed = choose_seed(self.config.seed)
         self.seed_generator = keras.random.SeedGenerator(self._initial_seed)
-        self.coefficients = None
+        self.coefficients: Any = None
         # Among how many FVAEs of a model the weight of the ELBO is shared.
         self.num_sharing = 1
         # `TermTotals`, while `keras_fvae.FVAELoRAMonitor` counts.
-        self.totals = None
+        self.totals: Any = None
 
-    def build(self, input_shape):
-        self.networks = networks_for(
+    def build(self, input_shape: tuple[Any, ...]) -> None:
+        self.networks: Networks = networks_for(
             self.config, input_shape[-1], self.finalized
         )
         # A row for each feature of the input.
-        self.feature_weights = self._add_packed_weight(
+        self.feature_weights: keras.Variable = self._add_packed_weight(
             "feature_weights", self.networks.feature_packing
         )
         # All that does not grow with the input.
-        self.latent_weights = self._add_packed_weight(
+        self.latent_weights: keras.Variable = self._add_packed_weight(
             "latent_weights", self.networks.latent_packing
         )
         if not self.finalized:
             self.coefficients = ObjectiveCoefficients(self.config)
 
-    def call(self, x, training=None, mask=None, noise=None):
+    def call(
+        self,
+        x: Tensor,
+        training: bool | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> FVAEOutput:
         x = keras_internals.to_features(x, self.compute_dtype)
         token_shape = ops.shape(x)[:-1]
         _check_mask(mask, x)
@@ -184,9 +204,11 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
 
         return FVAEOutput(
             restore(z1),
-            *map(restore, q1),
+            restore(q1.mean),
+            restore(q1.log_variance),
             restore(z2),
-            *map(restore, q2),
+            restore(q2.mean),
+            restore(q2.log_variance),
             {
                 **elbo.terms,
                 **self._further_terms(q1, q2, token_weights),
@@ -194,18 +216,20 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             elbo.loss,
         )
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(
+        self, inputs: Tensor, previous_mask: Tensor | None
+    ) -> None:
         return None
 
     @property
-    def num_inference_parameters(self):
+    def num_inference_parameters(self) -> int:
         """Integer, the parameters that the mean of q1 depends on."""
         widths = self.feature_weights.shape[0], *self.networks.z1_mean_widths
         return sum(
             (before + 1) * after for before, after in itertools.pairwise(widths)
         )
 
-    def posterior_mean(self, x):
+    def posterior_mean(self, x: Tensor) -> Tensor:
         """The mean of q1 alone: all that an update needs at inference.
 
         Args:
@@ -216,7 +240,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         """
         return self.networks.posterior_mean(x, *self._weights())
 
-    def sample_z1(self, x):
+    def sample_z1(self, x: Tensor) -> Tensor:
         """A draw from q1 alone, for `config.sample_at_inference`.
 
         Args:
@@ -235,7 +259,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         )
         return reparameterize(q1, noise)
 
-    def posteriors(self, x):
+    def posteriors(self, x: Tensor) -> tuple[Posterior, Posterior]:
         """q1 and q2 at inference.
 
         Args:
@@ -248,7 +272,13 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         self.refuse_if_finalized()
         return self.networks.posteriors(x, *self._weights()).split()
 
-    def elbo(self, x, training=None, mask=None, noise=None):
+    def elbo(
+        self,
+        x: Tensor,
+        training: bool | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> ELBO:
         """The latents and the loss: `call` without the diagnostics.
 
         Args:
@@ -280,19 +310,19 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         else:
             elbo = self.networks.elbo(inputs, seed, training=bool(training))
         if training and self.totals is not None:
-            self._add_to_totals(
-                *keras.tree.map_structure(ops.stop_gradient, (x, elbo)),
-                token_weights,
+            known_x, known_elbo = keras.tree.map_structure(
+                ops.stop_gradient, (x, elbo)
             )
+            self._add_to_totals(known_x, known_elbo, token_weights)
         return elbo
 
     @property
-    def loss_weight(self):
+    def loss_weight(self) -> Tensor:
         """Scalar tensor, the FVAE's share of the weight of the ELBO."""
         return self.coefficients.elbo_weight / self.num_sharing
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         """List of all state: the weights, the seed, and what steps keep."""
         kept = [self.coefficients, self.totals]
         # On PyTorch they would count as parameters, and need not be known.
@@ -301,21 +331,21 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         return super().variables + [k.variable for k in kept if k is not None]
 
     @property
-    def decoder_std(self):
+    def decoder_std(self) -> np.ndarray:
         """NumPy array of shape `(d,)`, the decoder's standard deviation."""
         return np.exp(self.get_arrays()["log_std"]) + STD_FLOOR
 
-    def quantize(self, *args, **kwargs):
+    def quantize(self, *args: Any, **kwargs: Any) -> NoReturn:
         # Keras would pass the layer that it is in over, without a word.
         refuse_quantization()
 
     @property
-    def array_shapes(self):
+    def array_shapes(self) -> dict[str, tuple[int, ...]]:
         """Dict of name to shape, of the arrays that the variables hold."""
         packings = self.networks.feature_packing, self.networks.latent_packing
         return {**packings[0].shapes, **packings[1].shapes}
 
-    def get_arrays(self, finalized=False):
+    def get_arrays(self, finalized: bool = False) -> dict[str, np.ndarray]:
         """What the variables hold.
 
         Args:
@@ -335,13 +365,13 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
             selected[bias] = arrays[bias][:1, :width]
         return selected
 
-    def set_arrays(self, arrays):
+    def set_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Sets the variables from what `get_arrays` returned."""
         networks = self.networks
         self.feature_weights.assign(networks.feature_packing.pack(arrays))
         self.latent_weights.assign(networks.latent_packing.pack(arrays))
 
-    def get_reference_weights(self):
+    def get_reference_weights(self) -> dict[str, np.ndarray]:
         """The weights, by the names and in the layout of the authors' code.
 
         Returns:
@@ -362,7 +392,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         weights[REFERENCE_STD] = np.exp(log_std).astype("float32")
         return weights
 
-    def set_reference_weights(self, weights):
+    def set_reference_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Sets the weights from those of the authors' code.
 
         Args:
@@ -398,14 +428,14 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         self.feature_weights.assign(packed[0])
         self.latent_weights.assign(packed[1])
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         save_seed(self, store)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(load_seed(self, store))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "config": self.config.get_config(),
@@ -413,7 +443,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**{**config, "config": FVAELoRAConfig(**config["config"])})
 
     def _add_packed_weight(self, name, packing):
@@ -493,7 +523,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):
         }
         self.totals.add(terms, x, elbo.squared_error, q1, token_weights)
 
-    def refuse_if_finalized(self):
+    def refuse_if_finalized(self) -> None:
         """Raises a `ValueError` if only what inference needs is left."""
         if self.finalized:
             raise ValueError(

@@ -1,11 +1,16 @@
 """Dense layers whose update comes from an FVAE."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 
 from keras_fvae.layers.adapted import AdaptedDense
 from keras_fvae.layers.adapted import AdaptedEinsumDense
 from keras_fvae.layers.adapted import in_place_class
 from keras_fvae.layers.config import DEFAULT_RANK
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.config import resolve_config
 
 
@@ -48,7 +53,13 @@ class FVAELoRADense(AdaptedDense):
     https://arxiv.org/abs/2510.19640), section 3.
     """
 
-    def __init__(self, units, rank=DEFAULT_RANK, config=None, **kwargs):
+    def __init__(
+        self,
+        units: int,
+        rank: int = DEFAULT_RANK,
+        config: FVAELoRAConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(units, resolve_config(rank, config), **kwargs)
 
 
@@ -91,12 +102,12 @@ class FVAELoRAEinsumDense(AdaptedEinsumDense):
 
     def __init__(
         self,
-        equation,
-        output_shape,
-        rank=DEFAULT_RANK,
-        config=None,
-        **kwargs,
-    ):
+        equation: str,
+        output_shape: int | tuple[int | None, ...],
+        rank: int = DEFAULT_RANK,
+        config: FVAELoRAConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
         config = resolve_config(rank, config)
         super().__init__(equation, output_shape, config, **kwargs)
 

@@ -1,8 +1,14 @@
 """How the weights of an FVAE lie, and what the authors' code calls them."""
 
+from __future__ import annotations
+
 import itertools
+from collections.abc import Mapping
+
+import numpy as np
 
 from keras_fvae.backend.packing import Packing
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 
 REFERENCE_STD = "views_conditionalGaussianDecoders.scale_tril"
 
@@ -12,7 +18,9 @@ def _num_trunks(config):
     return 2 if config.encoder_shared_trunk else 4
 
 
-def layout(config, width, finalized):
+def layout(
+    config: FVAELoRAConfig, width: int, finalized: bool
+) -> tuple[Packing, Packing]:
     """How the weights of an FVAE lie in its two variables.
 
     Args:
@@ -26,7 +34,8 @@ def layout(config, width, finalized):
     """
     num_trunks = 1 if finalized else _num_trunks(config)
     num_heads = 1 if finalized else 4 // num_trunks
-    feature_shapes, latent_shapes = {}, {}
+    feature_shapes: dict[str, tuple[int, ...]] = {}
+    latent_shapes: dict[str, tuple[int, ...]] = {}
     widths = [width, *config.hidden_units, num_heads * config.rank]
     for level, (before, after) in enumerate(itertools.pairwise(widths)):
         shapes = feature_shapes if level == 0 else latent_shapes
@@ -44,7 +53,7 @@ def layout(config, width, finalized):
     return Packing(feature_shapes, num_shared_axes=1), Packing(latent_shapes)
 
 
-def head_place(config, head):
+def head_place(config: FVAELoRAConfig, head: int) -> tuple[int, slice]:
     """Where one of the encoders' four heads lies in their last layer.
 
     Args:
@@ -58,7 +67,9 @@ def head_place(config, head):
     return trunk, slice(position * config.rank, (position + 1) * config.rank)
 
 
-def reference_views(config, weights):
+def reference_views(
+    config: FVAELoRAConfig, weights: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Views of an FVAE's weights by the authors' names.
 
     Args:

@@ -4,8 +4,11 @@ Functions of tensors alone: the weights, the seeds and which tokens count are
 given. So layers with the same settings share them.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -15,10 +18,13 @@ from keras_fvae.backend import lean_gradients
 from keras_fvae.backend.fast_ops import affine
 from keras_fvae.backend.fast_ops import traced_once
 from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.backend.packing import Packing
 from keras_fvae.backend.packing import reshape
 from keras_fvae.backend.rematerialization import rematerialize
 from keras_fvae.backend.token_mean import token_mean
+from keras_fvae.backend.types import Tensor
 from keras_fvae.methods.fvae import objective
+from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.methods.fvae.layout import layout
 
 LOG_VARIANCE_LIMITS = (-20.0, 20.0)
@@ -44,11 +50,12 @@ class Posteriors(NamedTuple):
     mean: Any
     log_variance: Any
 
-    def split(self):
+    def split(self) -> tuple[Posterior, Posterior]:
         """q1 and q2 by themselves, a pair of `Posterior`."""
         means = ops.unstack(self.mean, 2, axis=-2)
         log_variances = ops.unstack(self.log_variance, 2, axis=-2)
-        return tuple(map(Posterior, means, log_variances))
+        q1, q2 = map(Posterior, means, log_variances)
+        return q1, q2
 
 
 class ELBO(NamedTuple):
@@ -71,7 +78,9 @@ class ELBO(NamedTuple):
     loss: Any
 
 
-def networks_for(config, width, finalized=False):
+def networks_for(
+    config: FVAELoRAConfig, width: int, finalized: bool = False
+) -> Networks:
     """The `Networks` for an FVAE with these settings, the same each time.
 
     Args:
@@ -93,15 +102,26 @@ class Networks:
         finalized: Boolean. Whether only what the mean of q1 needs is held.
     """
 
-    def __init__(self, config, width, finalized):
+    feature_packing: Packing
+    latent_packing: Packing
+
+    def __init__(
+        self, config: FVAELoRAConfig, width: int, finalized: bool
+    ) -> None:
         self.config = config
         self.feature_packing, self.latent_packing = layout(
             config, width, finalized
         )
-        self.elbo = traced_once(self._draw_and_elbo, "training")
-        self.rematerialized_elbo = traced_once(self._rematerialized_elbo)
+        self.elbo: Callable[..., Any] = traced_once(
+            self._draw_and_elbo, "training"
+        )
+        self.rematerialized_elbo: Callable[..., Any] = traced_once(
+            self._rematerialized_elbo
+        )
 
-    def unpack(self, feature_weights, latent_weights, prefix=""):
+    def unpack(
+        self, feature_weights: Tensor, latent_weights: Tensor, prefix: str = ""
+    ) -> dict[str, Tensor]:
         """The weights by name: those whose names begin with `prefix`."""
         return {
             **self.feature_packing.unpack(feature_weights, prefix),
@@ -109,11 +129,13 @@ class Networks:
         }
 
     @property
-    def z1_mean_widths(self):
+    def z1_mean_widths(self) -> tuple[int, ...]:
         """The widths of the layers that lead from x to the mean of q1."""
         return (*self.config.hidden_units, self.config.rank)
 
-    def posterior_mean(self, x, feature_weights, latent_weights):
+    def posterior_mean(
+        self, x: Tensor, feature_weights: Tensor, latent_weights: Tensor
+    ) -> Tensor:
         """The mean of q1 alone: all that an update needs at inference.
 
         Args:
@@ -136,7 +158,9 @@ class Networks:
             x = affine(x, kernel[:, :width], bias[:width])
         return ops.cast(x, "float32")
 
-    def posteriors(self, x, feature_weights, latent_weights):
+    def posteriors(
+        self, x: Tensor, feature_weights: Tensor, latent_weights: Tensor
+    ) -> Posteriors:
         """q1 and q2, without dropout.
 
         Args:
@@ -150,7 +174,9 @@ class Networks:
         weights = self.unpack(feature_weights, latent_weights, "encoder")
         return self._encode(x, weights)
 
-    def widths_to_draw(self, training, noise):
+    def widths_to_draw(
+        self, training: bool | None, noise: Tensor | None
+    ) -> dict[str, int]:
         """How many random numbers a token needs in a step, and for what.
 
         Args:
@@ -172,7 +198,7 @@ class Networks:
                 widths[f"decoder_{level}"] = units
         return widths
 
-    def draws_shape(self, *shape):
+    def draws_shape(self, *shape: Any) -> tuple[Any, ...]:
         """The shape of latents: with several draws there is an axis more."""
         if self.config.num_samples > 1:
             return (self.config.num_samples, *shape)
@@ -380,7 +406,7 @@ def _block_diagonal(kernels):
     return ops.reshape(blocks, (count * width, count * units))
 
 
-def reparameterize(q, noise):
+def reparameterize(q: Posterior | Posteriors, noise: Tensor) -> Tensor:
     """z = mean + standard deviation * noise."""
     noise = ops.cast(noise, "float32")
     shape = ops.shape(noise)

@@ -8,14 +8,21 @@ Reference: [Latent Space Factorization in LoRA](
 https://arxiv.org/abs/2510.19640), section 3 and its appendix.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 from keras import ops
+
+from keras_fvae.backend.types import Tensor
 
 LOG_2_PI = math.log(2 * math.pi)
 
 
-def squared_distance(mean, log_variance, prior_mean=0.0):
+def squared_distance(
+    mean: Tensor, log_variance: Tensor, prior_mean: float | Tensor = 0.0
+) -> Tensor:
     """E_q[(z - prior_mean)^2] under q = N(mean, exp(log_variance)).
 
     All that the terms below need to know of a prior's mean.
@@ -32,7 +39,11 @@ def squared_distance(mean, log_variance, prior_mean=0.0):
     return ops.square(mean - _float32(prior_mean)) + ops.exp(log_variance)
 
 
-def kl_divergence(squared_distance, log_variance, prior_std=1.0):
+def kl_divergence(
+    squared_distance: Tensor,
+    log_variance: Tensor,
+    prior_std: float | Tensor = 1.0,
+) -> Tensor:
     """KL(q || p) from a Gaussian q to a prior p = N(prior_mean, prior_std^2).
 
     Linear in both tensors, so their means over tokens give the mean.
@@ -53,7 +64,9 @@ def kl_divergence(squared_distance, log_variance, prior_std=1.0):
     return 0.5 * ops.sum(ratio - log_ratio - 1.0, axis=-1)
 
 
-def log_density(squared_distance, prior_std=1.0):
+def log_density(
+    squared_distance: Tensor, prior_std: float | Tensor = 1.0
+) -> Tensor:
     """log p(z) of a prior p = N(prior_mean, prior_std^2), or E_q[log p(z)].
 
     Linear in the tensor, so its mean over tokens gives the mean.
@@ -73,7 +86,9 @@ def log_density(squared_distance, prior_std=1.0):
     return -0.5 * ops.sum(ratio + 2 * ops.log(prior_std) + LOG_2_PI, axis=-1)
 
 
-def wasserstein(mean1, log_variance1, mean2, log_variance2):
+def wasserstein(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor
+) -> Tensor:
     """Squared 2-Wasserstein distance between two diagonal Gaussians.
 
     Args:
@@ -91,7 +106,7 @@ def wasserstein(mean1, log_variance1, mean2, log_variance2):
     return ops.sum(squares + ops.square(std1 - std2), axis=-1)
 
 
-def negative_log_likelihood(squared_error, scale):
+def negative_log_likelihood(squared_error: Tensor, scale: Tensor) -> Tensor:
     """-log p(x | z1, z2) of p = N(reconstruction, diag(scale^2)).
 
     The scale is the same for every token, so the mean over tokens is taken
@@ -113,14 +128,14 @@ def negative_log_likelihood(squared_error, scale):
 
 
 def fvae(
-    log_likelihood,
-    kl_z1,
-    log_p1,
-    log_p2,
-    reconstruction_weight,
-    kl_weight,
-    gamma_weights,
-):
+    log_likelihood: Tensor,
+    kl_z1: Tensor,
+    log_p1: Tensor,
+    log_p2: Tensor,
+    reconstruction_weight: float,
+    kl_weight: float | Tensor,
+    gamma_weights: Sequence[float | Tensor],
+) -> Tensor:
     """The paper's objective: a log p(x|z1, z2) - b KL(q1 || p1) + c gamma.
 
     Gamma = E[log p2(z2)] - E[log p1(z1)] draws z2 to its own prior and pushes
@@ -142,7 +157,7 @@ def fvae(
     return reconstruction_weight * log_likelihood - kl_weight * kl_z1 + gamma
 
 
-def vae2lat(log_likelihood, kl_z1, kl_z2):
+def vae2lat(log_likelihood: Tensor, kl_z1: Tensor, kl_z2: Tensor) -> Tensor:
     """The evidence lower bound of a VAE with two latents: no gamma.
 
     Args:
@@ -156,7 +171,12 @@ def vae2lat(log_likelihood, kl_z1, kl_z2):
     return log_likelihood - kl_z1 - kl_z2
 
 
-def beta_vae2lat(log_likelihood, kl_z1, kl_z2, kl_weight):
+def beta_vae2lat(
+    log_likelihood: Tensor,
+    kl_z1: Tensor,
+    kl_z2: Tensor,
+    kl_weight: float | Tensor,
+) -> Tensor:
     """As `vae2lat`, with both KL terms weighted by b.
 
     Args:

@@ -1,10 +1,16 @@
 """The terms of an FVAE, summed over the steps of an epoch."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_fvae.backend.replicas import mean_over_replicas
 from keras_fvae.backend.token_mean import token_mean
+from keras_fvae.backend.types import Tensor
 
 TERMS = (
     "fvae_loss",
@@ -30,9 +36,9 @@ class TermTotals:
         rank: Integer, width of the latents.
     """
 
-    def __init__(self, rank):
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.variable = keras.Variable(
+        self.variable: keras.Variable = keras.Variable(
             ops.zeros((len(TERMS) + 5 + 2 * rank,)),
             trainable=False,
             autocast=False,
@@ -40,7 +46,14 @@ class TermTotals:
             name="term_totals",
         )
 
-    def add(self, terms, x, squared_error, q1, token_weights=None):
+    def add(
+        self,
+        terms: Mapping[str, Tensor],
+        x: Tensor,
+        squared_error: Tensor,
+        q1: Any,
+        token_weights: Tensor | None = None,
+    ) -> None:
         """Adds a step.
 
         Args:
@@ -75,11 +88,11 @@ class TermTotals:
         step = ops.concatenate([ops.stack(scalars), z1_total, z1_square])
         self.variable.assign_add(step)
 
-    def reset(self):
+    def reset(self) -> None:
         """Begins anew."""
         self.variable.assign(ops.zeros(self.variable.shape))
 
-    def means(self):
+    def means(self) -> dict[str, float] | None:
         """What the steps since the last `reset` come to.
 
         Returns:
