@@ -100,7 +100,7 @@ def evaluate_groups(
         batch_size: Optional integer, as in `model.predict`.
 
     Returns:
-        `keras_fvae.groups.GroupAccuracy`: the accuracy in each group, the
+        `keras_fvae.analysis.groups.GroupAccuracy`: the accuracy in each group, the
         mean over examples, the worst group, and the gap between the two.
 
     Raises:

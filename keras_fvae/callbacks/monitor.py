@@ -46,8 +46,9 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
     - `explained_variance`: the share of the variance of the layer's inputs
       that the decoder reconstructs.
     - `task_loss`: `loss` without what the adapted layers add to it. That is
-      what `ReduceLROnPlateau` and its like should follow; `val_loss` has no
-      part of the adapters'.
+      what `ReduceLROnPlateau` and its like should follow, by `mode="min"`,
+      which they do not guess from this name; `val_loss` has no part of the
+      adapters'.
 
     Once in each `fit` it warns of a layer whose z1 has collapsed to its prior
     while the decoder still needs it, of a layer whose z1 drowns in its noise
