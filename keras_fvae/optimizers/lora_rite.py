@@ -134,7 +134,7 @@ class LoRARITE(PairOptimizer):
         ):
             if number is not None or argument == "epsilon":
                 check_number(
-                    argument, value, "a positive number", lambda v: v > 0
+                    argument, number, "a positive number", lambda v: v > 0
                 )
         check_boolean("escaped_mass", escaped_mass)
         super().__init__(
