@@ -26,7 +26,7 @@ test-%: export TF_NUM_INTEROP_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist load --durations 5
 TESTS := $(addprefix test-,$(BACKENDS))
 
-.PHONY: demo bench test test-all lint docs notebooks table install clean $(TESTS)
+.PHONY: demo bench bench-peers test test-all lint docs notebooks table install clean $(TESTS)
 
 demo: install
 	$(BIN)/python -m examples.demo $(DEMO)
@@ -52,6 +52,10 @@ $(TESTS): test-%: install
 # What FVAE-LoRA costs beside LoRA: `make bench BENCH="--backends jax"`.
 bench: install
 	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+# Beside PEFT's, and the authors': `make bench-peers PEERS="--authors FOLDER"`.
+bench-peers: install
+	$(BIN)/python -m benchmarks.peers $(PEERS)
 
 lint: install
 	$(BIN)/ruff check .
