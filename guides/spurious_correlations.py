@@ -185,8 +185,7 @@ for name, model in models.items():
 
 # %% [markdown]
 # Both get all training pictures right, and nearly all of those whose colour
-# goes with the label. Where it does not, on JAX and two CPU cores
-# (2026-11-28):
+# goes with the label. Where it does not, on JAX and two CPU cores (2026-11-28):
 #
 # ```
 # LoRA                                    FVAE-LoRA
@@ -195,11 +194,11 @@ for name, model in models.items():
 # ```
 #
 # **One seed proves nothing.** 130 pictures leave some 9 points of doubt to each
-# figure, and another seed may turn the two around; on TensorFlow, which draws
-# other numbers from this one, the worst groups were 0.531 and 0.769. Over
-# twenty seeds the worst group gets 6.8 points more right with FVAE-LoRA as
-# published than with LoRA (a 95 % interval of 2.8 to 11.2), and with the
-# default settings 3.8 (-1.4 to 9.4):
+# figure, and another seed may turn the two around. TensorFlow and PyTorch draw
+# other numbers from the same seed: the worst groups were 0.531 and 0.769 on the
+# one, 0.500 and 0.654 on the other. Over twenty seeds the worst group gets 6.8
+# points more right with FVAE-LoRA as published than with LoRA (a 95 % interval
+# of 2.8 to 11.2), and with the default settings 3.8 (-1.4 to 9.4):
 # [results](https://keras-fvae.github.io/keras-fvae/results/).
 #
 # From epoch to epoch it swings as much as that, too. To keep the best epoch,
