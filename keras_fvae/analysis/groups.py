@@ -100,8 +100,8 @@ def evaluate_groups(
         batch_size: Optional integer, as in `model.predict`.
 
     Returns:
-        `keras_fvae.analysis.groups.GroupAccuracy`: the accuracy in each group, the
-        mean over examples, the worst group, and the gap between the two.
+        `keras_fvae.analysis.groups.GroupAccuracy`: the accuracy in each group,
+        the mean over examples, the worst group, and the gap between the two.
 
     Raises:
         ValueError: If `y` and `groups` have not one value for each prediction,
