@@ -18,6 +18,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parent.parent
 # The frozen blocks alone: what is of Keras's layers, and not of an adapter.
 NO_METHOD = "none"
+# Both are on the CPU.
+ENVIRONMENT = {"KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": ""}
 GOAL = 1.0
 
 
@@ -61,12 +63,7 @@ def measure(rounds, environment=ROOT / ".venv-peft"):
             str(rounds),
         ],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "torch",
-            # Both on the CPU.
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+        env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -19,10 +19,11 @@ import sys
 
 import numpy as np
 
+from benchmarks.beside_peft import ENVIRONMENT
+from benchmarks.beside_peft import NO_METHOD
 from benchmarks.beside_peft import ROOT
 from benchmarks.beside_peft import make_environment
 
-NO_METHOD = "none"
 OURS = (
     NO_METHOD,
     "KerasHub's LoRA",
@@ -40,11 +41,7 @@ class Peer:
     """A process that takes a step whenever it is asked to."""
 
     def __init__(self, python, whose, method, batch_size, authors):
-        environment = {
-            **os.environ,
-            "KERAS_BACKEND": "torch",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        environment = os.environ | ENVIRONMENT
         if whose == "authors":
             environment["PYTHONPATH"] = str(authors / "peft" / "src")
         self.process = subprocess.Popen(

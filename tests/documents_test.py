@@ -4,7 +4,6 @@ import doctest
 import importlib
 import inspect
 import pathlib
-import pkgutil
 import re
 import shlex
 import subprocess
@@ -20,6 +19,8 @@ import pytest
 import yaml
 from family import CONFIGS
 from helpers import BACKEND
+from helpers import MODULES
+from helpers import PUBLIC
 from helpers import ROOT
 
 import keras_fvae
@@ -40,16 +41,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HOMEPAGE = PROJECT["urls"]["Homepage"]
 SITE = PROJECT["urls"]["Documentation"]
 GUIDES = sorted((ROOT / "guides").glob("*.py"))
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(keras_fvae.__path__, "keras_fvae.")
-)
-PUBLIC = [
-    getattr(namespace, name)
-    for namespace in (keras_fvae, keras_fvae.optimizers)
-    for name in namespace.__all__
-    if name != "optimizers"
-]
 
 
 def blocks(language, document):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pkgutil
 import subprocess
 import sys
 
@@ -28,6 +29,16 @@ JIT_COMPILE = {
     "torch": [False],
 }[BACKEND]
 ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(keras_fvae.__path__, "keras_fvae.")
+)
+PUBLIC = [
+    getattr(namespace, name)
+    for namespace in (keras_fvae, keras_fvae.optimizers)
+    for name in namespace.__all__
+    if name != "optimizers"
+]
 
 
 class CallCounter(keras.layers.Layer):

@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 import pathlib
-import pkgutil
 import re
 import subprocess
 import sys
@@ -18,25 +17,14 @@ import types
 import typing
 
 import pytest
+from helpers import MODULES
+from helpers import PUBLIC
 
 import keras_fvae
 
 pytestmark = pytest.mark.always_one_backend
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(keras_fvae.__path__, "keras_fvae.")
-)
 PLOTS = [
     plot for name, plot in vars(keras_fvae.plots).items() if "plot_" in name
-]
-PUBLIC = [
-    *(
-        getattr(namespace, name)
-        for namespace in (keras_fvae, keras_fvae.optimizers)
-        for name in namespace.__all__
-        if name != "optimizers"
-    ),
-    *PLOTS,
 ]
 
 
@@ -81,7 +69,7 @@ def test_signatures_have_types_that_evaluate(name):
         assert not missing, f"{path}: {missing}"
 
 
-@pytest.mark.parametrize("public", PUBLIC, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("public", [*PUBLIC, *PLOTS], ids=lambda p: p.__name__)
 def test_docstrings_name_the_parameters(public):
     section = re.search(
         r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(public), re.DOTALL | re.M

@@ -116,17 +116,19 @@ def make_digit_backbone():
     )
 
 
-def pretrain(make_classifier, num_epochs, enlarge=lambda pictures: pictures):
-    """Trains a classifier on all ten digits, without colour.
+@functools.cache
+def pretrained_weights(make_classifier, num_epochs, enlarge):
+    """The weights of a backbone that tells all ten digits, without colour.
 
     Args:
-        make_classifier: Function that returns a KerasHub classifier.
+        make_classifier: Function that returns a KerasHub classifier of ten
+            classes.
         num_epochs: Integer.
-        enlarge: Optional function that makes of pictures of the digits' size
-            what the classifier takes.
+        enlarge: Function that makes of pictures of the digits' size what the
+            classifier takes.
 
     Returns:
-        List of arrays, the weights of its backbone.
+        List of arrays.
     """
     (pictures, digits), _ = read_digits()
     keras.utils.set_random_seed(0)
@@ -145,7 +147,11 @@ def pretrain(make_classifier, num_epochs, enlarge=lambda pictures: pictures):
     return model.backbone.get_weights()
 
 
-def make_vit_classifier(num_classes):
+def as_it_is(pictures):
+    return pictures
+
+
+def make_vit_classifier(num_classes=10):
     return keras_hub.models.ViTImageClassifier(
         make_digit_backbone(),
         num_classes=num_classes,
@@ -154,31 +160,42 @@ def make_vit_classifier(num_classes):
     )
 
 
-@functools.cache
-def pretrained_weights(num_epochs):
-    """The weights of a backbone that tells all ten digits, without colour."""
-    return pretrain(functools.partial(make_vit_classifier, 10), num_epochs)
+def make_pretrained(make_classifier, enlarge, seed, is_tiny, **options):
+    """A pretrained classifier, with a new head.
 
+    Args:
+        make_classifier: As in `pretrained_weights`.
+        enlarge: As in `pretrained_weights`.
+        seed: Integer, what the head begins with.
+        is_tiny: Boolean. Whether a toy will do.
+        **options: What `make_classifier` makes the head by.
 
-def make_digit_classifier(num_classes, seed, is_tiny):
-    """The pretrained vision transformer, with a new head."""
-    weights = pretrained_weights(1 if is_tiny else PRETRAINING_EPOCHS)
+    Returns:
+        KerasHub classifier.
+    """
+    num_epochs = 1 if is_tiny else PRETRAINING_EPOCHS
+    weights = pretrained_weights(make_classifier, num_epochs, enlarge)
     # After the pretraining, which is of the first run alone.
     keras.utils.set_random_seed(seed)
-    model = make_vit_classifier(num_classes)
+    model = make_classifier(**options)
     model.backbone.set_weights(weights)
     return model
+
+
+make_digit_classifier = functools.partial(
+    make_pretrained, make_vit_classifier, as_it_is
+)
 
 
 DIGITS = LocalDataset(
     sklearn.__version__,
     15,
     load_turned_digits,
-    functools.partial(make_digit_classifier, 10),
+    make_digit_classifier,
 )
 SPURIOUS_DIGITS = LocalDataset(
     sklearn.__version__,
     15,
     load_coloured_digits,
-    functools.partial(make_digit_classifier, 2),
+    functools.partial(make_digit_classifier, num_classes=2),
 )

@@ -3,14 +3,15 @@
 For what a larger convolution gains by an adapter, beside those of size 1.
 """
 
+import dataclasses
 import functools
 
-import keras
 import keras_hub
 import sklearn
 
 from examples.paper import local_digits
 from examples.paper.local_data import LocalDataset
+from examples.paper.local_data import Part
 
 # A ResNet halves what it sees four times.
 ENLARGEMENT = 4
@@ -25,8 +26,7 @@ def load_enlarged_digits(seed):
     """As `local_digits.load_turned_digits`, four times as wide."""
     parts = local_digits.load_turned_digits(seed)
     return {
-        name: local_digits.Part(enlarge(part.x), part.labels)
-        for name, part in parts.items()
+        name: Part(enlarge(part.x), part.labels) for name, part in parts.items()
     }
 
 
@@ -47,24 +47,6 @@ def make_resnet_classifier():
     )
 
 
-@functools.cache
-def pretrained_weights(num_epochs):
-    """The weights of a backbone that tells all ten digits."""
-    return local_digits.pretrain(make_resnet_classifier, num_epochs, enlarge)
-
-
-def make_pretrained_classifier(seed, is_tiny):
-    """The pretrained ResNet, with a new head."""
-    weights = pretrained_weights(
-        1 if is_tiny else local_digits.PRETRAINING_EPOCHS
-    )
-    # After the pretraining, which is of the first run alone.
-    keras.utils.set_random_seed(seed)
-    model = make_resnet_classifier()
-    model.backbone.set_weights(weights)
-    return model
-
-
 def is_pointwise(layer):
     """Whether a layer is a convolution of size 1."""
     return set(getattr(layer, "kernel_size", ())) == {1}
@@ -74,13 +56,11 @@ ALL_CONVOLUTIONS = LocalDataset(
     sklearn.__version__,
     15,
     load_enlarged_digits,
-    make_pretrained_classifier,
+    functools.partial(
+        local_digits.make_pretrained, make_resnet_classifier, enlarge
+    ),
     target_layer_names="all-conv",
 )
-CONVOLUTIONS_OF_SIZE_1 = LocalDataset(
-    sklearn.__version__,
-    15,
-    load_enlarged_digits,
-    make_pretrained_classifier,
-    target_layer_names=is_pointwise,
+CONVOLUTIONS_OF_SIZE_1 = dataclasses.replace(
+    ALL_CONVOLUTIONS, target_layer_names=is_pointwise
 )
