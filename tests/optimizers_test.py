@@ -187,8 +187,10 @@ def test_steps_of_the_reference(name, jit_compile):
     else:
         optimizer = make_riemannian(name, reference.settings)
     step = make_step(optimizer, reference.make_variables(), jit_compile)
+    # XLA sums these in an order of its own, unless it is told not to optimize.
+    atol = 1e-5 if name == "riemannian_sgd" else 5e-6
     for gradients, expected in zip(reference.gradients, reference.steps):
-        assert_all_close(step(gradients), expected, atol=1e-5)
+        assert_all_close(step(gradients), expected, atol=atol)
     if name == "lora_rite":
         defaults = LoRARITE().get_config()
         assert {**optimizer.get_config(), "learning_rate": 0} == {
@@ -234,9 +236,9 @@ def test_authors_adamw_of_experts():
                 variable.assign(value)
             kernel_a, kernel_b, gate = step(gradients)
             if kind == "B":
-                assert_all_close([kernel_b], [after[1]], atol=1e-5)
+                assert_all_close([kernel_b], [after[1]], atol=5e-6)
             else:
-                assert_all_close([kernel_a, gate], after[::2], atol=1e-5)
+                assert_all_close([kernel_a, gate], after[::2], atol=5e-6)
             before = after
 
 
