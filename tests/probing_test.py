@@ -161,6 +161,8 @@ def test_what_has_no_latents_is_refused(model, x):
         pytest.raises(ValueError, match="Leave the `adapter_disabled`"),
     ):
         keras_fvae.latents(model, x)
+    with pytest.raises(ValueError, match="`average_tokens` must be a boolean"):
+        keras_fvae.latents(model, x, average_tokens="no")
     keras_fvae.finalize_adapter(model)
     with pytest.raises(ValueError, match="finalized"):
         keras_fvae.latents(model, x)

@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_fvae.analysis import extras
 from keras_fvae.layers import masking
+from keras_fvae.layers.config import check_boolean
 from keras_fvae.methods.fvae.adapter import recorded_posteriors
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
 from keras_fvae.model.lookup import check_can_predict
@@ -69,8 +70,8 @@ def latents(
         so on.
 
     Raises:
-        ValueError: If no layer is adapted, or the adapters are finalized or
-            turned off by `adapter_disabled`.
+        ValueError: If no layer is adapted, the adapters are finalized or
+            turned off by `adapter_disabled`, or `average_tokens` is no boolean.
         TypeError: If `model` is no `keras.Model`.
 
     Example:
@@ -88,6 +89,7 @@ def latents(
     """
     layers = require_active_layers(model, FVAELoRAConfig)
     check_can_predict(model)
+    check_boolean("average_tokens", average_tokens)
     paths = {id(layer.adapter): layer.path for layer in layers}
 
     def collect(records):
