@@ -7,7 +7,6 @@ import dataclasses
 import functools
 
 import keras_hub
-import sklearn
 
 from examples.paper import local_digits
 from examples.paper.local_data import LocalDataset
@@ -15,6 +14,7 @@ from examples.paper.local_data import Part
 
 # A ResNet halves what it sees four times.
 ENLARGEMENT = 4
+RESNET_WEIGHTS = local_digits.WEIGHTS / "resnet.weights.h5"
 
 
 def enlarge(pictures):
@@ -53,11 +53,11 @@ def is_pointwise(layer):
 
 
 ALL_CONVOLUTIONS = LocalDataset(
-    sklearn.__version__,
+    local_digits.version(RESNET_WEIGHTS),
     15,
     load_enlarged_digits,
     functools.partial(
-        local_digits.make_pretrained, make_resnet_classifier, enlarge
+        local_digits.make_pretrained, make_resnet_classifier, RESNET_WEIGHTS
     ),
     target_layer_names="all-conv",
 )

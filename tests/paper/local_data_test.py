@@ -4,12 +4,16 @@ import collections
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 import keras_fvae
 from examples import texts
+from examples.paper import digit_pretraining
 from examples.paper import local
 from examples.paper import local_data
+from examples.paper import local_digits
 from examples.paper import local_emoji
+from examples.paper import local_resnet
 from examples.paper import local_texts
 from examples.paper import situations
 
@@ -157,6 +161,42 @@ def test_convolutions_of_the_resnet(name, num_layers):
         model.backbone, keras_fvae.LoRAConfig(2), dataset.target_layer_names
     )
     assert len(summary.layers) == num_layers
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet_digits"])
+def test_base_model_knows_digits(name):
+    """What it tells of a digit that stands upright, by a linear classifier."""
+    model = local.TABLE.datasets[name].make_classifier(SEED, is_tiny=True)
+    features, labels = [], []
+    for pictures, digits in local_digits.read_digits():
+        pictures = local_digits.to_rgb(pictures)
+        if name == "resnet_digits":
+            pictures = local_resnet.enlarge(pictures)
+        outputs = model.backbone.predict(pictures, verbose=0)
+        features.append(outputs.mean(axis=tuple(range(1, outputs.ndim - 1))))
+        labels.append(digits)
+    probe = LogisticRegression(max_iter=2000).fit(features[0], labels[0])
+    assert probe.score(features[1], labels[1]) > 0.9
+
+
+def test_pretraining_writes_weights(tmp_path, capsys):
+    digit_pretraining.main(["--epochs", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for file in (local_digits.VIT_WEIGHTS, local_resnet.RESNET_WEIGHTS):
+        assert file.name in printed
+    model = local_digits.make_vit_classifier()
+    embedding = model.backbone.get_weights()[0].copy()
+    model.backbone.load_weights(tmp_path / local_digits.VIT_WEIGHTS.name)
+    assert np.abs(model.backbone.get_weights()[0] - embedding).max() > 1e-3
+
+
+def test_version_is_of_the_weights(tmp_path):
+    weights = tmp_path / "vit.weights.h5"
+    weights.write_bytes(local_digits.VIT_WEIGHTS.read_bytes())
+    version = local.TABLE.datasets["digits"].version
+    assert local_digits.version(weights) == version
+    weights.write_bytes(b"other weights")
+    assert local_digits.version(weights) != version
 
 
 @pytest.mark.parametrize("number", [5, 20])
