@@ -204,6 +204,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_with_any_optimizer(name):
     model = adapted(target_rank=2)

@@ -86,6 +86,7 @@ on_backbones = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.shared_out
 @on_backbones
 def test_backbone(name, tmp_path):
     model = make(name)

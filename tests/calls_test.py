@@ -111,6 +111,7 @@ CALLED_AGAIN = {
 }
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", CALLED_AGAIN)
 def test_a_layer_counts_once_however_often_it_is_called(name):
     keras.utils.set_random_seed(0)
@@ -167,6 +168,7 @@ def test_a_model_that_says_nothing_of_training(caller_class, run_eagerly):
     assert loss > evaluated + 1.0
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", ["nested", "attention", "sequential", "bert"])
 def test_clones_train_as_the_model_does(name, make_bert):
     data = (FEATURES[:, 0], LABELS)
@@ -252,6 +254,7 @@ def make_dense(dtype, sparse=False):
     return keras.Model(inputs, make_query()(inputs))
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("dtype", ["int32", "int8", "uint8", "bool", "float16"])
 def test_inputs_of_other_dtypes(dtype, rng):
     """The update is what it is on the same numbers as floats."""

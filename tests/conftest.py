@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_models
 from helpers import BACKEND
+from helpers import BACKENDS
 from helpers import ONE_BACKEND
 
 import keras_fvae
@@ -68,9 +69,19 @@ def pytest_collection_modifyitems(config, items):
         item
         for item in items
         if marks & {mark.name for mark in item.iter_markers()}
+        or (not config.getoption("--all") and is_for_another_backend(item))
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def is_for_another_backend(item):
+    """Whether a case of a test that is shared out is another backend's."""
+    if item.get_closest_marker("shared_out") is None:
+        return False
+    # As a set, because the arguments of one `parametrize` have one index.
+    number = sum({*item.callspec.indices.values()})
+    return BACKENDS[number % len(BACKENDS)] != BACKEND
 
 
 def pytest_collection_finish(session):

@@ -75,6 +75,7 @@ def assert_close(found, expected, tolerance=1e-5):
     )
 
 
+@pytest.mark.shared_out
 @on_cases
 def test_patches_times_the_kernel_are_the_convolution(num_axes, size, options):
     layer, x = make(num_axes, size, options, use_bias=False)
@@ -97,6 +98,7 @@ def test_patches_times_the_kernel_are_the_convolution(num_axes, size, options):
     assert_close(to_numpy(total), np.zeros_like(expected))
 
 
+@pytest.mark.shared_out
 @on_cases
 def test_lora_is_that_of_keras(num_axes, size, options):
     ours, x = make(num_axes, size, options, activation="tanh")
@@ -151,6 +153,7 @@ def twins(config, **options):
     return (convolution, x), (dense, inputs_of_dense)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_of_size_1_is_a_dense_layer(name):
     for is_training in (False, True):

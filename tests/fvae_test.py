@@ -504,6 +504,7 @@ def test_average_fusion(rng):
     )
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("encoder_units", [(), (4,), (6, 4)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_posterior_mean_is_the_mean_of_q1(encoder_units, shared, rng):
@@ -537,6 +538,7 @@ def test_at_the_start_both_posteriors_are_standard_normal(rng):
     np.testing.assert_allclose(scale, 1.0, rtol=1e-6)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("encoder_units", [None, (), (16, 12)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_other_starts(encoder_units, shared, rng):

@@ -154,6 +154,7 @@ ARCHITECTURES = [
 ]
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name, options, converter", ARCHITECTURES)
 def test_names_are_those_of_the_converters(name, options, converter):
     backbone = getattr(keras_hub.models, name)(**options)
@@ -173,6 +174,7 @@ def test_names_are_those_of_the_converters(name, options, converter):
         assert their_name.endswith(module_name)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name, options, converter", ARCHITECTURES)
 def test_round_trip_of_a_backbone(name, options, converter, tmp_path, rng):
     make = getattr(keras_hub.models, name)

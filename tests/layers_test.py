@@ -77,6 +77,7 @@ def move(layer, rng):
         weight.assign(to_numpy(weight) + noise)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "equation, output_shape, bias_axes, input_shape", EQUATIONS
 )

@@ -159,6 +159,7 @@ def test_a_model_inside_a_model_has_other_tokens(rng):
     )
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "name", ["BartBackbone", "T5Backbone", "T5GemmaBackbone"]
 )

@@ -59,6 +59,7 @@ def test_one_device_as_the_weights_are():
     assert memory.total == 4 * (frozen + 3 * trained)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_billion_weights(method):
     adapt = METHODS[method]
@@ -101,6 +102,7 @@ def test_eight_billion_weights(method):
     assert shared.trainable_weights == 4 * spread
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("method", METHODS)
 def test_the_table_of_the_documentation(method):
     memories = [

@@ -112,8 +112,14 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
 
-@pytest.mark.parametrize("kind", DISTRIBUTIONS)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *[(name, "model") for name in BACKBONES],
+        # Without shards of the weights one backbone is as good as another.
+        (next(iter(BACKBONES)), "data"),
+    ],
+)
 def test_losses_and_gradients_of_one_device(name, kind, batch):
     backbone = make_adapted(name)
     expected = loss_and_gradients(backbone, batch)
@@ -149,10 +155,29 @@ CHANNELS = {
 }
 
 
+# Whose weights and computation are of a kind of their own.
+IN_SHORT = (
+    "LoRA",
+    "AdaLoRA",
+    "BeamLoRA",
+    "SRLoRA",
+    "MoE-LoRA",
+    "OPLoRA with mean squares",
+)
+
+
 @pytest.mark.parametrize(
     "name, make_model, kernels",
     [
-        *[(name, family.make_model, HEADS) for name in family.WITHOUT_NOISE],
+        *[
+            pytest.param(
+                name,
+                family.make_model,
+                HEADS,
+                marks=[] if name in IN_SHORT else [pytest.mark.slow],
+            )
+            for name in family.WITHOUT_NOISE
+        ],
         ("DoRA with gradient", family.make_convolutions, CHANNELS),
         ("HiRA", family.make_convolutions, CHANNELS),
     ],
@@ -227,11 +252,12 @@ def test_slots_of_the_optimizer_lie_as_the_weights_do():
     [
         ("LoRA", keras_fvae.optimizers.RiemannianPreconditioning),
         ("LoRA", lambda other: keras_fvae.optimizers.LoRARITE(0.05, other)),
-        (
+        pytest.param(
             "OPLoRA",
             lambda other: keras_fvae.optimizers.OPLoRA(
                 0.05, other, momentum=0.5
             ),
+            marks=pytest.mark.slow,
         ),
         (
             "OPLoRA with mean squares",

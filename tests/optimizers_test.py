@@ -462,6 +462,7 @@ def test_gradients_are_clipped_first(kind, settings, rng):
     assert_all_close(step(gradients), expected)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulated_gradients_are_those_of_a_larger_batch(kind, rng):
     factors = factors_for(kind, rng)
@@ -693,6 +694,7 @@ def test_fit_in_mixed_precision(kind):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("kind", IN_FIT)
 def test_saved_and_resumed(kind, tmp_path):
     whole = make_model(kind)

@@ -80,6 +80,7 @@ def edit(directory, **changes):
     (directory / CONFIG).write_text(json.dumps({**settings, **changes}))
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", VIT_ADAPTERS)
 def test_adapters_of_vit(name):
     vit = load_vit()
@@ -103,6 +104,7 @@ def test_ranks_and_alphas_by_pattern():
     assert sorted(alphas) == [6, 6, 6, 6, 6, 12]
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "name, num_layers",
     [
@@ -140,6 +142,7 @@ def test_adapters_of_llama(name, num_layers):
     np.testing.assert_array_equal(to_numpy(generated["token_ids"]), greedy)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "name", ["lora", "rslora", "dora", "hira", "lora_patterns"]
 )
@@ -179,6 +182,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("finalized", [False, True])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_what_is_written_predicts_the_same(method, finalized, tmp_path, rng):
@@ -525,6 +529,7 @@ def make_bert():
     )
 
 
+@pytest.mark.one_backend
 def test_quantized_heads(tmp_path, rng):
     bert = make_bert()
     kernel = rng.normal(size=bert.get_layer("logits").kernel.shape)

@@ -89,6 +89,7 @@ def test_adapters_of_a_float_model_load_onto_a_quantized_one(rng, tmp_path):
     assert error < np.abs(base_predictions - expected).max() / 2
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("einsum", [True, False])
 def test_the_update_comes_before_the_activation(mode, einsum, rng):
     inputs = keras.Input((5, 4))

@@ -627,6 +627,7 @@ def test_what_was_trained_and_then_frozen_comes_back(
     assert {"weights/head/kernel", "weights/head/bias"} <= arrays.keys()
 
 
+@pytest.mark.one_backend
 def test_the_head_of_a_task_that_was_trained_and_then_frozen(rng, tmp_path):
     model, loaded = (
         small_models.make_text_classifier(),

@@ -1,5 +1,7 @@
 """Updates that weigh more, or less, when they are used."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -103,6 +105,26 @@ def test_training_inside_has_the_scale(rng, x):
     assert loss == pytest.approx(
         np.square(predict(model, x) - 1).mean(), rel=1e-4
     )
+
+
+def test_blocks_that_are_nested_or_overlap(rng, x):
+    model, _ = make_model(rng, CONFIGS["lora"])
+    layer, config = model.layers[-1], model.layers[-1].config
+    with keras_fvae.adapter_scale(model, 0.3):
+        with keras_fvae.adapter_scale(model, 7.0):
+            pass
+        assert layer.config == config.scaled(0.3)
+    assert layer.config is config
+    with contextlib.ExitStack() as stack:
+        with keras_fvae.adapter_scale(model, 2.0):
+            stack.enter_context(keras_fvae.adapter_scale(model, 0.5))
+            assert layer.config.scale == pytest.approx(config.scale)
+        assert layer.config.scale == pytest.approx(0.5 * config.scale)
+    assert layer.config.scale == pytest.approx(config.scale)
+    # For good, inside a block of another factor.
+    with keras_fvae.adapter_scale(model, 2.0):
+        keras_fvae.adapter_scale(model, 3.0)
+    assert layer.config.scale == pytest.approx(3.0 * config.scale)
 
 
 def test_what_is_removed_or_finalized_inside(rng, x):

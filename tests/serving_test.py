@@ -46,6 +46,7 @@ def test_finalizing_changes_no_prediction(name, rng):
         assert layer.adapter.trainable_weights == []
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("encoder_units", [(), (3,), (4, 3)])
 def test_every_kind_of_encoder_can_be_finalized(shared, encoder_units, rng):
@@ -62,6 +63,7 @@ def test_every_kind_of_encoder_can_be_finalized(shared, encoder_units, rng):
     )
 
 
+@pytest.mark.one_backend
 def test_what_remains_of_vit_b_16():
     backbone = keras_hub.models.ViTBackbone(
         image_shape=(224, 224, 3),
@@ -135,6 +137,7 @@ def test_merging_leaves_plain_layers(name, rng):
         assert not module.startswith("keras_fvae")
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", ["functional", "causal_lm", "backbone"])
 def test_a_merged_model_can_be_saved(name, rng, tmp_path):
     """Also where the update needs a bias, which a Llama has not."""

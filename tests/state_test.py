@@ -423,6 +423,7 @@ def test_another_base_is_told(rng, tmp_path, recwarn):
     assert len(lookup.adapted_layers(other)) == 2
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8", "int4"])
 def test_a_cast_or_quantized_base_is_the_same(precision, rng, recwarn):
     def make(seed, dtype="float32"):

@@ -430,6 +430,7 @@ def sample_of(tasks):
     ]
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", sample_of(TASKS))
 def test_fit_and_use(name, rng):
     case = TASKS[name]()
@@ -468,6 +469,7 @@ def test_use_alone(name, rng):
     assert_adapters_are_used(case, rng)
 
 
+@pytest.mark.one_backend
 def test_a_backbone_with_a_loss_of_its_own():
     """It calls itself once more in that, and tells itself nothing."""
     model = BACKBONES["SigLIPBackbone"]()

@@ -347,6 +347,7 @@ def loss_weights(model):
     ]
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "kind", ["at once", "by parts", "by parts, before", "as layers"]
 )

@@ -198,6 +198,7 @@ def test_moving_averages_are_evaluated():
     assert evaluated == pytest.approx(val_losses[-1], rel=1e-4)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("name", ["clipnorm", "global_clipnorm", "clipvalue"])
 def test_clipping(name):
     gradients, _ = plain_step()
@@ -274,6 +275,7 @@ def make_generator():
     yield from (batches[index] for index in range(len(batches)))
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "make_data",
     [Batches, make_tensorflow_dataset, make_torch_loader, make_generator],

@@ -181,7 +181,8 @@ def adapter_scale(
             one after the other multiply.
 
     Returns:
-        A context manager, after whose block the updates weigh what they did.
+        A context manager, whose block ends without the factor. Blocks may be
+        nested, and overlap.
 
     Raises:
         ValueError: If no layer is adapted, `factor` is not positive, or the
@@ -215,26 +216,31 @@ def adapter_scale(
 
 
 class _Scaled:
-    """What `adapter_scale` returns: the block ends with the former configs."""
+    """What `adapter_scale` returns: the block ends without its factor."""
 
     def __init__(self, layers, factor):
-        self._layers = layers
-        self._previous = [(layer.adapter, layer.config) for layer in layers]
-        containers.set_configs(
-            layers, [config.scaled(factor) for _, config in self._previous]
-        )
+        self._factor = factor
+        self._scaled = [
+            (layer, layer.adapter, layer.config, layer.config.scaled(factor))
+            for layer in layers
+        ]
+        containers.set_configs(layers, [config for *_, config in self._scaled])
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        # Adapters may have been removed or replaced inside the block.
-        pairs = [
-            (layer, config)
-            for layer, (adapter, config) in zip(self._layers, self._previous)
-            if getattr(layer, "adapter", None) is adapter
-        ]
-        containers.set_configs(*zip(*pairs) if pairs else ([], []))
+        configs = {}
+        for layer, adapter, previous, scaled in self._scaled:
+            # Adapters may have been removed or replaced inside the block.
+            if getattr(layer, "adapter", None) is not adapter:
+                continue
+            # Another factor may have come inside the block, and stays.
+            is_last = layer.config is scaled
+            configs[layer] = (
+                previous if is_last else layer.config.scaled(1 / self._factor)
+            )
+        containers.set_configs([*configs], [*configs.values()])
 
 
 def _named_refusals(what, layer):

@@ -69,6 +69,7 @@ def trained(name, make_model=make_model):
     return model
 
 
+@pytest.mark.shared_out
 @on_all_models
 def test_it_starts_as_the_base_model(name, make_model):
     model = make_model()
@@ -77,6 +78,7 @@ def test_it_starts_as_the_base_model(name, make_model):
     assert_same(predict(model), before, 2e-6)
 
 
+@pytest.mark.shared_out
 @on_all_models
 def test_only_the_adapter_and_what_is_chosen_train(name, make_model):
     model = make_model()

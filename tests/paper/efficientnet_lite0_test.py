@@ -19,6 +19,7 @@ def torch_weights():
     return torch.load(efficientnet_lite0.weights_path(), weights_only=True)
 
 
+@pytest.mark.one_backend
 def test_features_are_those_of_pytorch(rng):
     theirs = EfficientNet.from_name("efficientnet-lite0", image_size=SIDE)
     theirs.load_state_dict(torch_weights())

@@ -506,6 +506,7 @@ def make_tones(rng):
     return audio.pad_utterances(utterances, 800, 30), labels
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "adapted", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
