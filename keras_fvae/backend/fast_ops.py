@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fvae.backend.types import Tensor
@@ -28,8 +30,10 @@ def affine(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         # In one operation, where Keras's take longer to call than to run.
         import torch
 
-        rows = x.reshape(-1, x.shape[-1])
-        rows = torch.addmm(bias.to(x.dtype), rows, kernel.to(x.dtype))
+        kernel, bias = kernel.to(x.dtype), bias.to(x.dtype)
+        if len(x.shape) == 2:
+            return torch.addmm(bias, x, kernel)
+        rows = torch.addmm(bias, x.reshape(-1, x.shape[-1]), kernel)
         return rows.reshape(*x.shape[:-1], kernel.shape[-1])
     kernel, bias = ops.cast(kernel, x.dtype), ops.cast(bias, x.dtype)
     return ops.matmul(x, kernel) + bias
@@ -83,6 +87,38 @@ def add_matmul(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor | None:
         return torch.addmm(sums, rows, kernel).view(y.shape)
     y.view(-1, kernel.shape[-1]).addmm_(rows, kernel)
     return y
+
+
+def reshape(x: Tensor, shape: Sequence[Any]) -> Tensor:
+    """`keras.ops.reshape`, of a NumPy array as well.
+
+    Args:
+        x: Tensor or NumPy array.
+        shape: Sequence of integers or scalar tensors.
+
+    Returns:
+        Tensor or NumPy array.
+    """
+    if isinstance(x, np.ndarray) or keras.config.backend() == "torch":
+        # Keras would take longer to look for symbolic tensors in the shape
+        # than PyTorch takes for a small product.
+        return x.reshape(shape)
+    return ops.reshape(x, shape)
+
+
+def constant(numbers: Sequence[Any], like: Tensor) -> Tensor:
+    """A tensor of the dtype of another one, and where that one is.
+
+    Args:
+        numbers: Nested lists of floats.
+        like: Float tensor.
+
+    Returns:
+        Tensor.
+    """
+    if keras.config.backend() == "torch":
+        return like.new_tensor(numbers)
+    return ops.convert_to_tensor(numbers, like.dtype)
 
 
 def conv(

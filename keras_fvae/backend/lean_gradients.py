@@ -7,6 +7,8 @@ what came of them. PyTorch takes a pass over memory for each operation.
 
 from __future__ import annotations
 
+import inspect
+
 import keras
 from keras import ops
 
@@ -26,7 +28,10 @@ def relu_and_dropout(x: Tensor, dropout_mask: Tensor, rate: float) -> Tensor:
         Tensor of the shape and dtype of `x`.
     """
     scale = 1 / (1 - rate)
-    if keras.config.backend() != "jax":
+    if keras.config.backend() == "torch":
+        # Keras would copy the 0 to the device.
+        return torch.where(dropout_mask, x * scale, 0).relu()
+    if keras.config.backend() == "tensorflow":
         # The ReLU last, so that there is one result to keep, and not two.
         return ops.relu(ops.where(dropout_mask, x * scale, 0))
 
@@ -54,7 +59,10 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
     Returns:
         Tensor of the shape and dtype of `x`.
     """
-    if keras.config.backend() != "jax":
+    if keras.config.backend() == "torch":
+        # Keras would copy the limits to the device.
+        return x.clamp(low, high)
+    if keras.config.backend() == "tensorflow":
         return ops.clip(x, low, high)
 
     @ops.custom_gradient
@@ -139,3 +147,8 @@ if keras.config.backend() == "torch":
             if token_weights is None:
                 return x * (scale / num_tokens), None
             return x * scale * token_weights[:, None], None
+
+    # PyTorch asks for it in each call, and Python takes long to find it out.
+    _TokenMeanOfSquares.forward.__signature__ = inspect.signature(
+        _TokenMeanOfSquares.forward
+    )

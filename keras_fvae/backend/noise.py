@@ -54,9 +54,7 @@ def next_seed(seed_generator: keras.random.SeedGenerator) -> Tensor:
         return seed_generator.next()
     # The same, without the NumPy array that `torch.compile` can't trace.
     seed = ops.copy(seed_generator.state.value)
-    seed_generator.state.assign(
-        seed + ops.convert_to_tensor([0, 1], seed.dtype)
-    )
+    seed_generator.state.assign(seed + ops.arange(2, dtype=seed.dtype))
     return seed
 
 
@@ -181,8 +179,7 @@ def are_at_least(numbers: Tensor, share: float) -> Tensor:
     # wherever the numbers are read.
     limits = np.iinfo(keras.backend.standardize_dtype(numbers.dtype))
     threshold = limits.min + round(share * (limits.max - limits.min + 1))
-    threshold = ops.convert_to_tensor(min(threshold, limits.max), numbers.dtype)
-    return numbers >= threshold
+    return numbers >= limits.dtype.type(min(threshold, limits.max))
 
 
 # What `to_normal` takes.
@@ -245,9 +242,7 @@ def _philox(shape, seed):
 if keras.config.backend() == "torch":
     import torch
 
-    # An operation to `torch.compile`, which can't trace a generator.
-    @torch.library.custom_op("keras_fvae::noise_and_numbers", mutates_args=())
-    def _noise_and_numbers(
+    def _draw(
         seed: torch.Tensor,
         noise_shape: Sequence[int],
         numbers_shape: Sequence[int],
@@ -268,9 +263,20 @@ if keras.config.backend() == "torch":
         numbers.random_(-(2**63), None, generator=generator)
         return noise, numbers.view(torch.int16)[:size].reshape(numbers_shape)
 
-    @_noise_and_numbers.register_fake
+    # An operation to `torch.compile`, which can't trace a generator.
+    _traced_draw = torch.library.custom_op(
+        "keras_fvae::noise_and_numbers", _draw, mutates_args=()
+    )
+
+    @_traced_draw.register_fake
     def _(seed, noise_shape, numbers_shape):
         return (
             seed.new_empty(noise_shape, dtype=torch.float32),
             seed.new_empty(numbers_shape, dtype=torch.int16),
         )
+
+    def _noise_and_numbers(seed, noise_shape, numbers_shape):
+        """As `_draw`, which to call as an operation takes twice as long."""
+        if torch.compiler.is_compiling() or seed.is_meta:
+            return _traced_draw(seed, noise_shape, numbers_shape)
+        return _draw(seed, noise_shape, numbers_shape)

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_fvae.backend.fast_ops import reshape
 from keras_fvae.backend.types import Tensor
 
 
@@ -106,12 +107,3 @@ def split(array: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     if isinstance(array, np.ndarray):
         return np.split(array, boundaries, axis=-1)
     return ops.split(array, boundaries, axis=-1)
-
-
-def reshape(array: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Another shape for one of the arrays."""
-    if isinstance(array, np.ndarray) or keras.config.backend() == "torch":
-        # Keras would take longer to look for symbolic tensors in the shape
-        # than PyTorch takes for a small product.
-        return array.reshape(shape)
-    return ops.reshape(array, shape)

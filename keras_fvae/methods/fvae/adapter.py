@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_fvae.backend import replicas
+from keras_fvae.backend.fast_ops import reshape
 from keras_fvae.backend.noise import initial_generator
 from keras_fvae.backend.scoped import ScopedValue
 from keras_fvae.backend.types import Tensor
@@ -179,9 +180,9 @@ class FVAELoRAAdapter(LowRankAdapter):
     def _draw_and_add_loss(self, x, frozen):
         token_shape = ops.shape(x)[:-1]
         mask = masking.flatten_mask(frozen.find_mask(), token_shape)
-        x = ops.reshape(x, (-1, x.shape[-1]))
+        x = reshape(x, (-1, x.shape[-1]))
         elbo = self.fvae.elbo(x, training=True, mask=mask)
         self.add_to_mean_loss(self.fvae.loss_weight * elbo.loss)
         z1, _ = ops.unstack(elbo.z, 2, axis=-2)
         *draws_shape, _, rank = z1.shape
-        return ops.reshape(z1, (*draws_shape, *token_shape, rank))
+        return reshape(z1, (*draws_shape, *token_shape, rank))

@@ -16,10 +16,11 @@ from keras import ops
 
 from keras_fvae.backend import lean_gradients
 from keras_fvae.backend.fast_ops import affine
+from keras_fvae.backend.fast_ops import constant
+from keras_fvae.backend.fast_ops import reshape
 from keras_fvae.backend.fast_ops import traced_once
 from keras_fvae.backend.noise import noise_and_masks
 from keras_fvae.backend.packing import Packing
-from keras_fvae.backend.packing import reshape
 from keras_fvae.backend.rematerialization import rematerialize
 from keras_fvae.backend.token_mean import token_mean
 from keras_fvae.backend.types import Tensor
@@ -244,7 +245,7 @@ class Networks:
                     drawn["dropout_masks"][name] = mask[0]
         if noise_width:
             shape = self.draws_shape(num_tokens, 2, self.config.rank)
-            drawn["noise"] = ops.reshape(noise, shape)
+            drawn["noise"] = reshape(noise, shape)
         return drawn
 
     def _elbo(
@@ -301,14 +302,14 @@ class Networks:
             kernel = weights[f"encoder_kernel_{level}"]
             if level == 0:
                 # Every trunk reads x.
-                kernel = ops.reshape(kernel, (kernel.shape[0], -1))
+                kernel = reshape(kernel, (kernel.shape[0], -1))
             else:
                 x = self._activate(x, dropout_masks, f"encoder_{level - 1}")
                 kernel = _block_diagonal(kernel)
-            bias = ops.reshape(weights[f"encoder_bias_{level}"], (-1,))
+            bias = reshape(weights[f"encoder_bias_{level}"], (-1,))
             x = affine(x, kernel, bias)
         # Of each posterior, the mean and the log variance.
-        heads = ops.reshape(
+        heads = reshape(
             ops.cast(x, "float32"), (*token_shape, 2, 2, self.config.rank)
         )
         mean, log_variance = ops.unstack(heads, 2, axis=-2)
@@ -318,7 +319,7 @@ class Networks:
     def _decode(self, z, weights, dtype, dropout_masks):
         """The mean of p(x | z1, z2)."""
         if self.config.latent_fusion == "concat":
-            x = ops.reshape(z, (*ops.shape(z)[:-2], 2 * self.config.rank))
+            x = reshape(z, (*ops.shape(z)[:-2], 2 * self.config.rank))
         else:
             x = ops.mean(z, axis=-2)
         x = ops.cast(x, dtype)
@@ -348,8 +349,8 @@ class Networks:
             return token_mean(values, token_weights, feature_axes=2)
 
         means, log_variance = posteriors
-        prior_means = _column([0.0, self.config.prior_mean])
-        prior_stds = _column([1.0, self.config.prior_std])
+        prior_means = constant([[0.0], [self.config.prior_mean]], means)
+        prior_stds = constant([[1.0], [self.config.prior_std]], means)
         # The terms are linear in these two, so their means come first.
         squared_distance = mean(
             objective.squared_distance(means, log_variance, prior_means)
@@ -390,11 +391,6 @@ def _networks_for(config, width, finalized):
     return Networks(config, width, finalized)
 
 
-def _column(numbers):
-    """Float32 tensor of shape `(n, 1)`, from a list of floats."""
-    return ops.expand_dims(ops.convert_to_tensor(numbers, "float32"), -1)
-
-
 def _block_diagonal(kernels):
     """One matrix from kernels `(in, n, out)`, for n inputs side by side.
 
@@ -402,8 +398,8 @@ def _block_diagonal(kernels):
     faster than n.
     """
     width, count, units = kernels.shape
-    blocks = ops.reshape(ops.eye(count), (count, 1, count, 1)) * kernels
-    return ops.reshape(blocks, (count * width, count * units))
+    blocks = reshape(ops.eye(count), (count, 1, count, 1)) * kernels
+    return reshape(blocks, (count * width, count * units))
 
 
 def reparameterize(q: Posterior | Posteriors, noise: Tensor) -> Tensor:
@@ -416,8 +412,6 @@ def reparameterize(q: Posterior | Posteriors, noise: Tensor) -> Tensor:
         if len(tensor.shape) < len(shape):
             # One posterior for several draws.
             tensor = ops.broadcast_to(tensor, shape)
-        return ops.reshape(tensor, (*shape[:-2], -1))
+        return reshape(tensor, (*shape[:-2], -1))
 
-    return ops.reshape(
-        lean_gradients.add_noise(*map(flatten, (*q, noise))), shape
-    )
+    return reshape(lean_gradients.add_noise(*map(flatten, (*q, noise))), shape)
