@@ -2,8 +2,8 @@
 
 python -m examples.paper.digit_pretraining
 
-What it writes is kept in the repository, because each machine's pretraining
-comes out otherwise, and what is then gained by an adapter with it.
+What it writes is kept in the repository, because the same pretraining comes
+out otherwise on one core than on two, and with it what an adapter gains.
 """
 
 import argparse
