@@ -15,8 +15,8 @@
 # An adapter is a value: one base model stays in memory, and each task is put
 # into it by one call. This guide trains two tasks, switches between them, and
 # then goes through what leaves the program: adapter files, whole models on
-# another backend, merged models, SavedModel, ONNX and `.pt2`, and directories
-# of PEFT.
+# another backend, merged models, SavedModel, LiteRT, ONNX and `.pt2`, and
+# directories of PEFT.
 #
 # It runs on any machine, in a minute or two: a small vision transformer that
 # knows scikit-learn's digits.
@@ -244,6 +244,21 @@ if BACKEND in ("jax", "tensorflow"):
     model.export("served", verbose=False)
     served = tf.saved_model.load("served")
     outputs = served.serve(pictures[TEST]).numpy()
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
+
+# %% [markdown]
+# LiteRT, once TensorFlow Lite, runs on phones and small devices. Keras writes
+# it on TensorFlow, and on PyTorch by the package `litert-torch` and for batches
+# of a fixed size, but not on JAX: load the `.keras` file on TensorFlow. The
+# interpreter of TensorFlow, which runs the file here, warns that the one of the
+# package `ai_edge_litert` is to take its place.
+
+# %%
+if BACKEND == "tensorflow":
+    model.export("model.tflite", format="litert", verbose=False)
+    interpreter = tf.lite.Interpreter("model.tflite")
+    served = interpreter.get_signature_runner()
+    [outputs] = served(images=pictures[TEST]).values()
     np.testing.assert_allclose(outputs, expected, atol=1e-4)
 
 # %% [markdown]
