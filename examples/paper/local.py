@@ -77,7 +77,8 @@ def run(dataset, method_name, settings, seed, size):
         Dict of what `measure_validation` returns, and `measure_test` but for
         trials, and what the run took.
     """
-    is_tiny, method = size["is_tiny"], methods.METHODS[method_name]
+    method = methods.METHODS[method_name]
+    is_tiny = size["is_tiny"]
     with dataset.stand_in() if is_tiny else contextlib.nullcontext():
         parts = dataset.load(seed)
     if size["num_examples"]:
@@ -85,7 +86,7 @@ def run(dataset, method_name, settings, seed, size):
             name: part.take(slice(size["num_examples"]))
             for name, part in parts.items()
         }
-    model = dataset.make_classifier(seed, is_tiny)
+    model = dataset.make_classifier(seed)
     inference_parameters = methods.adapt(
         method_name,
         model.backbone,

@@ -69,9 +69,8 @@ class LocalDataset:
         epochs: Integer, how often a run sees the training data.
         load: Function of a seed that returns a dict of "train", "validation",
             "test" and "foreign", of inputs of no class, to `Part`.
-        make_classifier: Function of a seed, and of whether a toy will do,
-            that returns a pretrained classifier with a new head. It has a
-            `backbone`.
+        make_classifier: Function of a seed that returns a pretrained
+            classifier with a new head. It has a `backbone`.
         stand_in: Function that returns a context manager, inside which data
             that may not be there are made up, for a toy.
         target_layer_names: Which layers of the backbone to adapt, as in

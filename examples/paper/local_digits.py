@@ -128,7 +128,7 @@ def make_vit_classifier(num_classes=10):
     )
 
 
-def make_pretrained(make_classifier, weights_file, seed, is_tiny, **options):
+def make_pretrained(make_classifier, weights_file, seed, **options):
     """A pretrained classifier, with a new head.
 
     Args:
@@ -136,13 +136,11 @@ def make_pretrained(make_classifier, weights_file, seed, is_tiny, **options):
         weights_file: `pathlib.Path`, what `digit_pretraining` wrote of its
             backbone.
         seed: Integer, what the head begins with.
-        is_tiny: Boolean, which changes nothing.
         **options: What `make_classifier` makes the head by.
 
     Returns:
         KerasHub classifier.
     """
-    del is_tiny
     keras.utils.set_random_seed(seed)
     model = make_classifier(**options)
     model.backbone.load_weights(weights_file)

