@@ -158,6 +158,7 @@ def test_a_method_without_loss_or_noise_trains_in_a_loop():
     assert looped == pytest.approx(unrolled, rel=1e-4)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("caller_class", [Caller, TrainingCaller])
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_model_that_says_nothing_of_training(caller_class, run_eagerly):
@@ -197,6 +198,7 @@ def test_clones_train_as_the_model_does(name, make_bert):
         assert_same_moves(moves, expected_moves, tolerance=0.02)
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "scope, where",
     [*((scope, "build") for scope in MODES), (MODES[0], "enable")],
@@ -323,6 +325,7 @@ def freeze_fvae(layer):
         weight.trainable = False
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("freeze", [freeze_layer, freeze_adapter, freeze_fvae])
 def test_what_is_frozen_draws_nothing_and_adds_no_loss(freeze):
     model = make_functional(make_query())

@@ -21,11 +21,11 @@ ONE_BACKEND = "torch"
 LONG_ON_ONE_BACKEND = [pytest.mark.slow, pytest.mark.always_one_backend]
 # Around the ring, files go from each backend to one other.
 NEXT_BACKEND = BACKENDS[(BACKENDS.index(BACKEND) + 1) % len(BACKENDS)]
-# Keras runs PyTorch eagerly by default. JAX takes long where it compiles each
-# operation by itself.
+# Keras compiles by default on JAX and TensorFlow, and not on PyTorch. JAX takes
+# long where it compiles each operation by itself.
 JIT_COMPILE = {
     "jax": [pytest.param(False, marks=pytest.mark.slow), True],
-    "tensorflow": [False, True],
+    "tensorflow": [pytest.param(False, marks=pytest.mark.slow), True],
     "torch": [False],
 }[BACKEND]
 ROOT = pathlib.Path(__file__).parent.parent

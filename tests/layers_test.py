@@ -308,6 +308,7 @@ def test_every_adapter_weight_gets_a_gradient(config, rng):
         assert np.abs(gradient).max() > 0, name
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "dtype", ["mixed_float16", "mixed_bfloat16", "bfloat16", "float16"]
 )

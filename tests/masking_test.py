@@ -82,6 +82,7 @@ def test_a_keras_mask_reaches_into_attention(attention_model, rng):
     np.testing.assert_allclose(long, short, rtol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_cross_attention_takes_the_mask_of_each_side(rng):
     embedding = keras.layers.Embedding(50, 8, mask_zero=True)
     queries = keras.Input((None,), dtype="int32")

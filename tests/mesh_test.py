@@ -470,6 +470,7 @@ def test_what_is_no_layout_map():
         keras_fvae.adapter_layout_map({".*kernel": (None, "model")})
 
 
+@pytest.mark.slow
 def test_monitor_and_latents(batch):
     inputs, targets = batch
     results = []

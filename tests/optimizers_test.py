@@ -682,6 +682,7 @@ def test_fit(kind, jit_compile):
     assert family.frozen_bytes(model) == frozen
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize("kind", IN_FIT)
 def test_fit_in_mixed_precision(kind):
     keras.config.set_dtype_policy("mixed_float16")

@@ -296,6 +296,7 @@ def test_a_run_repeats_exactly(make_attention_model, jit_compile, rng):
     assert run(2) != first
 
 
+@pytest.mark.shared_out
 @pytest.mark.parametrize(
     "dtype", ["mixed_float16", "mixed_bfloat16", "bfloat16"]
 )

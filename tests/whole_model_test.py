@@ -594,6 +594,7 @@ whole_model_test.train_with_backup(sys.argv[1], [Die()])
 """
 
 
+@pytest.mark.one_backend
 def test_a_killed_run_is_resumed(tmp_path):
     expected = train_with_backup(tmp_path / "whole")
     killed = run_python("-c", DIE, tmp_path / "killed", check=False)
