@@ -55,6 +55,7 @@ def adapter(tmp_path):
     return pathlib.Path(shutil.copytree(ADAPTER, tmp_path / "adapter"))
 
 
+@pytest.mark.one_backend
 def test_an_adapter_of_the_authors_code(vit):
     expected = np.load(REFERENCE / "vit" / "expected.npz")
     images = expected["pixel_values"].transpose(0, 2, 3, 1)

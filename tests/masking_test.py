@@ -73,6 +73,7 @@ def test_padding_counts_for_nothing_in_fit(make_bert, jit_compile, rng):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_a_keras_mask_reaches_into_attention(attention_model, rng):
     tokens = rng.integers(1, 50, (3, 6))
     tokens[1, 2:] = 0

@@ -192,6 +192,7 @@ def test_the_monitor_changes_nothing_and_leaves_nothing(rng, xy):
     assert not {*TERMS} & {*fit(with_monitor, xy, [])}
 
 
+@pytest.mark.one_backend
 def test_padding_is_left_out(bert, rng):
     bert.backbone.enable_fvae_lora(rank=2, decoder_units=(4,), dropout=0.0)
     move_adapters(bert, rng)

@@ -741,6 +741,7 @@ def fit_scaled_oplora(
     return values_of([*model.trainable_variables, *optimizer.metrics])
 
 
+@pytest.mark.one_backend
 def test_mean_squares_are_those_of_the_whole_data_and_of_the_loss_itself():
     expected = fit_scaled_oplora()
     for settings in (

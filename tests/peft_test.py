@@ -200,6 +200,7 @@ def test_what_is_written_predicts_the_same(method, finalized, tmp_path, rng):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("finalized", [False, True])
 def test_linear_fvae_lora_as_lora(finalized, tmp_path, rng):
     vit = load_vit()

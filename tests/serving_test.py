@@ -82,6 +82,7 @@ def test_what_remains_of_vit_b_16():
     assert backbone.count_params() - base_parameters == 596_736
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["functional", "text_classifier"])
 def test_a_finalized_model_refuses_to_train(name, rng):
     model, _, predictions = make_adapted(name, rng)

@@ -127,6 +127,7 @@ def test_a_switch_compiles_nothing(rng, x):
     assert np.abs(outputs[0] - outputs[1]).max() > 0.01
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "config", [keras_fvae.FVAELoRAConfig(16), keras_fvae.LoRAConfig(16)]
 )
