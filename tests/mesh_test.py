@@ -112,12 +112,22 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
 
+# Of data alone, without shards of the weights, one is as good as another.
+FIRST_BACKBONE = next(iter(BACKBONES))
+
+
 @pytest.mark.parametrize(
     "name, kind",
     [
-        *[(name, "model") for name in BACKBONES],
-        # Without shards of the weights one backbone is as good as another.
-        (next(iter(BACKBONES)), "data"),
+        pytest.param(
+            name,
+            kind,
+            marks=[]
+            if kind == "model" or name == FIRST_BACKBONE
+            else [pytest.mark.slow],
+        )
+        for name in BACKBONES
+        for kind in DISTRIBUTIONS
     ],
 )
 def test_losses_and_gradients_of_one_device(name, kind, batch):
