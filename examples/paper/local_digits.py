@@ -1,5 +1,6 @@
 """Scikit-learn's handwritten digits, and a small vision transformer."""
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -168,9 +169,8 @@ DIGITS = LocalDataset(
     load_turned_digits,
     make_digit_classifier,
 )
-SPURIOUS_DIGITS = LocalDataset(
-    version(VIT_WEIGHTS),
-    15,
-    load_coloured_digits,
-    functools.partial(make_digit_classifier, num_classes=2),
+SPURIOUS_DIGITS = dataclasses.replace(
+    DIGITS,
+    load=load_coloured_digits,
+    make_classifier=functools.partial(make_digit_classifier, num_classes=2),
 )
