@@ -28,11 +28,11 @@ def relu_and_dropout(x: Tensor, dropout_mask: Tensor, rate: float) -> Tensor:
         Tensor of the shape and dtype of `x`.
     """
     scale = 1 / (1 - rate)
+    # The ReLU last, so that there is one result to keep, and not two.
     if keras.config.backend() == "torch":
         # Keras would copy the 0 to the device.
         return torch.where(dropout_mask, x * scale, 0).relu()
     if keras.config.backend() == "tensorflow":
-        # The ReLU last, so that there is one result to keep, and not two.
         return ops.relu(ops.where(dropout_mask, x * scale, 0))
 
     @ops.custom_gradient

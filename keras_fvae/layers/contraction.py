@@ -9,6 +9,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_fvae.backend.fast_ops import reshape
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.linear_map import LinearMap
 from keras_fvae.layers.linear_map import is_range
@@ -64,16 +65,14 @@ class Contraction(LinearMap):
         x = transpose(inputs, self.token_axes + self.contracted_axes)
         if len(self.contracted_axes) == 1:
             return x
-        return ops.reshape(
-            x, (*self.token_shape(inputs), self.width(kernel_shape))
-        )
+        return reshape(x, (*self.token_shape(inputs), self.width(kernel_shape)))
 
     def from_tokens(
         self, outputs: Tensor, inputs: Tensor, kernel_shape: tuple[int, ...]
     ) -> Tensor:
         units_shape = [kernel_shape[i] for i in self.kernel_carried_axes]
         shape = (*self.token_shape(inputs), *units_shape)
-        return transpose(ops.reshape(outputs, shape), self.output_order)
+        return transpose(reshape(outputs, shape), self.output_order)
 
 
 @functools.cache
