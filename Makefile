@@ -61,8 +61,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/mypy
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	# Each takes one core.
+	$(BIN)/mypy & mypy=$$!; \
+		PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright && wait $$mypy
 
 # The documentation, in site/; a warning is an error.
 docs: $(VENV)/installed-docs

@@ -1,5 +1,7 @@
 """Predictions under what adapters draw."""
 
+import contextlib
+
 import family
 import keras
 import numpy as np
@@ -76,6 +78,22 @@ def test_training_draws_what_it_would_have_drawn():
         return family.train(model, epochs=1)
 
     assert losses(samples=True) == losses(samples=False)
+
+
+def test_blocks_that_are_nested_or_overlap(rng):
+    model = adapted("FVAE-LoRA", rng)
+    generator = model.get_layer("query").adapter.fvae.seed_generator
+    before = to_numpy(generator.state)
+    with keras_fvae.adapter_sampling(model, seed=2):
+        expected = predict(model)
+    with contextlib.ExitStack() as stack:
+        with keras_fvae.adapter_sampling(model, seed=1):
+            with keras_fvae.adapter_sampling(model, seed=3):
+                pass
+            stack.enter_context(keras_fvae.adapter_sampling(model, seed=2))
+        # The one that was entered last is still there.
+        np.testing.assert_array_equal(predict(model), expected)
+    np.testing.assert_array_equal(to_numpy(generator.state), before)
 
 
 def test_dropout_of_the_model_stays_off(rng):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import random
@@ -85,27 +86,52 @@ def load_seed(layer: keras.Layer, store: Any) -> dict[str, Any]:
     return rest
 
 
+# Of each generator, the blocks of `seeds_set` that it is in, as dicts of the
+# state from before.
+_blocks: dict[keras.random.SeedGenerator, list[dict[str, Any]]] = (
+    collections.defaultdict(list)
+)
+
+
 @contextlib.contextmanager
 def seeds_set(
     seed_generators: Sequence[keras.random.SeedGenerator], seed: int
 ) -> Iterator[None]:
     """Sets what generators draw, for the time of a block.
 
+    Blocks may be nested, and overlap: the one that was entered last counts.
+
     Args:
         seed_generators: List of `keras.random.SeedGenerator`. Each draws
             numbers of its own, and goes on after as if there had been no block.
         seed: Non-negative integer.
     """
-    states = [ops.convert_to_numpy(g.state) for g in seed_generators]
-    for index, (generator, state) in enumerate(zip(seed_generators, states)):
+    entered = []
+    for index, generator in enumerate(seed_generators):
+        state = ops.convert_to_numpy(generator.state)
+        entered.append({"before": state})
+        _blocks[generator].append(entered[-1])
         own_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
         # Of 31 bits, which every backend's state has room for; then a count.
         generator.state.assign(np.array([own_seed >> 1, 0], state.dtype))
     try:
         yield
     finally:
-        for generator, state in zip(seed_generators, states):
-            generator.state.assign(state)
+        for generator, block in zip(seed_generators, entered):
+            _leave(generator, block)
+
+
+def _leave(generator, block):
+    """Gives a generator, or the next block that it is in, the state before."""
+    blocks = _blocks[generator]
+    index = next(i for i, other in enumerate(blocks) if other is block)
+    del blocks[index]
+    if blocks[index:]:
+        blocks[index]["before"] = block["before"]
+    else:
+        generator.state.assign(block["before"])
+    if not blocks:
+        del _blocks[generator]
 
 
 def noise_and_masks(

@@ -32,6 +32,16 @@ def refuse_quantization() -> NoReturn:
     )
 
 
+def refuse_finalized() -> NoReturn:
+    """Raises a `ValueError` that says what to do."""
+    raise ValueError(
+        "This model is finalized: its adapters kept only what inference needs, "
+        "and can neither be trained nor sampled. To go on, load the adapters "
+        "as they were before, from a file that `save_adapter` or `model.save` "
+        "wrote."
+    )
+
+
 class Adapter(keras.Layer):
     """The base class of each method: the weights, the update, no models.
 
@@ -279,12 +289,7 @@ class Adapter(keras.Layer):
     def refuse_if_finalized(self) -> None:
         """Raises a `ValueError` if only what inference needs is left."""
         if self.finalized:
-            raise ValueError(
-                "This model is finalized: its adapters kept only what "
-                "inference needs, and can neither be trained nor sampled. To "
-                "go on, load the adapters as they were before, from a file "
-                "that `save_adapter` or `model.save` wrote."
-            )
+            refuse_finalized()
 
 
 class LowRankAdapter(Adapter):

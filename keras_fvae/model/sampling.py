@@ -27,7 +27,8 @@ def adapter_sampling(model: keras.Layer, seed: int = 0) -> Iterator[None]:
     noise of Flat-LoRA is for training alone. Inside the block `predict`,
     `evaluate` and `generate` use what is drawn; give each of several texts that
     are generated a block with a `seed` of its own, because KerasHub forgets on
-    JAX what it has drawn. After the block the model is as it was.
+    JAX what it has drawn. After the block the model is as it was. Blocks may be
+    nested, and overlap: the `seed` of the one that was entered last counts.
 
     Args:
         model: `keras.Model` or layer with adapted layers.

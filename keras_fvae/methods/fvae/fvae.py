@@ -25,6 +25,7 @@ from keras_fvae.backend.noise import save_seed
 from keras_fvae.backend.token_mean import token_mean
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers import masking
+from keras_fvae.layers.adapter import refuse_finalized
 from keras_fvae.layers.adapter import refuse_quantization
 from keras_fvae.methods.fvae import objective
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
@@ -526,12 +527,7 @@ class FVAE(keras_internals.NotRematerialized, keras.Layer):  # type: ignore[misc
     def refuse_if_finalized(self) -> None:
         """Raises a `ValueError` if only what inference needs is left."""
         if self.finalized:
-            raise ValueError(
-                "This model is finalized: its adapters kept only what "
-                "inference needs, and can neither be trained nor sampled. To "
-                "go on, load the adapters as they were before, from a file "
-                "that `save_adapter` or `model.save` wrote."
-            )
+            refuse_finalized()
 
     def _packed_values(self):
         if not self.built:
