@@ -141,8 +141,8 @@ model = keras_hub.models.ViTImageClassifier(
 #
 # The query and value projections get adapters, and the new head trains. With
 # all of their right labels, LoRA and what derives from it did better on small
-# pictures than FVAE-LoRA in the project's comparison; with few of them, or some
-# wrong labels, FVAE-LoRA did ([choose a
+# pictures than FVAE-LoRA in the project's comparison; with few of them,
+# FVAE-LoRA and LoRA of a higher rank did better than LoRA ([choose a
 # method](https://keras-fvae.github.io/keras-fvae/choose_a_method/)). It is one
 # line, so try both.
 

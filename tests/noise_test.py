@@ -1,5 +1,7 @@
 """Random numbers against their distributions."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from helpers import to_numpy
 from keras_fvae.backend.noise import are_at_least
 from keras_fvae.backend.noise import next_seed
 from keras_fvae.backend.noise import noise_and_masks
+from keras_fvae.backend.noise import seeds_set
 from keras_fvae.backend.noise import to_normal
 
 SHAPE = (50, 40)
@@ -99,6 +102,37 @@ def test_the_state_moves_on_as_keras_moves_it():
             to_numpy(next_seed(ours)), to_numpy(theirs.next())
         )
     np.testing.assert_array_equal(to_numpy(ours.state), to_numpy(theirs.state))
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_blocks_may_end_in_any_order(order):
+    """Not all of them have all generators."""
+    generators = [keras.random.SeedGenerator(seed) for seed in (7, 8)]
+    of_block = [generators, generators[:1], generators[::-1]]
+
+    def states():
+        return [to_numpy(generator.state).tolist() for generator in generators]
+
+    blocks, history = {}, [states()]
+    for number, those in enumerate(of_block):
+        blocks[number] = seeds_set(those, seed=number)
+        blocks[number].__enter__()
+        history.append(states())
+    for number in order:
+        blocks.pop(number).__exit__(None, None, None)
+        # That of the last block that is still there, and has the generator.
+        for index, generator in enumerate(generators):
+            those = [n for n in blocks if generator in of_block[n]]
+            last = max(those, default=-1) + 1
+            assert states()[index] == history[last][index]
+
+
+def test_a_block_that_cannot_begin_changes_nothing():
+    generator = keras.random.SeedGenerator(7)
+    before = to_numpy(generator.state)
+    with pytest.raises(AttributeError), seeds_set([generator, None], seed=1):
+        pass
+    np.testing.assert_array_equal(to_numpy(generator.state), before)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.75])

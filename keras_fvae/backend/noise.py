@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import dataclasses
 import math
 import random
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -86,10 +87,16 @@ def load_seed(layer: keras.Layer, store: Any) -> dict[str, Any]:
     return rest
 
 
-# Of each generator, the blocks of `seeds_set` that it is in, as dicts of the
-# state from before.
-_blocks: dict[keras.random.SeedGenerator, list[dict[str, Any]]] = (
-    collections.defaultdict(list)
+@dataclasses.dataclass(eq=False)
+class _Block:
+    """A block of `seeds_set`, to one of its generators."""
+
+    state_before: np.ndarray
+
+
+# Of each generator, those that it is in, in the order in which it entered.
+_blocks: weakref.WeakKeyDictionary[keras.random.SeedGenerator, list[_Block]] = (
+    weakref.WeakKeyDictionary()
 )
 
 
@@ -107,31 +114,30 @@ def seeds_set(
         seed: Non-negative integer.
     """
     entered = []
-    for index, generator in enumerate(seed_generators):
-        state = ops.convert_to_numpy(generator.state)
-        entered.append({"before": state})
-        _blocks[generator].append(entered[-1])
-        own_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
-        # Of 31 bits, which every backend's state has room for; then a count.
-        generator.state.assign(np.array([own_seed >> 1, 0], state.dtype))
     try:
+        for index, generator in enumerate(seed_generators):
+            block = _Block(ops.convert_to_numpy(generator.state))
+            _blocks.setdefault(generator, []).append(block)
+            entered.append((generator, block))
+            own_seed = np.random.SeedSequence([seed, index]).generate_state(1)
+            # Of 31 bits, for which every backend's state has room; a count.
+            state = np.array([own_seed[0] >> 1, 0], block.state_before.dtype)
+            generator.state.assign(state)
         yield
     finally:
-        for generator, block in zip(seed_generators, entered):
+        for generator, block in entered:
             _leave(generator, block)
 
 
 def _leave(generator, block):
-    """Gives a generator, or the next block that it is in, the state before."""
+    """Gives a generator, or the block that it entered next, the state."""
     blocks = _blocks[generator]
-    index = next(i for i, other in enumerate(blocks) if other is block)
+    index = blocks.index(block)
     del blocks[index]
-    if blocks[index:]:
-        blocks[index]["before"] = block["before"]
+    if index < len(blocks):
+        blocks[index].state_before = block.state_before
     else:
-        generator.state.assign(block["before"])
-    if not blocks:
-        del _blocks[generator]
+        generator.state.assign(block.state_before)
 
 
 def noise_and_masks(
