@@ -34,8 +34,8 @@ def enable_fvae_lora(
     Args:
         model: `keras.Model` (or layer) that is built. Every `Dense`,
             `EinsumDense`, `Conv1D`, `Conv2D` and `Conv3D` layer inside it, at
-            any depth, can be adapted. Of a convolution the FVAE sees patches,
-            which for one larger than 1 are wide, and dear.
+            any depth, can be adapted, but for convolutions larger than 1,
+            because the FVAE is not worth there what it costs.
         rank: Positive integer, width of the latents. Defaults to `16`.
         target_layer_names: Which layers to adapt, as in
             `keras_fvae.enable_adapter`: names, expressions, functions,

@@ -58,15 +58,22 @@ def fit_a_step(model, x):
 
 
 def enable_what_the_error_says(model, error):
-    """Adapts convolutions, or where there are none, all that has a name."""
-    names = [layer.name for layer in lookup.adaptable_layers(model)]
+    """Adapts what FVAE-LoRA fits, or all convolutions, by another method."""
+    config = keras_fvae.FVAELoRAConfig()
+    layers = lookup.adaptable_layers(model)
+    fitting = [la for la in layers if config.why_not(la) is None]
+    names = [layer.name for layer in fitting]
     # Those that Keras made up are listed by their attributes.
     named = [name for name in names if not name.startswith("conv2d")]
     assert all(name in str(error) for name in named)
-    if table.num_convolutions(model):
-        names = "all-conv"
-        assert f"target_layer_names={names!r}" in str(error)
-    model.enable_fvae_lora(**SMALL, target_layer_names=names)
+    if len(fitting) < len(layers):
+        assert "FVAE-LoRA does not fit '" in str(error)
+    elif table.convolutions(model):
+        assert "target_layer_names='all-conv'" in str(error)
+    if fitting:
+        model.enable_fvae_lora(**SMALL, target_layer_names=names)
+    else:
+        model.enable_adapter(keras_fvae.LoRAConfig(2), "all-conv")
 
 
 # What takes long to run on all of them runs where it is quickest.
@@ -220,4 +227,4 @@ def test_a_dense_layer_of_a_convolutional_model_can_be_named():
     )
     assert len(summary.layer_paths) == 1
     with pytest.raises(ValueError, match="target_layer_names='all-conv'"):
-        model.backbone.enable_fvae_lora()
+        model.backbone.enable_adapter(keras_fvae.LoRAConfig())

@@ -1,5 +1,6 @@
 """Adapted convolutions: what a patch is, and what is added for each."""
 
+import dataclasses
 import re
 
 import keras
@@ -9,7 +10,6 @@ import pytest
 from backbones import BACKBONES
 from family import CONFIGS
 from helpers import move_adapters
-from helpers import remove_latent_noise
 from helpers import snapshot
 from helpers import to_numpy
 from helpers import value_and_gradients
@@ -23,6 +23,7 @@ from keras_fvae.layers.frozen import linear_map_of
 from keras_fvae.model import lookup
 
 LORA = keras_fvae.LoRAConfig(3, 6, seed=0)
+FVAE = keras_fvae.FVAELoRAConfig(2, decoder_units=(4,), seed=0)
 FIRST = "channels_first"
 # Number of axes, size, what else `keras.layers.Conv` takes.
 CASES = [
@@ -167,26 +168,6 @@ def test_one_of_size_1_is_a_dense_layer(name):
             assert_close(added, expected_added)
 
 
-@pytest.mark.parametrize("name", ["FVAE-LoRA", "linear FVAE-LoRA"])
-def test_the_fvae_sees_patches(name):
-    layer, x = make(2, 2, {"data_format": FIRST}, activation="tanh")
-    patches = np.stack(
-        [x[:, :, i : 7 + i, j : 6 + j] for i in (0, 1) for j in (0, 1)], axis=1
-    )
-    patches = patches.transpose(0, 3, 4, 1, 2).reshape(2, 7, 6, -1)
-    dense = layers.Dense(FILTERS, activation="tanh")
-    dense.build((None, 4 * CHANNELS))
-    dense.kernel.assign(ops.reshape(layer.kernel, dense.kernel.shape))
-    dense.bias.assign(layer.bias)
-    adapt(layer, x, CONFIGS[name])
-    adapt(dense, patches, CONFIGS[name])
-    for is_training in (False, True):
-        found, added = step(layer, x, is_training)
-        expected, expected_added = step(dense, patches, is_training)
-        assert_close(found.transpose(0, 2, 3, 1), expected)
-        assert_close(added, expected_added)
-
-
 def test_methods_start_from_the_kernel_as_a_matrix():
     layer, x = make(2, 3, {"data_format": FIRST}, use_bias=False)
     kernel = to_numpy(layer.kernel)
@@ -229,26 +210,44 @@ def test_dropout_is_on_the_input():
     assert {*np.unique(np.round(seen[0] / x[:, :-1], 4))} == {0.0, 2.0}
 
 
-@pytest.mark.parametrize("padding", ["same", "causal"])
-def test_patches_of_padding_count_for_nothing(padding, rng):
-    inputs = keras.Input((None,), dtype="int32")
-    x = layers.Embedding(50, 4, mask_zero=True)(inputs)
-    outputs = layers.Conv1D(5, 3, strides=2, padding=padding)(x)
-    with pytest.warns(UserWarning, match="does not support masking"):
-        model = keras.Model(inputs, outputs)
-        model(np.ones((1, 3), "int32"))
-    keras_fvae.enable_fvae_lora(
-        model, 2, "conv1d", decoder_units=(4,), dropout=0.0, elbo_weight=1.0
-    )
-    move_adapters(model, rng)
-    remove_latent_noise(model)
+# Whose mean squares are of all patches that count.
+SEES_PATCHES = keras_fvae.OPLoRAConfig(2, mean_squares=True, seed=0)
+
+
+@pytest.mark.parametrize("padding, zeros", [("same", 1), ("causal", 2)])
+def test_patches_of_padding_count_for_nothing(padding, zeros, rng):
     tokens = rng.integers(1, 50, (3, 7))
     tokens[1, 2:] = 0
-    losses = []
-    for length in (4, 20):
-        model(np.pad(tokens, [(0, 0), (0, length)]), training=True)
-        losses.append(sum(to_numpy(loss) for loss in model.losses))
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    found = []
+    for length in (20, 4):
+        keras.utils.set_random_seed(0)
+        embedding = layers.Embedding(50, 4, mask_zero=True)
+        layer = layers.Conv1D(5, 3, strides=2, padding=padding, name="layer")
+        inputs = keras.Input((None,), dtype="int32")
+        with pytest.warns(UserWarning, match="does not support masking"):
+            # What the loss sees is before the padding.
+            model = keras.Model(inputs, layer(embedding(inputs))[:, :2])
+            model(np.ones((1, 3), "int32"))
+        keras_fvae.enable_adapter(model, SEES_PATCHES, "layer")
+        model.compile(keras.optimizers.SGD(1.0), "mse")
+        padded = np.pad(tokens, [(0, 0), (0, length)])
+        model.train_on_batch(padded, np.ones((3, 2, 5)))
+        adapter = layer.adapter
+        squares = [adapter.input_squares, adapter.output_squares]
+        found.append(np.concatenate([to_numpy(each) for each in squares]))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+    def patches(values):
+        around = [(0, 0), (zeros, 2 - zeros), (0, 0)]
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.pad(values, around), 3, axis=1
+        )
+        return windows[:, ::2].swapaxes(-1, -2).reshape(3, 6, -1)
+
+    # One counts if any part of it does.
+    counts = patches(padded[..., None] != 0).any(axis=-1)
+    expected = patches(to_numpy(embedding(padded)))[counts] ** 2
+    assert_close(-found[0][:12], expected.mean(axis=0))
 
 
 @pytest.mark.one_backend
@@ -258,9 +257,7 @@ def test_images_of_any_size(rng):
     x = layers.Conv2D(4, (1, 2), strides=3, padding="same", name="second")(x)
     x = layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, layers.Dense(1, name="head")(x))
-    keras_fvae.enable_fvae_lora(
-        model, 2, ["first", "second"], decoder_units=(4,), seed=0
-    )
+    keras_fvae.enable_adapter(model, SEES_PATCHES, ["first", "second"])
     model.compile("adam", "mse")
     for size in (7, 8):
         x = rng.normal(size=(4, size, size + 1, 2))
@@ -268,6 +265,54 @@ def test_images_of_any_size(rng):
         assert np.isfinite(loss)
         move_adapters(model, rng)
         assert_close(model.predict(x, verbose=0), to_numpy(model(x)))
+
+
+def is_of_size_1(layer):
+    return {*getattr(layer, "kernel_size", ())} == {1}
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "targets, larger",
+    [
+        ("all-conv", "'stem'.*=(3, 3)"),
+        ({"point": 2, "wide": 3}, "'wide'.*=(1, 2)"),
+        (lambda layer: layer.name in ("point", "stem"), "'stem'.*=(3, 3)"),
+        # Where nothing is chosen, what could be is listed.
+        (None, "not fit 'stem'.*=(3, 3).*are: .'dense', 'head', 'point'.."),
+    ],
+)
+def test_the_fvae_takes_none_that_is_larger_than_1(targets, larger):
+    inputs = keras.Input((8, 8, 4))
+    x = layers.Conv2D(4, 3, name="stem")(inputs)
+    x = layers.Conv2D(4, (1, 2), name="wide")(x)
+    x = layers.Conv2D(4, 1, strides=2, name="point")(x)
+    x = layers.Dense(4, name="dense")(x)
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    before = snapshot(model)
+    for config in (FVAE, dataclasses.replace(FVAE, encoder_units=())):
+        message = larger.replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=message):
+            keras_fvae.enable_adapter(model, config, targets)
+        assert snapshot(model) == before
+    keras_fvae.enable_adapter(model, FVAE, is_of_size_1)
+    assert names_of(model) == {"point"}
+
+
+@pytest.mark.one_backend
+def test_the_fvae_beside_another_method_for_larger_ones():
+    model = make_picture_model()
+    keras_fvae.enable_adapter(model, FVAE, {"point": 2, "stem": LORA})
+    assert names_of(model) == {"point", "stem"}
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("num_axes", [1, 2, 3])
+def test_a_larger_layer_is_not_made_with_the_fvae(num_axes):
+    cls = getattr(keras_fvae, f"AdaptedConv{num_axes}D")
+    with pytest.raises(ValueError, match="'new'.*by FVAE-LoRA.*kernel_size="):
+        cls(4, 2, FVAE, name="new")
+    assert cls(4, 1, FVAE)(np.ones((1, *[3] * num_axes, 2))).shape[-1] == 4
 
 
 class ConformanceTest(TestCase):
@@ -443,17 +488,18 @@ def make_resnet():
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
-    "config",
+    "config, targets, num_layers",
     [
-        keras_fvae.LoRAConfig(4, seed=0),
-        pytest.param(
+        (keras_fvae.LoRAConfig(4, seed=0), "all-conv", 10),
+        (
             keras_fvae.FVAELoRAConfig(4, decoder_units=(16,), seed=0),
-            marks=pytest.mark.one_backend,
+            is_of_size_1,
+            3,
         ),
     ],
-    ids=lambda config: config.method_name,
+    ids=["LoRA", "FVAE-LoRA"],
 )
-def test_a_resnet_of_kerashub(config, tmp_path):
+def test_a_resnet_of_kerashub(config, targets, num_layers, tmp_path):
     data = load_digits()
     x = (data.images[:512, ..., None] / 16).repeat(3, axis=-1)
     x = x.repeat(2, axis=1).repeat(2, axis=2)
@@ -466,8 +512,8 @@ def test_a_resnet_of_kerashub(config, tmp_path):
     model = make_resnet()
     model.set_weights(base.get_weights())
     before = model.predict(x, verbose=0)
-    summary = keras_fvae.enable_adapter(model, config, "all-conv")
-    assert len(summary.layer_paths) == 10
+    summary = keras_fvae.enable_adapter(model, config, targets)
+    assert len(summary.layer_paths) == num_layers
     assert_close(model.predict(x, verbose=0), before)
     loss_before, loss_after = fit_digits(model, x, labels, epochs=3)
     assert loss_after < 0.85 * loss_before

@@ -88,19 +88,6 @@ CONFIGS = {
 # One of each kind: a norm, random numbers, a loss. The others are made of the
 # same parts.
 KINDS = {"DoRA with gradient", "DropLoRA", "FVAE-LoRA"}
-# One for each way to use the frozen layer.
-ON_CONVOLUTIONS = [
-    *sorted(KINDS),
-    "LoRA with dropout",
-    "PiSSA",
-    "HiRA",
-    "linear FVAE-LoRA",
-    "SRLoRA",
-    "AdaLoRA",
-    "MoE-LoRA",
-    "Flat-LoRA",
-    "OPLoRA",
-]
 # Those that compute the same in training as at inference.
 WITHOUT_NOISE = [
     name
@@ -131,6 +118,15 @@ def make_model(dtype=None):
 
 def make_convolutions(dtype=None):
     """Convolutions of size 1 and larger, channels last and first, a head."""
+    return _make_convolutions((3, (2, 1)), dtype)
+
+
+def make_convolutions_of_size_1(dtype=None):
+    """The same, for a method that takes no larger ones."""
+    return _make_convolutions((1, 1), dtype)
+
+
+def _make_convolutions(sizes, dtype):
     keras.utils.set_random_seed(0)
     # On CPUs, TensorFlow has none of each dtype with the channels first.
     has_channels_first = BACKEND != "tensorflow"
@@ -141,19 +137,40 @@ def make_convolutions(dtype=None):
     )
     x = keras.layers.Reshape((5, 4, 2), dtype=dtype)(x)
     x = keras.layers.Conv2D(
-        6, 3, strides=2, padding="same", activation="tanh", use_bias=False,
-        name="larger", dtype=dtype,
+        6, sizes[0], strides=2, padding="same", activation="tanh",
+        use_bias=False, name="strided", dtype=dtype,
     )(x)  # fmt: skip
     if has_channels_first:
         x = keras.layers.Permute((3, 1, 2), dtype=dtype)(x)
     x = keras.layers.Conv2D(
-        7, (2, 1), dilation_rate=2, activation="tanh", data_format=data_format,
-        name="dilated", dtype=dtype,
+        7, sizes[1], dilation_rate=2, activation="tanh",
+        data_format=data_format, name="dilated", dtype=dtype,
     )(x)  # fmt: skip
     x = keras.layers.GlobalAveragePooling2D(data_format, dtype=dtype)(x)
     return keras.Model(
         inputs, keras.layers.Dense(3, name="head", dtype=dtype)(x)
     )
+
+
+# Models of convolutions for one method of each way to use the frozen layer.
+ON_CONVOLUTIONS = {
+    **dict.fromkeys(
+        [
+            *sorted(KINDS),
+            "LoRA with dropout",
+            "PiSSA",
+            "HiRA",
+            "SRLoRA",
+            "AdaLoRA",
+            "MoE-LoRA",
+            "Flat-LoRA",
+            "OPLoRA",
+        ],
+        make_convolutions,
+    ),
+    "FVAE-LoRA": make_convolutions_of_size_1,
+    "linear FVAE-LoRA": make_convolutions_of_size_1,
+}
 
 
 def is_target(layer):

@@ -161,7 +161,7 @@ HEADS = {
 }
 CHANNELS = {
     "one": ((None, None, "model"), "output"),
-    "larger": ((None, None, "model", None), "input"),
+    "strided": ((None, None, "model", None), "input"),
 }
 
 

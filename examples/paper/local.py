@@ -8,7 +8,8 @@ adapted to others, turned by a quarter. spurious_digits: to tell 0 to 4 from 5
 to 9, in colours that go with the label in training.
 
 resnet_digits: the turned digits, enlarged, by a small ResNet whose convolutions
-of size 1 are adapted; resnet_digits_all_convolutions: the larger ones, too.
+of size 1 are adapted; resnet_digits_all_convolutions: the larger ones, too,
+which FVAE-LoRA refuses.
 
 emoji: to tell of which group an emoji is, by EfficientNet-Lite0, whose last
 three convolutions of size 1 are adapted. Those of one designer are trained on;

@@ -282,8 +282,9 @@ class AdaptedConv1D(AdaptedLayer, keras.layers.Conv1D):
         **kwargs: Every argument of `keras.layers.Conv1D`, but for LoRA's.
 
     Raises:
-        ValueError: If a LoRA argument of Keras's is given, or (when the layer
-            is built) the channels are in several groups.
+        ValueError: If a LoRA argument of Keras's is given, the method does not
+            fit (FVAE-LoRA takes a `kernel_size` of 1 alone), or (when the
+            layer is built) the channels are in several groups.
         TypeError: If `config` is none of a low-rank method.
 
     Example:
@@ -324,8 +325,9 @@ class AdaptedConv2D(AdaptedLayer, keras.layers.Conv2D):
             frozen.
 
     Raises:
-        ValueError: If a LoRA argument of Keras's is given, or (when the layer
-            is built) the channels are in several groups.
+        ValueError: If a LoRA argument of Keras's is given, the method does not
+            fit (FVAE-LoRA takes a `kernel_size` of 1 alone), or (when the
+            layer is built) the channels are in several groups.
         TypeError: If `config` is none of a low-rank method.
 
     Example:
@@ -363,8 +365,9 @@ class AdaptedConv3D(AdaptedLayer, keras.layers.Conv3D):
         **kwargs: Every argument of `keras.layers.Conv3D`, but for LoRA's.
 
     Raises:
-        ValueError: If a LoRA argument of Keras's is given, or (when the layer
-            is built) the channels are in several groups.
+        ValueError: If a LoRA argument of Keras's is given, the method does not
+            fit (FVAE-LoRA takes a `kernel_size` of 1 alone), or (when the
+            layer is built) the channels are in several groups.
         TypeError: If `config` is none of a low-rank method.
 
     Example:
@@ -549,7 +552,16 @@ def new_adapter(
 
     Returns:
         An `Adapter`.
+
+    Raises:
+        ValueError: If the method does not fit the layer.
     """
+    misfit = config.why_not(layer)
+    if misfit:
+        raise ValueError(
+            f"The layer '{layer.path or layer.name}' cannot be adapted by "
+            f"{config.method_name}: {misfit}."
+        )
     return config.adapter_class(
         config,
         regularizer=layer.kernel_regularizer,

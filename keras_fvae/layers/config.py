@@ -94,6 +94,17 @@ class AdapterConfig:
             return self
         return dataclasses.replace(self, seed=self.seed + index)
 
+    def why_not(self, layer: keras.Layer) -> str | None:
+        """Why the method does not fit a layer of a class that can be adapted.
+
+        Args:
+            layer: `keras.Layer`.
+
+        Returns:
+            String, the end of a sentence and what to do; `None` if it fits.
+        """
+        return None
+
     def get_config(self) -> dict[str, Any]:
         """Returns the fields as a dict that JSON can hold."""
         return {

@@ -42,7 +42,7 @@ def enable_adapter(
         model: `keras.Model` (or layer) that is built. Every `Dense`,
             `EinsumDense`, `Conv1D`, `Conv2D` and `Conv3D` layer inside it, at
             any depth, can be adapted; convolutions in several groups of
-            channels cannot.
+            channels cannot, and by FVAE-LoRA none that is larger than 1.
         config: Config of the method, such as `keras_fvae.DoRAConfig(rank=16)`.
             A `seed` is counted up from layer to layer.
         target_layer_names: Which layers to adapt: a layer name (for a

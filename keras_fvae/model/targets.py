@@ -135,14 +135,19 @@ def find_targets(
     excluded_ids = {id(layer) for layer in excluded}
     targets = [pair for pair in pairs if id(pair[0]) not in excluded_ids]
     if not targets:
+        fitting = [la for la in candidates if config.why_not(la) is None]
+        others = [la for la in candidates if la not in fitting]
         advice = ""
-        if kinds[ALL_CONV] and target_layer_names != ALL_CONV:
+        if others:
+            advice = f"{config.method_name} does not fit '{others[0].name}': "
+            advice += f"{config.why_not(others[0])}. "
+        elif kinds[ALL_CONV] and target_layer_names != ALL_CONV:
             advice = f"Pass target_layer_names={ALL_CONV!r} to adapt its "
             advice += "convolutions. "
         raise ValueError(
             f"Model '{model.name}' has {without}. Received: "
             f"target_layer_names={target_layer_names!r}, exclude_layer_names="
-            f"{exclude_layer_names!r}. {advice}{_list_names(model, candidates)}"
+            f"{exclude_layer_names!r}. {advice}{_list_names(model, fitting)}"
         )
     return targets
 

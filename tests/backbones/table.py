@@ -21,7 +21,8 @@ What `backbone.enable_fvae_lora()` adapts, without arguments, in each backbone
 of KerasHub: the projections to queries and values of every attention layer,
 as `attention layer`: `projections`, and how many layers that is at the size at
 which the test makes the model, mostly two blocks; then how many convolutions
-`target_layer_names="all-conv"` adapts there.
+`target_layer_names="all-conv"` adapts there, and how many of these are of size
+1, which are those that FVAE-LoRA takes.
 
 A test makes each of these backbones, at the smallest size, and checks that the
 row is true; that predictions are at first what they were; that a step of `fit`
@@ -31,16 +32,17 @@ for rows with a star on JAX and TensorFlow, too; for rows with two stars, which
 PyTorch would need another package for or KerasHub cannot make or train there,
 on TensorFlow.
 
-| Backbone | Adapted by default | Layers | Convolutions |
-|---|---|---:|---:|
+| Backbone | Adapted by default | Layers | Convolutions | Of size 1 |
+|---|---|---:|---:|---:|
 """
 
 FOOTER = """
 Backbones that adapt nothing by default raise a `ValueError`, which lists the
-layers that `target_layer_names` can take, and says so where `"all-conv"` is the
-way. Convolutions in several groups of channels, as in MobileNet, depthwise,
-separable and transposed ones cannot be adapted, and are not counted. The
-`Dense` layers of a task around a convolutional backbone can be named.
+layers that `target_layer_names` can take, and says what FVAE-LoRA does not fit,
+or that `"all-conv"` is the way. Convolutions in several groups of channels, as
+in MobileNet, depthwise, separable and transposed ones cannot be adapted, and
+are not counted. The `Dense` layers of a task around a convolutional backbone
+can be named.
 
 - Vision encoders: MobileNetV5's attention, also within Gemma 3n, is made of
   convolutions, which `"all-conv"` adapts. Gemma 4 reads the kernels of its
@@ -95,19 +97,28 @@ def row(name, model):
     stars = "*" * (name in SAMPLE) + "**" * (name in TENSORFLOW_ALONE)
     return (
         f"| `{name}`{stars} | {cell or 'nothing'} | {len(tree.adapted)} | "
-        f"{num_convolutions(model)} |"
+        f"{len(convolutions(model))} | {len(fvae_convolutions(model))} |"
     )
 
 
-def num_convolutions(model):
-    """How many `"all-conv"` adapts of a backbone."""
+def convolutions(model):
+    """List of the layers that `"all-conv"` adapts of a backbone."""
     try:
         pairs = targets.find_targets(
             model, keras_fvae.LoRAConfig(), targets.ALL_CONV
         )
     except ValueError:
-        return 0
-    return len(pairs)
+        return []
+    return [layer for layer, _ in pairs]
+
+
+def fvae_convolutions(model):
+    """List of those that FVAE-LoRA fits."""
+    return [
+        layer
+        for layer in convolutions(model)
+        if keras_fvae.FVAELoRAConfig().why_not(layer) is None
+    ]
 
 
 def _num_layers(holder):

@@ -16,7 +16,6 @@ from family import Y
 from family import adapt
 from family import frozen_bytes
 from family import is_target
-from family import make_convolutions
 from family import make_model
 from family import predict
 from family import train
@@ -46,14 +45,14 @@ on_all_models = pytest.mark.parametrize(
     "name, make_model",
     [
         *[(name, make_model) for name in CONFIGS],
-        *[once(name, make_convolutions) for name in ON_CONVOLUTIONS],
+        *[once(*pair) for pair in ON_CONVOLUTIONS.items()],
     ],
 )
 on_all_models_once = pytest.mark.parametrize(
     "name, make_model",
     [
         *[once(name, make_model) for name in CONFIGS],
-        *[once(name, make_convolutions) for name in ON_CONVOLUTIONS],
+        *[once(*pair) for pair in ON_CONVOLUTIONS.items()],
     ],
 )
 
