@@ -256,7 +256,10 @@ def provenance(arguments, gpu, environments):
             versions[package] = importlib.metadata.version(package)
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        "options": {k: str(v) for k, v in vars(arguments).items()},
+        # But for the folder, which is of that machine alone.
+        "options": {
+            k: str(v) for k, v in vars(arguments).items() if k != "output"
+        },
         "versions": {"python": platform.python_version(), **versions},
         "cores": os.cpu_count(),
         "gpu": gpu,

@@ -259,6 +259,9 @@ def test_public_docstrings(public):
         assert section in public.__doc__, section
 
 
+SUFFIXES = (".py", ".md", ".txt", ".toml", ".yml", ".ipynb", ".json")
+
+
 @pytest.mark.always_one_backend
 def test_the_project_speaks_of_itself_alone():
     files = subprocess.run(
@@ -271,7 +274,7 @@ def test_the_project_speaks_of_itself_alone():
     foreign = re.compile(r"/work/|/root/|/tmp/|pypi\.org|pythonhosted")
     for name in files:
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".txt", ".toml", ".yml", ".ipynb"):
+        if path.suffix in SUFFIXES:
             assert path == pathlib.Path(__file__) or not foreign.search(
                 path.read_text()
             ), name

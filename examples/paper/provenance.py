@@ -30,13 +30,28 @@ def describe():
     packages = (*PACKAGES, *BACKEND_PACKAGES[backend])
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-        "command": " ".join(sys.orig_argv[1:]),
+        "command": command(sys.orig_argv[1:]),
         "backend": backend,
         "device": device(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {p: v for p in packages if (v := version(p))},
     }
+
+
+def command(words):
+    """String, what was called, but for the folder that the results go to.
+
+    That is of the machine, and makes no difference to them.
+
+    Args:
+        words: List of strings, the command line.
+    """
+    kept = [word for word in words if not word.startswith("--output=")]
+    if "--output" in kept:
+        at = kept.index("--output")
+        del kept[at : at + 2]
+    return " ".join(kept)
 
 
 def version(package):

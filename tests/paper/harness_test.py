@@ -12,6 +12,7 @@ from helpers import to_numpy
 from examples.paper import harness
 from examples.paper import methods
 from examples.paper import metrics
+from examples.paper import provenance
 from examples.paper import results
 from examples.paper import search
 from examples.paper import training
@@ -506,3 +507,10 @@ def test_a_score_that_never_was_a_number_is_an_error():
     best.on_epoch_end(0, {"score": float("nan")})
     with pytest.raises(ValueError, match="In no epoch was `score` a number"):
         best.restore()
+
+
+@pytest.mark.parametrize("output", [["--output", "a b"], ["--output=a"], []])
+def test_results_do_not_name_the_folder_they_are_in(output):
+    words = ["-m", "examples.paper.local", *output, "--seed", "1"]
+    expected = "-m examples.paper.local --seed 1"
+    assert provenance.command(words) == expected
