@@ -1,4 +1,4 @@
-"""The README's table of results, against the results."""
+"""The tables of results in the documents, against the results."""
 
 import re
 
@@ -15,10 +15,10 @@ RESULTS = ROOT / "examples" / "paper" / "results"
 BESIDE = METHODS["lora"].label
 
 
-def read_table():
+def read_table(document, start):
     """Pair of the columns' names and a dict of row to cells."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith("| | L"))
+    lines = (ROOT / document).read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(start))
     rows = []
     for line in lines[begin:]:
         if not line.startswith("|"):
@@ -28,7 +28,8 @@ def read_table():
     return header[1:], {row: cells for row, *cells in rows}
 
 
-COLUMNS, ROWS = read_table()
+COLUMNS, ROWS = read_table("README.md", "| | L")
+EMOJI_COLUMNS, EMOJI_ROWS = read_table("docs/results.md", "| emoji |")
 
 
 def numbers(text):
@@ -43,6 +44,7 @@ def results():
     return {
         title.split(",")[0]: comparison.rows(part)
         for title, part in parts.items()
+        if title.endswith(", searched")
     }
 
 
@@ -78,3 +80,33 @@ def test_figures_are_those_of_the_results(row, column, results):
         # What it prints is rounded, too.
         rounding += 0.005
     assert numbers(cell) == pytest.approx(expected, abs=rounding)
+
+
+@pytest.mark.parametrize("label", EMOJI_ROWS)
+@pytest.mark.parametrize("column", EMOJI_COLUMNS)
+def test_figures_of_emoji_are_those_of_the_results(label, column, results):
+    """A row is a method; a column what differs from LoRA, by its unit."""
+    cell = EMOJI_ROWS[label][EMOJI_COLUMNS.index(column)]
+    by_label = results["emoji"]
+    reference = by_label[BESIDE]
+    differences = np.array(
+        [
+            by_label[label][seed][column] - reference[seed][column]
+            for seed in reference
+        ]
+    )
+    expected = numbers(comparison.interval(differences))
+    # The last digit that is shown, and what is printed is rounded, too.
+    rounding = 0.0101 if column == "loss" else 0.056
+    assert numbers(cell) == pytest.approx(expected, abs=rounding)
+    _, low, high = expected
+    assert cell.startswith("**") == (low * high > 0), "bold or not"
+
+
+def test_all_methods_are_on_emoji(results):
+    assert {*EMOJI_ROWS} == {
+        label
+        for label in results["emoji"]
+        if not label.endswith("sampled") and label != BESIDE
+    }
+    assert len(EMOJI_ROWS) >= 18
