@@ -186,4 +186,6 @@ print("most of its samples' spread:", samples.std(axis=0).max().round(3))
 #   takes half the memory for activations; adapters stay float32.
 # - `rematerialize=True` keeps less of the autoencoders for the gradient.
 # - A model of convolutions, such as ResNet, takes
-#   `target_layer_names="all-conv"`, by FVAE-LoRA those of size 1 alone.
+#   `target_layer_names="all-conv"` with LoRA. FVAE-LoRA takes convolutions of
+#   size 1 alone, which a function chooses ([layers](
+#   https://keras-fvae.github.io/keras-fvae/layers/#convolutions)).

@@ -135,12 +135,12 @@ def find_targets(
     excluded_ids = {id(layer) for layer in excluded}
     targets = [pair for pair in pairs if id(pair[0]) not in excluded_ids]
     if not targets:
-        fitting = [la for la in candidates if config.why_not(la) is None]
-        others = [la for la in candidates if la not in fitting]
+        misfits = [la for la in candidates if config.why_not(la)]
+        fitting = [la for la in candidates if la not in misfits]
         advice = ""
-        if others:
-            advice = f"{config.method_name} does not fit '{others[0].name}': "
-            advice += f"{config.why_not(others[0])}. "
+        if misfits:
+            advice = f"{config.method_name} does not fit '{misfits[0].name}': "
+            advice += f"{config.why_not(misfits[0])}. "
         elif kinds[ALL_CONV] and target_layer_names != ALL_CONV:
             advice = f"Pass target_layer_names={ALL_CONV!r} to adapt its "
             advice += "convolutions. "

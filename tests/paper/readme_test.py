@@ -36,6 +36,25 @@ def numbers(text):
     return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", text)]
 
 
+def rounding(name):
+    """The last digit that is shown of a figure."""
+    return 0.0051 if name == "loss" else 0.051
+
+
+def check_difference(cell, name, figures, reference):
+    """Whether a cell is what a method's figures differ by, seed by seed."""
+    seeds = sorted(reference)
+    differences = np.array(
+        [figures[seed][name] - reference[seed][name] for seed in seeds]
+    )
+    expected = numbers(comparison.interval(differences))
+    _, low, high = expected
+    assert cell.startswith("**") == (low * high > 0), "bold or not"
+    # What it prints is rounded, too.
+    tolerance = rounding(name) + 0.005
+    assert numbers(cell) == pytest.approx(expected, abs=tolerance)
+
+
 @pytest.fixture(scope="module")
 def results():
     """Dict of data set to what `comparison.rows` says of it."""
@@ -65,21 +84,11 @@ def test_figures_are_those_of_the_results(row, column, results):
     if figures.keys() != reference.keys():
         assert cell == "", "not all of its seeds have run"
         return
-    seeds = sorted(reference)
-    # The last digit that is shown.
-    rounding = 0.0051 if loss else 0.051
     if label == BESIDE:
-        expected = [np.mean([reference[seed][name] for seed in seeds])]
+        expected = np.mean([found[name] for found in reference.values()])
+        assert numbers(cell) == pytest.approx([expected], abs=rounding(name))
     else:
-        differences = np.array(
-            [figures[seed][name] - reference[seed][name] for seed in seeds]
-        )
-        expected = numbers(comparison.interval(differences))
-        _, low, high = expected
-        assert cell.startswith("**") == (low * high > 0), "bold or not"
-        # What it prints is rounded, too.
-        rounding += 0.005
-    assert numbers(cell) == pytest.approx(expected, abs=rounding)
+        check_difference(cell, name, figures, reference)
 
 
 @pytest.mark.parametrize("label", EMOJI_ROWS)
@@ -88,19 +97,7 @@ def test_figures_of_emoji_are_those_of_the_results(label, column, results):
     """A row is a method; a column what differs from LoRA, by its unit."""
     cell = EMOJI_ROWS[label][EMOJI_COLUMNS.index(column)]
     by_label = results["emoji"]
-    reference = by_label[BESIDE]
-    differences = np.array(
-        [
-            by_label[label][seed][column] - reference[seed][column]
-            for seed in reference
-        ]
-    )
-    expected = numbers(comparison.interval(differences))
-    # The last digit that is shown, and what is printed is rounded, too.
-    rounding = 0.0101 if column == "loss" else 0.056
-    assert numbers(cell) == pytest.approx(expected, abs=rounding)
-    _, low, high = expected
-    assert cell.startswith("**") == (low * high > 0), "bold or not"
+    check_difference(cell, column, by_label[label], by_label[BESIDE])
 
 
 def test_all_methods_are_on_emoji(results):

@@ -66,7 +66,7 @@ class FVAELoRAConfig(AdapterConfig):
             of an encoder share its hidden layers. Defaults to `True`.
         decoder_units: Tuple of positive integers, the widths of the decoder's
             hidden layers. Defaults to `(128, 128, 128)`. Tried: one layer of
-            32, within the noise of the seeds.
+            32, which lost 4 points on texts.
         dropout: Float in `[0, 1)`. Dropout rate after each hidden layer of
             the encoders and the decoder. Defaults to `0.3`; the authors' is
             0.1. Tried: 0.1, 0.3 and 0.5, of which 0.3 was best on average, with
@@ -98,7 +98,7 @@ class FVAELoRAConfig(AdapterConfig):
             `reconstruction_weight` of 0.1 had the lowest losses.
         num_samples: Positive integer. Draws of the latents per token in
             training. Defaults to `1`. Tried: 4, which lost 5 points in that
-            worst group and gained nothing elsewhere.
+            worst group, and had a loss lower by 0.18 on texts.
         rematerialize: Boolean. Whether training keeps little of the FVAE for
             the gradient but its inputs (on PyTorch, its random numbers too),
             and computes it once more instead: less memory, more arithmetic,
