@@ -1,6 +1,7 @@
 """Notices when Keras changes the private parts that the package uses."""
 
 import pickle
+import warnings
 
 import keras
 import numpy as np
@@ -489,6 +490,69 @@ def test_variables_of_an_optimizer_can_be_taken_out():
     assert any(v is added for v in optimizer.variables)
     keras_internals.untrack_optimizer_variable(optimizer, added)
     assert [v.path for v in optimizer.variables] == before
+
+
+def test_what_is_saved_apart_hinders_no_optimizer(tmp_path):
+    """It is in the file, and read where there is room for it."""
+
+    def compiled(value):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        inner = keras.optimizers.Adam(gradient_accumulation_steps=2)
+        optimizer = keras.optimizers.LossScaleOptimizer(inner)
+        model.compile(optimizer, "mse")
+        optimizer.build(model.trainable_variables)
+        if value is None:
+            return model, None, None
+        added = inner.add_variable((2,), name="added")
+        added.assign([value, value])
+        apart = keras_internals.SavedApart([optimizer, inner], [added])
+        return model, added, apart
+
+    path = tmp_path / "model.weights.h5"
+    model, added, apart = compiled(3.0)
+    model.fit(np.ones((6, 2)), np.ones((6, 1)), batch_size=2, verbose=0)
+    inner = model.optimizer.inner_optimizer
+    assert keras_internals.num_steps_of(inner) == 3
+    assert int(inner.iterations) == 1
+    model.save_weights(path)
+    for value, expected in ((None, None), (5.0, 3.0)):
+        other, read, _ = compiled(value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            other.load_weights(path)
+        other_inner = other.optimizer.inner_optimizer
+        assert keras_internals.num_steps_of(other_inner) == 3
+        if value is not None:
+            assert to_numpy(read).tolist() == [expected, expected]
+    apart.end()
+    model.save_weights(path)
+    # From a file without it, it stays what it is.
+    other, read, _ = compiled(5.0)
+    keras_internals.untrack_optimizer_variable(inner, added)
+    model.save_weights(path)
+    other.load_weights(path)
+    assert to_numpy(read).tolist() == [5.0, 5.0]
+    assert keras_internals.num_steps_of(other.optimizer.inner_optimizer) == 3
+
+
+def test_what_runs_in_this_thread():
+    seen = []
+
+    class Nested(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            seen.append(keras_internals.running_method())
+            self.model.predict(np.ones((1, 2)), callbacks=[again], verbose=0)
+
+    again = keras.callbacks.LambdaCallback(
+        on_predict_begin=lambda logs: seen.append(
+            keras_internals.running_method()
+        )
+    )
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 2)), np.ones((2, 1)), callbacks=[Nested()], verbose=0)
+    assert seen == ["fit", "predict"]
+    assert keras_internals.running_method() is None
 
 
 class RecordingOptimizer(keras_internals.JointOptimizer):

@@ -438,6 +438,41 @@ def test_decay_is_of_the_weights_before_the_step(rng):
 
 @pytest.mark.one_backend
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_decay_of_what_is_excluded(kind, rng):
+    """Also where it is the inner optimizer that decays."""
+    factors = factors_for(kind, rng)
+    variables = factors.trainable_variables
+    others = [keras.Variable(np.ones(3), name=n) for n in ("one", "other")]
+    inner = keras.optimizers.SGD(0.05, weight_decay=0.5)
+    optimizer = (
+        RiemannianPreconditioning(inner)
+        if kind == "Riemannian"
+        else {"LoRA-RITE": LoRARITE, "OPLoRA": OPLoRA}[kind](0.05, inner)
+    )
+    optimizer.exclude_from_weight_decay(var_list=others[:1])
+    step = make_step(optimizer, [*variables, *others])
+    after = step([np.zeros(v.shape) for v in [*variables, *others]])
+    assert_all_close(after[-2:], [np.ones(3), np.full(3, 0.975)])
+
+
+@pytest.mark.one_backend
+def test_a_rank_above_the_width_is_told():
+    """There the steps are decided by rounding."""
+    for width, units, rank in ((6, 2, 3), (2, 6, 3), (6, 6, 3)):
+        model = keras.Sequential(
+            [keras.Input((width,)), keras.layers.Dense(units, name="query")]
+        )
+        keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(rank))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            LoRARITE().build(model.trainable_variables)
+        told = [str(w.message) for w in caught]
+        expected = min(width, units) < rank
+        assert expected == any("a rank of 2 at most" in t for t in told), told
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "settings",
     [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"clipvalue": 0.2}],

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import keras
 import matplotlib
 import numpy as np
 import pytest
@@ -103,6 +104,14 @@ def test_ranks_of_each_layer(tmp_path):
     check(figure, tmp_path)
     with pytest.raises(ValueError, match="AdaLoRAAllocator"):
         plots.plot_ranks([])
+    for wrong in (3, keras.callbacks.History(), [4, 1], {"a": 1}):
+        with pytest.raises(TypeError, match="`history` must be a list"):
+            plots.plot_ranks(wrong)
+    # Of an allocator that was used again when a layer was frozen.
+    figure = plots.plot_ranks([{"a": 4, "b": 4}, {"b": 3}])
+    [image] = figure.axes[0].images
+    assert image.get_array().tolist() == [[4, None], [4, 3]]
+    check(figure, tmp_path)
 
 
 def test_probes(tmp_path):

@@ -235,6 +235,7 @@ def plot_ranks(
 
     Raises:
         ValueError: If `history` is empty.
+        TypeError: If it is no list of dicts.
 
     Example:
 
@@ -244,14 +245,24 @@ def plot_ranks(
     >>> figure.axes[0].get_xlabel()
     'epoch'
     """
-    if not history:
-        raise ValueError(
-            "`history` must have one epoch at least. Call `fit` with a "
-            "`keras_fvae.AdaLoRAAllocator` among its callbacks, and pass its "
-            "`history`."
+    advice = (
+        "Call `fit` with a `keras_fvae.AdaLoRAAllocator` among its callbacks, "
+        "and pass its `history`."
+    )
+    if not isinstance(history, Sequence) or not all(
+        isinstance(epoch, Mapping) for epoch in history
+    ):
+        raise TypeError(
+            "`history` must be a list of dicts of layer path to rank. "
+            f"{advice} Received: history={history!r} (of type {type(history)})"
         )
-    paths = [*history[0]]
-    ranks = np.array([[epoch[path] for epoch in history] for path in paths])
+    if not history:
+        raise ValueError(f"`history` must have one epoch at least. {advice}")
+    # An allocator may have served several models, or layers frozen since.
+    paths = [*dict.fromkeys(path for epoch in history for path in epoch)]
+    ranks = np.array(
+        [[epoch.get(path, np.nan) for epoch in history] for path in paths]
+    )
     figure, (axis,) = _figure(1, 1, width=6.4, height=1.6 + 0.22 * len(paths))
     image = axis.imshow(ranks, cmap="viridis", vmin=0, aspect="auto")
     bar = figure.colorbar(image, label="ranks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -19,7 +20,8 @@ def watch_gradients(
     It is called inside the compiled step, with the gradients as they were used:
     accumulated, unscaled and clipped, and once for each update, however many
     steps that takes. What it keeps is state of the optimizer, so that it is
-    saved, resumed and sharded like the optimizer's own.
+    saved, resumed and sharded like the optimizer's own; in a file it is beside
+    that, so that the optimizer can be loaded without an observer, too.
 
     Args:
         optimizer: `keras.optimizers.Optimizer`, built. It has no other
@@ -35,7 +37,8 @@ def watch_gradients(
             come together only where an optimizer applies them, or several
             optimizers.
     """
-    *_, optimizer = _with_inner(optimizer)
+    optimizers = [*_with_inner(optimizer)]
+    optimizer = optimizers[-1]
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
             "Of a `MultiOptimizer` gradients cannot be watched, because each "
@@ -51,16 +54,43 @@ def watch_gradients(
     observer.build(optimizer)
     added = [v for v in optimizer.variables if id(v) not in known_ids]
     keras_internals.add_to_update(optimizer, observer.observe)
-    # No attribute that Keras tracks: the variables are in its list already.
-    vars(optimizer)["watched_by"] = added
+    keras_internals.SavedApart(optimizers, added)
 
 
 def stop_watching(optimizer: keras.optimizers.Optimizer) -> None:
     """Ends what `watch_gradients` began, and drops the observer's variables."""
     *_, optimizer = _with_inner(optimizer)
-    for variable in vars(optimizer).pop("watched_by", ()):
+    saved_apart = vars(optimizer).get("saved_apart")
+    if saved_apart is None:
+        return
+    saved_apart.end()
+    for variable in saved_apart.variables:
         keras_internals.untrack_optimizer_variable(optimizer, variable)
     keras_internals.restore_update(optimizer)
+
+
+def observer_variables(
+    optimizer: keras.optimizers.Optimizer,
+) -> Sequence[keras.Variable]:
+    """The variables of the observer that watches an optimizer, if one does."""
+    *_, optimizer = _with_inner(optimizer)
+    saved_apart = vars(optimizer).get("saved_apart")
+    return () if saved_apart is None else saved_apart.variables
+
+
+def num_updates_of(
+    optimizer: keras.optimizers.Optimizer, num_steps: int
+) -> int:
+    """Integer, how many updates an optimizer makes in the steps to come.
+
+    Those whose gradients it has accumulated already count.
+    """
+    for each in _with_inner(optimizer):
+        accumulated = each.gradient_accumulation_steps
+        if accumulated:
+            done = keras_internals.num_steps_of(each) % accumulated
+            num_steps = (done + num_steps) // accumulated
+    return num_steps
 
 
 def accumulated_steps(optimizer: keras.optimizers.Optimizer) -> int:

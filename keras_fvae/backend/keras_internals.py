@@ -34,6 +34,7 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.models.functional import Functional
 from keras.src.quantizers.quantizers import dequantize_with_sz_map
 from keras.src.saving import saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
 
 from keras_fvae.backend.types import Tensor
 
@@ -127,13 +128,27 @@ def running_trainers() -> list[tuple[str, keras.Model]]:
 
     Of `fit` and its like, in any thread.
     """
-    names = {inspect.unwrap(getattr(keras.Model, n)).__code__: n for n in RUNS}
+    names = _run_names()
     pairs = []
     for innermost in sys._current_frames().values():
         for frame in stack_of_calls(innermost):
             if frame.f_code in names:
                 pairs.append((names[frame.f_code], frame.f_locals["self"]))
     return pairs
+
+
+def running_method() -> str | None:
+    """The name of the innermost of `fit` and its like in this thread."""
+    names = _run_names()
+    for frame in stack_of_calls():
+        if frame.f_code in names:
+            return names[frame.f_code]
+    return None
+
+
+def _run_names():
+    """Dict of the code of `fit` and its like to the name of the method."""
+    return {inspect.unwrap(getattr(keras.Model, n)).__code__: n for n in RUNS}
 
 
 def hide_from_progress_bar(
@@ -679,6 +694,72 @@ def untrack_optimizer_variable(
 ) -> None:
     """Takes a variable out of those that an optimizer saves and restores."""
     optimizer._untrack_variable(variable)
+
+
+def num_steps_of(optimizer: keras.optimizers.Optimizer) -> int:
+    """Integer, the steps that an optimizer has seen: its updates or more."""
+    return int(ops.convert_to_numpy(optimizer._iterations))
+
+
+class SavedApart(KerasSaveable):
+    """Variables of an optimizer that are saved beside its own.
+
+    Where they are gone, or not there yet, it loads its own none the less.
+
+    Args:
+        optimizers: List of `keras.optimizers.Optimizer`, of which each wraps
+            the next, and the last one has the variables.
+        variables: List of `keras.Variable`.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[keras.optimizers.Optimizer],
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        # In a function, because Keras saves all that it finds in an attribute.
+        self._optimizers = lambda: optimizers
+        self.variables = variables
+        ids = {id(variable) for variable in variables}
+        for optimizer in optimizers:
+            for name in ("save_own_variables", "load_own_variables"):
+                vars(optimizer)[name] = functools.partial(
+                    _call_without, name, optimizer, ids
+                )
+        # Where Keras finds it, past its tracking.
+        vars(optimizers[-1])["saved_apart"] = self
+
+    def end(self) -> None:
+        """Takes it away."""
+        del vars(self._optimizers()[-1])["saved_apart"]
+        for optimizer in self._optimizers():
+            for name in ("save_own_variables", "load_own_variables"):
+                del vars(optimizer)[name]
+
+    def save_own_variables(self, store: Any) -> None:
+        for index, variable in enumerate(self.variables):
+            store[str(index)] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store: Any) -> None:
+        if len(store.keys()) == len(self.variables):
+            for index, variable in enumerate(self.variables):
+                variable.assign(store[str(index)])
+
+    def _obj_type(self):
+        return "Optimizer"
+
+
+def _call_without(name, optimizer, left_out_ids, store):
+    """Saves or loads an optimizer as if it did not have some variables."""
+    others = types.SimpleNamespace(
+        name=optimizer.name,
+        variables=[
+            variable
+            for variable in optimizer.variables
+            if id(variable) not in left_out_ids
+        ],
+    )
+    getattr(type(optimizer), name)(others, store)
 
 
 def get_keras_mask(x: Tensor) -> Tensor | None:

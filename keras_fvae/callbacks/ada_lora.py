@@ -19,6 +19,7 @@ from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.layers.config import is_finite
+from keras_fvae.methods.ada_lora import PRUNED
 from keras_fvae.methods.ada_lora import AdaLoRAAdapter
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
 
@@ -50,7 +51,8 @@ class AdaLoRAAllocator(ObservingCallback):
         interval: Positive integer, the updates from one choice to the next.
             `None` (default) means a hundredth of all, but at least one.
         total_steps: Positive integer, how many updates `fit` makes. `None`
-            (default) asks `fit`, which knows unless it reads a generator.
+            (default) asks `fit`, which knows unless it reads a generator: those
+            from its `initial_epoch` on.
         beta_1: Float in `[0, 1)`, the decay of the average of the scores.
             Defaults to `0.85`.
         beta_2: Float in `[0, 1)`, that of how much they vary. Defaults to
@@ -113,8 +115,8 @@ class AdaLoRAAllocator(ObservingCallback):
     def make_observer(self, adapters: Sequence[AdaLoRAAdapter]) -> Allocation:
         return Allocation(adapters, self.betas)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self.observer.table = self._make_table()
+    def begin(self, num_updates: int) -> None:
+        self.observer.table = self._make_table(num_updates)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         # What an optimizer with `use_ema` has just overwritten by averages.
@@ -129,8 +131,7 @@ class AdaLoRAAllocator(ObservingCallback):
         if logs is not None:
             logs["mean_rank"] = float(np.mean([*ranks.values()]))
 
-    def _make_table(self):
-        total = self.total_updates()
+    def _make_table(self, total):
         initial, final, interval = (
             share if value is None else value
             for value, share in (
@@ -236,8 +237,9 @@ class Allocation(Observer):
         for adapter, kept, chosen in zip(self.adapters, self.kept, is_kept):
             chosen = ops.cast(chosen, kept.dtype)
             kept.assign(ops.where(is_choice, chosen, kept.value))
+            is_pruned = ops.logical_and(is_masked, ops.equal(kept, 0))
             values = adapter.singular_values
-            values.assign(ops.where(is_masked, values * kept, values.value))
+            values.assign(ops.where(is_pruned, PRUNED, values.value))
 
     def repeat_last_choice(self) -> None:
         """Sets to 0 what the last choice did, if there was one."""
@@ -245,7 +247,7 @@ class Allocation(Observer):
             return
         for adapter, kept in zip(self.adapters, self.kept):
             values = adapter.singular_values
-            values.assign(values * kept)
+            values.assign(ops.where(ops.equal(kept, 0), PRUNED, values.value))
 
 
 def _highest(scores, number):

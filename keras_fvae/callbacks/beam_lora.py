@@ -15,6 +15,7 @@ from keras_fvae.backend import replicas
 from keras_fvae.backend.types import Tensor
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
+from keras_fvae.callbacks.observing import begin_average
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.callbacks.observing import forget_moments
 from keras_fvae.layers.config import is_finite
@@ -37,7 +38,8 @@ class BeamLoRAPruner(ObservingCallback):
 
     The copies of A and B are state of the optimizer while `fit` runs, so that
     `keras.callbacks.BackupAndRestore` resumes them. How many ranks were pruned
-    is logged at the end of each epoch as `pruned_ranks`.
+    is logged at the end of each epoch as `pruned_ranks`. With
+    `steps_per_execution=n` ranks are pruned once in n steps at most.
 
     Where more than half of a layer is pruned, the authors' code can take a
     pruned rank for a parent. Here parents are ranks that stay, some of which
@@ -100,12 +102,11 @@ class BeamLoRAPruner(ObservingCallback):
     def make_observer(self, adapters: Sequence[BeamLoRAAdapter]) -> Copies:
         return Copies(adapters)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        total = self.total_updates()
-        self._interval = self.interval or max(2, total // 12)
-        self._last_step = self.last_step or max(1, 2 * total // 3)
+    def begin(self, num_updates: int) -> None:
+        self._interval = self.interval or max(2, num_updates // 12)
+        self._last_step = self.last_step or max(1, 2 * num_updates // 3)
         # At the end there is no time left to train what starts anew.
-        self._last_pruning = total - self._interval
+        self._last_pruning = num_updates - self._interval
         self.observer.interval = self._interval
 
     def on_epoch_begin(
@@ -117,9 +118,9 @@ class BeamLoRAPruner(ObservingCallback):
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        for update in self.new_updates(batch):
-            if update % self._interval == 0 and update <= self._last_pruning:
-                self._prune(update)
+        update = self.due_update(batch, self._interval)
+        if update is not None and update <= self._last_pruning:
+            self._prune(update)
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -133,8 +134,6 @@ class BeamLoRAPruner(ObservingCallback):
         share = 1 - (1 - self.first_share) * cosine
         if share == 1:
             return
-        # By way of the model, which has its variables' values then.
-        optimizer = self.model.optimizer
         adapters = self.observer.adapters
         scores = [replicas.to_numpy(adapter.scores) for adapter in adapters]
         for adapter, of_layer, is_pruned, copies in zip(
@@ -144,7 +143,9 @@ class BeamLoRAPruner(ObservingCallback):
             found = parents(of_layer, is_pruned, rng)
             start_anew(adapter, found, copies)
             self._num_pruned += len(found)
-            forget_moments(optimizer, adapter.gate)
+            forget_moments(self.model, adapter.gate)
+            for weight in (adapter.kernel_a, adapter.kernel_b, adapter.gate):
+                begin_average(self.model, weight)
 
 
 class Copies(Observer):

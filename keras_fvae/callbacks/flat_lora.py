@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
+from keras_fvae.backend.keras_internals import running_method
 from keras_fvae.methods.flat_lora import FlatLoRAConfig
-from keras_fvae.model.lookup import adapted_layers
 from keras_fvae.model.lookup import require_adapted_layers
 
 
@@ -49,6 +49,8 @@ class FlatLoRASchedule(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Before the step is made, which would say that nobody does this.
         super().set_model(model)
+        if running_method() in ("evaluate", "predict"):
+            return
         self._adapters = [
             layer.adapter
             for layer in require_adapted_layers(model, FlatLoRAConfig)
@@ -81,6 +83,7 @@ class FlatLoRASchedule(keras.callbacks.Callback):
     ) -> None:
         num_steps = self.params["epochs"] * self.params["steps"]
         share = (self._steps_before + batch) / num_steps
-        # By way of the model, which has its variables' values then.
-        for layer in adapted_layers(self.model):
-            layer.adapter.set_progress(share)
+        # Keras has the variables' values where the model is asked for.
+        assert self.model is not None
+        for adapter in self._adapters:
+            adapter.set_progress(share)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_fvae.backend import replicas
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import Adapter
 
@@ -72,6 +74,14 @@ class Importance:
             spread = beta_2 * uncertainty + (1 - beta_2) * deviation
             for average, new in ((sensitivity, mean), (uncertainty, spread)):
                 average.assign(ops.where(is_scored, new, average.value))
+
+    def forget(self, rank: int) -> None:
+        """Sets to 0 what is known of a rank."""
+        for name, rank_axis in self.rank_axes.items():
+            for averages in (self.sensitivity, self.uncertainty):
+                array = replicas.to_numpy(averages[name]).copy()
+                np.moveaxis(array, rank_axis, 0)[rank] = 0
+                averages[name].assign(array)
 
     def scores_of_ranks(self) -> Tensor:
         """Tensor of shape `(rank,)`: the importance of each rank.

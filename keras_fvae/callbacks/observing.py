@@ -10,8 +10,12 @@ from keras import ops
 
 from keras_fvae.backend import replicas
 from keras_fvae.backend.gradients import accumulated_steps
+from keras_fvae.backend.gradients import num_updates_of
+from keras_fvae.backend.gradients import observer_variables
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
+from keras_fvae.backend.keras_internals import optimized_variables
+from keras_fvae.backend.keras_internals import running_method
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import is_integer
@@ -36,6 +40,8 @@ class ObservingCallback(keras.callbacks.Callback):
             makes. `None` (default) asks `fit`.
     """
 
+    # Until `set_model` finds them.
+    layers: Sequence[keras.Layer] = ()
     # The class of the configs of the adapters that it is for.
     config_class: type[AdapterConfig]
 
@@ -53,14 +59,23 @@ class ObservingCallback(keras.callbacks.Callback):
         """
         raise NotImplementedError
 
+    def begin(self, num_updates: int) -> None:
+        """Plans a `fit`, before its first step.
+
+        Args:
+            num_updates: Integer, how many updates it makes. Where a run goes
+                on that was killed, those that were made before count.
+        """
+        raise NotImplementedError
+
     def set_model(self, model: keras.Model) -> None:
         # Before any callback's `on_train_begin`, because `BackupAndRestore`
         # sets the optimizer's variables there.
         super().set_model(model)
+        if running_method() in ("evaluate", "predict"):
+            return
         layers = require_adapted_layers(model, self.config_class)
-        self.layers: list[keras.Layer] = [
-            la for la in layers if la.adapter.is_trainable
-        ]
+        self.layers = [la for la in layers if la.adapter.is_trainable]
         if not self.layers:
             raise ValueError(
                 "Each layer that is adapted by "
@@ -91,12 +106,42 @@ class ObservingCallback(keras.callbacks.Callback):
             layer.adapter.callback = callback
         forget_compiled_functions(self.model, kinds=("train",))
 
-    def total_updates(self) -> int:
-        """Integer, the updates of the optimizer in a `fit` that begins.
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._has_begun = False
 
-        Raises:
-            ValueError: If nobody knows.
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        # Here Keras has the variables' values in the model.
+        self._last_update = self.observer.count()
+        self._last_batch = -1
+        if not self._has_begun:
+            # Not before, because only now the first epoch is known.
+            self.begin(self._total_updates(epoch))
+            self._has_begun = True
+
+    def due_update(self, batch: int, interval: int) -> int | None:
+        """The last multiple of a number among the updates just made, if any.
+
+        Args:
+            batch: Integer, what `on_train_batch_end` gets: several steps may
+                be one execution, or one update.
+            interval: Positive integer.
         """
+        num_steps = batch - self._last_batch
+        most = self._last_update + -(-num_steps // self.steps_per_update)
+        if most // interval == self._last_update // interval:
+            return None
+        # How many there were is only asked now, because that takes time.
+        before = self._last_update
+        # Keras has the variables' values where the model is asked for.
+        assert self.model is not None
+        self._last_update = self.observer.count()
+        self._last_batch = batch
+        due = self._last_update // interval * interval
+        return due if due > before else None
+
+    def _total_updates(self, first_epoch):
         if self.total_steps is not None:
             return self.total_steps
         num_steps = self.params.get("steps")
@@ -106,26 +151,9 @@ class ObservingCallback(keras.callbacks.Callback):
                 "`steps_per_epoch` to `fit`, or `total_steps` to "
                 f"`{type(self).__name__}`."
             )
-        return self.params["epochs"] * num_steps // self.steps_per_update
-
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        # Here Keras has the variables' values in the model.
-        number = int(ops.convert_to_numpy(self.observer.num_updates))
-        self._updates_before = self._last_update = number
-
-    def new_updates(self, batch: int) -> range:
-        """Range of the numbers, from 1, of the updates that were just made.
-
-        Args:
-            batch: Integer, what `on_train_batch_end` gets: several steps may
-                be one execution, or one update.
-        """
-        begin = self._last_update + 1
-        since = (batch + 1) // self.steps_per_update
-        self._last_update = self._updates_before + since
-        return range(begin, self._last_update + 1)
+        num_steps *= self.params["epochs"] - first_epoch
+        to_come = num_updates_of(self.model.optimizer, num_steps)
+        return self._last_update + to_come
 
 
 class Observer:
@@ -146,6 +174,10 @@ class Observer:
         self.num_updates: keras.Variable = optimizer.add_variable(
             (), dtype="int32", name="num_updates"
         )
+
+    def count(self) -> int:
+        """Integer, how many updates there have been."""
+        return int(ops.convert_to_numpy(self.num_updates))
 
     def observe(
         self, gradients: Sequence[Tensor], variables: Sequence[keras.Variable]
@@ -169,27 +201,74 @@ class Observer:
 
 
 def forget_moments(
-    optimizer: keras.optimizers.Optimizer,
-    variable: keras.Variable,
-    index: Any = ...,
+    model: keras.Model, variable: keras.Variable, index: Any = ...
 ) -> None:
-    """Sets to 0 what an optimizer keeps of a weight, such as Adam's moments.
-
-    But for its moving average, which is of the weight and no moment.
+    """Sets to 0 what the optimizer keeps of a weight, such as Adam's moments.
 
     Args:
-        optimizer: `keras.optimizers.Optimizer`.
-        variable: `keras.Variable`.
+        model: `keras.Model` that trains.
+        variable: `keras.Variable`, one of its weights.
         index: What a NumPy array is indexed by, a part of the weight; all of
             it by default.
     """
+    slots = slots_of(model, variable)
+    # LoRA-RITE's moments are in a basis of the other factor, which has changed:
+    # none of them is of one rank alone.
+    index = ... if "basis" in slots else index
+    for name, slot in slots.items():
+        if name != "average":
+            _assign_part(slot, index, 0)
+
+
+def begin_average(
+    model: keras.Model, variable: keras.Variable, index: Any = ...
+) -> None:
+    """Begins the moving average of a weight anew, if the optimizer has one.
+
+    Because between the old value and another one lies nothing that was trained.
+
+    Args:
+        model: `keras.Model` that trains.
+        variable: `keras.Variable`, one of its weights, which has a new value.
+        index: As in `forget_moments`.
+    """
+    average = slots_of(model, variable).get("average")
+    if average is not None:
+        _assign_part(average, index, replicas.to_numpy(variable)[index])
+
+
+def _assign_part(variable, index, value):
+    array = replicas.to_numpy(variable).copy()
+    array[index] = value
+    variable.assign(array)
+
+
+def slots_of(
+    model: keras.Model, variable: keras.Variable
+) -> dict[str, keras.Variable]:
+    """What the optimizer keeps of each element of a weight, by name.
+
+    Of weights with the same path, as in models that were built by themselves,
+    the slots are in the order of the weights.
+    """
+    of_observer = {id(v) for v in observer_variables(model.optimizer)}
     beginning = f"/{variable.path.replace('/', '_')}_"
-    for slot in optimizer.variables:
-        _, found, name = f"/{slot.path}".rpartition(beginning)
-        if found and name != "average" and slot.shape == variable.shape:
-            array = replicas.to_numpy(slot).copy()
-            array[index] = 0
-            slot.assign(array)
+    found: dict[str, list[keras.Variable]] = {}
+    for slot in model.optimizer.variables:
+        _, is_found, name = f"/{slot.path}".rpartition(beginning)
+        if is_found and id(slot) not in of_observer:
+            found.setdefault(name, []).append(slot)
+    same_path = [
+        id(weight)
+        for weight in optimized_variables(model)
+        if weight.path == variable.path
+    ]
+    index = same_path.index(id(variable))
+    return {
+        name: slots[index]
+        for name, slots in found.items()
+        if slots[index].shape == variable.shape
+    }
 
 
 def checked_integer(name: str, value: int | None, minimum: int) -> int | None:

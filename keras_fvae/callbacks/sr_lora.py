@@ -13,6 +13,7 @@ from keras_fvae.backend.types import Tensor
 from keras_fvae.callbacks.importance import Importance
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
+from keras_fvae.callbacks.observing import begin_average
 from keras_fvae.callbacks.observing import checked_integer
 from keras_fvae.callbacks.observing import forget_moments
 from keras_fvae.layers.adapted import read_kernel
@@ -33,6 +34,11 @@ class SRLoRARestarter(ObservingCallback):
     long as it can. The importance, AdaLoRA's, is state of the optimizer while
     `fit` runs, so that `keras.callbacks.BackupAndRestore` resumes it. How many
     pairs a layer has fused, in the mean, is logged as `fused_ranks`.
+
+    Of a pair that starts anew the optimizer forgets what it keeps of each
+    element; of LoRA-RITE, whose moments are in a basis, all moments of the
+    layer; of Adafactor not the second moments, which all ranks share. With
+    `steps_per_execution=n` a layer fuses one pair in n steps at most.
 
     Args:
         interval: Positive integer, the updates from one time to the next.
@@ -78,17 +84,16 @@ class SRLoRARestarter(ObservingCallback):
     ) -> PairImportance:
         return PairImportance(adapters)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        total = self.total_updates()
-        self._interval = self.interval or max(1, total // 10)
-        self._last_restart = total - self._interval
+    def begin(self, num_updates: int) -> None:
+        self._interval = self.interval or max(1, num_updates // 10)
+        self._last_restart = num_updates - self._interval
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        for update in self.new_updates(batch):
-            if update % self._interval == 0 and update <= self._last_restart:
-                self._restart()
+        update = self.due_update(batch, self._interval)
+        if update is not None and update <= self._last_restart:
+            self._restart()
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -98,8 +103,6 @@ class SRLoRARestarter(ObservingCallback):
             logs["fused_ranks"] = float(np.mean(fused))
 
     def _restart(self):
-        # By way of the model, which has its variables' values then.
-        optimizer = self.model.optimizer
         for layer, importance in zip(self.layers, self.observer.importance):
             adapter = layer.adapter
             if adapter.num_fused == adapter.max_fused:
@@ -107,8 +110,11 @@ class SRLoRARestarter(ObservingCallback):
             scores = replicas.to_numpy(importance.scores_of_ranks())
             rank = int(np.argmin(scores))
             adapter.fuse(rank, read_kernel(layer))
-            forget_moments(optimizer, adapter.kernel_a, np.s_[:, rank])
-            forget_moments(optimizer, adapter.kernel_b, rank)
+            importance.forget(rank)
+            new = (adapter.kernel_a, np.s_[:, rank]), (adapter.kernel_b, rank)
+            for weight, index in new:
+                forget_moments(self.model, weight, index)
+                begin_average(self.model, weight, index)
 
 
 class PairImportance(Observer):

@@ -188,7 +188,8 @@ def save_peft_adapter(
     root = "" if backbone is model else architecture.roots[0]
     is_fvae = isinstance(adapted[0].config, FVAELoRAConfig) and not as_lora
     writer = peft_fvae if is_fvae else peft_lora
-    lookup.require_adapted_layers(backbone, FVAELoRAConfig if is_fvae else None)
+    if is_fvae:
+        _refuse_other_methods(adapted)
     settings, tensors = writer.write(
         {f"{root}{name}": modules[name] for name in chosen}
     )
@@ -203,6 +204,17 @@ def save_peft_adapter(
     saved_modules = sorted({name.split(".")[0] for name in heads})
     settings["modules_to_save"] = saved_modules or None
     peft_files.write(directory, settings, tensors)
+
+
+def _refuse_other_methods(layers):
+    """Raises a `ValueError` if not all layers are adapted by FVAE-LoRA."""
+    for layer in layers:
+        if not isinstance(layer.config, FVAELoRAConfig):
+            raise ValueError(
+                "A folder holds the adapters of one method. Layer "
+                f"'{layers[0].path}' is adapted by FVAE-LoRA, layer "
+                f"'{layer.path}' by {layer.config.method_name}."
+            )
 
 
 def _refuse_leftovers(model, backbone, heads):

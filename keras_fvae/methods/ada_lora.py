@@ -21,6 +21,10 @@ from keras_fvae.methods.lora import LoRAConfig
 INITIAL_STD = 0.02
 # Beside the number of ranks, in the scale.
 RANK_OFFSET = 1e-5
+# A singular value that was pruned. At the start all are +0, so that a layer
+# without any rank left differs from a new one, in every file.
+# (Of Python's -0.0 TensorFlow makes 0.0, because it keeps numbers it has seen.)
+PRUNED = np.array(-0.0, "float32")
 
 
 class AdaLoRAAdapter(LowRankAdapter):
@@ -69,13 +73,15 @@ class AdaLoRAAdapter(LowRankAdapter):
 
     @property
     def is_zero(self) -> bool:
-        return not replicas.to_numpy(self.singular_values).any()
+        values = replicas.to_numpy(self.singular_values)
+        return not values.any() and not np.signbit(values).any()
 
     @property
     def num_ranks(self) -> int:
-        # At first all are 0, and none is lost.
-        num_nonzero = np.count_nonzero(replicas.to_numpy(self.singular_values))
-        return int(num_nonzero) or self.config.rank
+        if self.is_zero:
+            return self.config.rank
+        values = replicas.to_numpy(self.singular_values)
+        return int(np.count_nonzero(values))
 
     def share_loss(self, num_adapters: int) -> None:
         self.num_sharing = num_adapters
@@ -105,7 +111,7 @@ class AdaLoRAAdapter(LowRankAdapter):
 
     @property
     def num_inference_parameters(self) -> int:
-        return self.num_ranks * (self.width + self.units)
+        return max(1, self.num_ranks) * (self.width + self.units)
 
     def _ranks_left(self):
         """Array of the indices of the ranks that inference needs.

@@ -18,6 +18,7 @@ from keras_fvae.backend.noise import noise_and_masks
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
+from keras_fvae.layers.config import is_finite
 from keras_fvae.layers.frozen import FrozenCall
 from keras_fvae.layers.linear_map import LinearMap
 
@@ -84,9 +85,9 @@ class FlatLoRAAdapter(LowRankAdapter):
             ValueError: If it is no such share, or the adapter is finalized.
         """
         self.refuse_if_finalized()
-        if not 0 <= share <= 1:
+        if not is_finite(share) or not 0 <= share <= 1:
             raise ValueError(
-                f"`share` must be in [0, 1]. Received: share={share!r}"
+                f"`share` must be a number in [0, 1]. Received: share={share!r}"
             )
         self.noise_factor.set((1 - math.cos(math.pi * share)) / 2)
 

@@ -199,7 +199,8 @@ class OPLoRAConfig(AdapterConfig):
     no file, and gone when the adapter is finalized, merged or removed. All
     else is LoRA without dropout and with a scale of 1, which OPLoRA is
     defined for. Other optimizers train it as LoRA, and pay for the gradient in
-    vain.
+    vain; where they clip all gradients by their norm, it counts among them, so
+    that they clip more than with LoRA.
 
     With `scaled=True` that optimizer needs the mean squares, over the tokens,
     of a layer's input and of its outputs' gradients. With `mean_squares=True`

@@ -26,6 +26,9 @@ from keras_fvae.layers.linear_map import LinearMap
 from keras_fvae.layers.sharding import WeightAxes
 
 FACTORS = ("kernel_a", "kernel_b")
+# A pair of A and B that is smaller than this, beside the largest, comes from a
+# singular value that is 0 but for rounding.
+DEAD = 1e-4
 
 
 class FactorAdapter(LowRankAdapter):
@@ -84,7 +87,19 @@ class FactorAdapter(LowRankAdapter):
                 np.zeros((self.width, self.config.rank)),
                 np.zeros((self.config.rank, self.units)),
             )
-        return self.config.factorize(self.read_kernel())
+        kernel_a, kernel_b = self.config.factorize(self.read_kernel())
+        sizes = np.linalg.norm(kernel_a, axis=0)
+        sizes = sizes + np.linalg.norm(kernel_b, axis=1)
+        num_left = int(np.count_nonzero(sizes > DEAD * sizes.max()))
+        if num_left < self.config.rank:
+            raise ValueError(
+                f"its kernel is of rank {num_left}, and "
+                f"{self.config.method_name} of rank {self.config.rank} would "
+                "start with pairs of A and B that are 0, which never train. "
+                "Leave the layer out of `target_layer_names`, choose a lower "
+                "rank, or take `keras_fvae.LoRAConfig`"
+            )
+        return kernel_a, kernel_b
 
     def initial_kernel_a(self) -> np.ndarray:
         return self.factors[0]

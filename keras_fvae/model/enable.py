@@ -51,7 +51,8 @@ def enable_adapter(
             function that takes a layer and returns a boolean, or a list of
             such. `"all-linear"` means all `Dense` and `EinsumDense` layers,
             and `"all-conv"` all convolutions, that can be adapted, but those
-            that train and the layers that give the outputs of a task. A dict
+            that train and, unless the model is a backbone of KerasHub, its
+            last layers, which give its outputs. A dict
             says besides how, for each name, expression or function: by a rank,
             by fields of the config such as `{"rank": 4, "alpha": 8}`, or by a
             config. `None` (default) means the query and value projections of

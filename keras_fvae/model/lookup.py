@@ -48,8 +48,8 @@ def require_adapted_layers(
 
     Args:
         model: `keras.Model` or layer.
-        method: Optional class of configs. If another method has adapted a
-            layer, that is a `ValueError`, too.
+        method: Optional class of configs, those of the layers. Layers that
+            are adapted by another method are left out.
     """
     check_model(model)
     layers = adapted_layers(model)
@@ -58,14 +58,16 @@ def require_adapted_layers(
             f"Model '{model.name}' has no adapted layer. Call `enable_adapter` "
             "or `enable_fvae_lora` first, or load adapters."
         )
-    for layer in layers:
-        if method is not None and not isinstance(layer.config, method):
-            raise ValueError(
-                f"This takes a model that is adapted by {method.method_name}. "
-                f"The layer '{layer.path}' of model '{model.name}' is adapted "
-                f"by {layer.config.method_name}."
-            )
-    return layers
+    if method is None:
+        return layers
+    of_method = [la for la in layers if isinstance(la.config, method)]
+    if not of_method:
+        raise ValueError(
+            f"This takes a model that is adapted by {method.method_name}. "
+            f"The layer '{layers[0].path}' of model '{model.name}' is adapted "
+            f"by {layers[0].config.method_name}."
+        )
+    return of_method
 
 
 def require_active_layers(

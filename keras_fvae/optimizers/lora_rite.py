@@ -40,10 +40,13 @@ class LoRARITE(PairOptimizer):
     FVAE-LoRA), goes to `other_optimizer`.
 
     Learning rate: `3e-4` in the authors' script, for Adam, too; those of their
-    paper's tables are not known to us. Cost: two products of `rank` and the
-    eigenvalues of four `(rank, rank)` matrices for each pair in each step, and
-    Adam's memory. Those are of float32: directions of a factor that are smaller
-    than about a thousandth of its largest one count as 0.
+    paper's tables are not known to us. Rank: at most the width of the layer's
+    input and of its outputs, because in a factor with fewer rows than the rank
+    rounding decides what is divided by; `build` warns of others. Cost: two
+    products of `rank` and the eigenvalues of four `(rank, rank)` matrices for
+    each pair in each step, and Adam's memory. Those are of float32: directions
+    of a factor that are smaller than about a thousandth of its largest one
+    count as 0.
 
     A factor whose unmagnified gradient is above `skip_threshold` is left out
     of the step. If the loss is a sum over tokens, that may hold for all factors
@@ -157,6 +160,7 @@ class LoRARITE(PairOptimizer):
         pairs = find_pairs(variables, type(self).__name__)
         # A, B, A, B ...: so go all lists of what factors have.
         self.factors = tuple(index for pair in pairs for index in pair)
+        warn_of_high_ranks([(variables[a], variables[b]) for a, b in pairs])
         self.build_others(variables, {*self.factors})
         super().build(variables)
         kernels = [variables[index] for index in self.factors]
@@ -276,6 +280,29 @@ class LoRARITE(PairOptimizer):
             "skip_threshold": self.skip_threshold,
             "escaped_mass": self.escaped_mass,
         }
+
+
+def warn_of_high_ranks(
+    pairs: Sequence[tuple[keras.Variable, keras.Variable]],
+) -> None:
+    """Warns if a rank is above the width of the layer's input or outputs.
+
+    Args:
+        pairs: List of pairs of variables, A and B.
+    """
+    for kernel_a, kernel_b in pairs:
+        width, rank = kernel_a.shape[-2:]
+        units = kernel_b.shape[-1]
+        if rank > min(width, units):
+            warnings.warn(
+                f"'{kernel_a.path}' is of rank {rank}, more than a kernel of "
+                f"shape {(width, units)} can have. There LoRA-RITE divides by "
+                "what is 0 but for rounding, so that its steps are not "
+                f"reliable. Adapt this layer with a rank of {min(width, units)}"
+                " at most, or leave it out.",
+                stacklevel=3,
+            )
+            return
 
 
 def tall(tensors: Sequence[Tensor]) -> list[Tensor]:

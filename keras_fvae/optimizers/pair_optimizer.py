@@ -82,6 +82,15 @@ class PairOptimizer(JointOptimizer):
                 "`other_optimizer=keras.optimizers.AdamW(1e-3)`."
             )
 
+    def exclude_from_weight_decay(
+        self,
+        var_list: Sequence[keras.Variable] | None = None,
+        var_names: Sequence[str] | None = None,
+    ) -> None:
+        super().exclude_from_weight_decay(var_list, var_names)
+        if self.other_optimizer is not None:
+            self.other_optimizer.exclude_from_weight_decay(var_list, var_names)
+
     def joint_step(
         self, gradients: list[Tensor | None], learning_rate: Tensor
     ) -> None:

@@ -114,6 +114,13 @@ class RiemannianPreconditioning(JointOptimizer):
         self.inner_optimizer.build(variables)
         super().build(variables)
 
+    def exclude_from_weight_decay(
+        self,
+        var_list: Sequence[keras.Variable] | None = None,
+        var_names: Sequence[str] | None = None,
+    ) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
     def joint_step(
         self, gradients: list[Tensor | None], learning_rate: Tensor
     ) -> None:

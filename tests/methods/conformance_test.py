@@ -403,6 +403,33 @@ def test_a_rank_above_the_kernels_is_refused(config):
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("name", ["PiSSA", "SRLoRA"])
+def test_a_pair_of_zeros_would_never_train(name):
+    """The kernel has fewer directions than its shape allows."""
+    model = make_model()
+    shape = to_numpy(model.get_layer("up").kernel).shape
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(shape[0], 1)) * rng.normal(size=(1, shape[1]))
+    for rank, value in ((0, np.zeros(shape)), (1, kernel)):
+        model.get_layer("up").kernel.assign(value)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"'up'.*of rank {rank}, and"):
+            keras_fvae.enable_adapter(model, CONFIGS[name], "up")
+        assert snapshot(model) == before
+    # OLoRA's B is orthonormal, whatever the kernel.
+    keras_fvae.enable_adapter(model, CONFIGS["OLoRA"], "up")
+
+
+@pytest.mark.one_backend
+def test_peft_has_no_folder_of_two_methods(bert, tmp_path):
+    layers = {"query": CONFIGS["FVAE-LoRA"], "value": CONFIGS["LoRA"]}
+    keras_fvae.enable_adapter(bert.backbone, CONFIGS["LoRA"], layers)
+    with pytest.raises(ValueError, match="one method.*FVAE-LoRA.*by LoRA"):
+        keras_fvae.save_peft_adapter(bert, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.one_backend
 def test_a_unit_without_weights_has_no_direction():
     model = make_model()
     kernel = to_numpy(model.get_layer("up").kernel).copy()

@@ -158,8 +158,8 @@ def test_there_is_nothing_to_sample(rng):
 def test_bad_settings():
     layer = keras_fvae.AdaptedDense(3, keras_fvae.FlatLoRAConfig(2))
     layer.build((None, 4))
-    for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"`share` must be in \[0, 1\]"):
+    for wrong in (-0.1, 1.1, float("nan"), "0.1", None, True):
+        with pytest.raises(ValueError, match=r"`share` must be a number in"):
             layer.adapter.set_progress(wrong)
     for wrong in (-0.1, float("nan"), "0.1", None):
         with pytest.raises(ValueError, match="`rho` must be a number >= 0"):
