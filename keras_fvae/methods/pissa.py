@@ -26,9 +26,6 @@ from keras_fvae.layers.linear_map import LinearMap
 from keras_fvae.layers.sharding import WeightAxes
 
 FACTORS = ("kernel_a", "kernel_b")
-# A pair of A and B that is smaller than this, beside the largest, comes from a
-# singular value that is 0 but for rounding.
-DEAD = 1e-4
 
 
 class FactorAdapter(LowRankAdapter):
@@ -56,6 +53,8 @@ class FactorAdapter(LowRankAdapter):
                 f"rank of a kernel of shape ({self.width}, {self.units}). "
                 f"Received: rank={rank}. Choose a lower one"
             )
+        if read_kernel is not None:
+            self._refuse_zeros()
         self.frozen_kernel_a: keras.Variable = self.add_adapter_weight(
             "initial_kernel_a",
             (self.width, rank),
@@ -70,6 +69,19 @@ class FactorAdapter(LowRankAdapter):
         )
         # They take as much memory as the weights.
         self.__dict__.pop("factors", None)
+
+    def _refuse_zeros(self):
+        """Raises a `ValueError` if a pair would start, and so stay, at 0."""
+        kernel_a, kernel_b = self.factors
+        is_dead = ~(kernel_a.any(axis=0) | kernel_b.any(axis=1))
+        if is_dead.any():
+            raise ValueError(
+                f"{np.count_nonzero(is_dead)} of the {len(is_dead)} pairs of A "
+                "and B would start at 0, where neither has a gradient, because "
+                "the kernel has singular values of 0. Leave the layer out of "
+                "`target_layer_names`, choose a lower rank, or take "
+                "`keras_fvae.LoRAConfig`"
+            )
 
     @property
     def is_zero(self) -> bool:
@@ -87,19 +99,7 @@ class FactorAdapter(LowRankAdapter):
                 np.zeros((self.width, self.config.rank)),
                 np.zeros((self.config.rank, self.units)),
             )
-        kernel_a, kernel_b = self.config.factorize(self.read_kernel())
-        sizes = np.linalg.norm(kernel_a, axis=0)
-        sizes = sizes + np.linalg.norm(kernel_b, axis=1)
-        num_left = int(np.count_nonzero(sizes > DEAD * sizes.max()))
-        if num_left < self.config.rank:
-            raise ValueError(
-                f"its kernel is of rank {num_left}, and "
-                f"{self.config.method_name} of rank {self.config.rank} would "
-                "start with pairs of A and B that are 0, which never train. "
-                "Leave the layer out of `target_layer_names`, choose a lower "
-                "rank, or take `keras_fvae.LoRAConfig`"
-            )
-        return kernel_a, kernel_b
+        return self.config.factorize(self.read_kernel())
 
     def initial_kernel_a(self) -> np.ndarray:
         return self.factors[0]
