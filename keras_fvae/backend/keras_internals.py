@@ -151,6 +151,15 @@ def _run_names():
     return {inspect.unwrap(getattr(keras.Model, n)).__code__: n for n in RUNS}
 
 
+def fetch_state(model: keras.Model) -> None:
+    """Puts into variables the values that they have inside a running `fit`.
+
+    Which JAX has elsewhere between an epoch's first step and its last.
+    """
+    if keras.config.backend() == "jax":
+        model.jax_state_sync()
+
+
 def hide_from_progress_bar(
     model: keras.Model, prefixes: tuple[str, ...]
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_fvae.backend.keras_internals import fetch_state
 from keras_fvae.backend.keras_internals import running_method
 from keras_fvae.methods.flat_lora import FlatLoRAConfig
 from keras_fvae.model.lookup import require_adapted_layers
@@ -83,7 +84,6 @@ class FlatLoRASchedule(keras.callbacks.Callback):
     ) -> None:
         num_steps = self.params["epochs"] * self.params["steps"]
         share = (self._steps_before + batch) / num_steps
-        # Keras has the variables' values where the model is asked for.
-        assert self.model is not None
+        fetch_state(self.model)
         for adapter in self._adapters:
             adapter.set_progress(share)

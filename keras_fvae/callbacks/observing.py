@@ -14,6 +14,7 @@ from keras_fvae.backend.gradients import num_updates_of
 from keras_fvae.backend.gradients import observer_variables
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
+from keras_fvae.backend.keras_internals import fetch_state
 from keras_fvae.backend.keras_internals import optimized_variables
 from keras_fvae.backend.keras_internals import running_method
 from keras_fvae.backend.types import Tensor
@@ -134,8 +135,7 @@ class ObservingCallback(keras.callbacks.Callback):
             return None
         # How many there were is only asked now, because that takes time.
         before = self._last_update
-        # Keras has the variables' values where the model is asked for.
-        assert self.model is not None
+        fetch_state(self.model)
         self._last_update = self.observer.count()
         self._last_batch = batch
         due = self._last_update // interval * interval
