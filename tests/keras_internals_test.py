@@ -502,21 +502,21 @@ def test_what_is_saved_apart_hinders_no_optimizer(tmp_path):
         model.compile(optimizer, "mse")
         optimizer.build(model.trainable_variables)
         if value is None:
-            return model, None, None
+            return model, None
         added = inner.add_variable((2,), name="added")
         added.assign([value, value])
-        apart = keras_internals.SavedApart([optimizer, inner], [added])
-        return model, added, apart
+        keras_internals.save_apart([optimizer, inner], {"part": [added]})
+        return model, added
 
     path = tmp_path / "model.weights.h5"
-    model, added, apart = compiled(3.0)
+    model, added = compiled(3.0)
     model.fit(np.ones((6, 2)), np.ones((6, 1)), batch_size=2, verbose=0)
     inner = model.optimizer.inner_optimizer
     assert keras_internals.num_steps_of(inner) == 3
     assert int(inner.iterations) == 1
     model.save_weights(path)
     for value, expected in ((None, None), (5.0, 3.0)):
-        other, read, _ = compiled(value)
+        other, read = compiled(value)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             other.load_weights(path)
@@ -524,10 +524,9 @@ def test_what_is_saved_apart_hinders_no_optimizer(tmp_path):
         assert keras_internals.num_steps_of(other_inner) == 3
         if value is not None:
             assert to_numpy(read).tolist() == [expected, expected]
-    apart.end()
-    model.save_weights(path)
+    keras_internals.save_apart([model.optimizer, inner], {})
     # From a file without it, it stays what it is.
-    other, read, _ = compiled(5.0)
+    other, read = compiled(5.0)
     keras_internals.untrack_optimizer_variable(inner, added)
     model.save_weights(path)
     other.load_weights(path)

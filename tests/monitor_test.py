@@ -313,3 +313,63 @@ def test_a_layer_that_is_called_twice_counts_by_the_mean(rng, xy):
     losses = [to_numpy(fvae(v).loss) for v in (x, to_numpy(layer(x)))]
     assert history["fvae_loss"][0] == pytest.approx(np.mean(losses), rel=1e-3)
     assert not math.isnan(history["loss"][0])
+
+
+def test_the_task_loss_of_batches_of_different_sizes(rng):
+    """Keras's mean of the loss has the batches by their size."""
+    model = keras.Sequential(
+        [keras.Input((4, 6)), keras.layers.Dense(3, name="query")]
+    )
+    keras_fvae.enable_fvae_lora(
+        model, rank=2, elbo_weight=0.1, decoder_units=(4,)
+    )
+    # Nothing moves, so that the loss is the same at each step.
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x = rng.normal(size=(9, 4, 6)) * np.linspace(1, 9, 9)[:, None, None]
+    y = rng.normal(size=(9, 4, 3))
+    history = model.fit(
+        x,
+        y,
+        batch_size=8,
+        shuffle=False,
+        callbacks=[keras_fvae.FVAELoRAMonitor()],
+        verbose=0,
+    ).history
+    expected = model.evaluate(x, y, verbose=0)
+    np.testing.assert_allclose(history["task_loss"], expected, rtol=1e-3)
+
+
+@pytest.mark.one_backend
+def test_layers_of_the_same_path_each_have_a_name(rng):
+    def tower(name):
+        inputs = keras.Input((6,))
+        outputs = keras.layers.Dense(3, name="query")(inputs)
+        return keras.Model(inputs, outputs, name=name)
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, [tower("a")(inputs), tower("b")(0 * inputs)])
+    keras_fvae.enable_fvae_lora(model, rank=2)
+    model.compile("adam", ["mse", "mse"])
+    monitor = keras_fvae.FVAELoRAMonitor(per_layer=True)
+    x, y = rng.normal(size=(8, 6)), rng.normal(size=(8, 3))
+    history = model.fit(x, [y, y], callbacks=[monitor], verbose=0).history
+    assert [*monitor.health] == ["query", "query:2"]
+    # All inputs of the second are 0, and so the same.
+    assert history["query/active_units"][0] >= 0
+    assert history["query:2/active_units"] == [0]
+
+
+@pytest.mark.one_backend
+def test_a_killed_run_counts_no_longer(rng):
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(3, name="query")]
+    )
+    keras_fvae.enable_fvae_lora(model, rank=2)
+    model.compile("adam", "mse")
+    x, y = rng.normal(size=(8, 6)), rng.normal(size=(8, 3))
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.fit(
+            x, y, callbacks=[keras_fvae.FVAELoRAMonitor(), stop], verbose=0
+        )
+    assert model.get_layer("query").adapter.fvae.totals is None

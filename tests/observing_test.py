@@ -13,6 +13,7 @@ from family import predict
 from helpers import to_numpy
 
 import keras_fvae
+from keras_fvae.callbacks import observing
 from keras_fvae.model import lookup
 
 METHODS = {
@@ -251,6 +252,8 @@ def test_evaluating_with_a_callback_is_no_training(name):
     # In `fit`, it evaluates too.
     fit(model, [make_callback()], validation_data=(X, Y))
     assert {adapter.callback for adapter in adapters_of(model)} == {None}
+    with pytest.warns(UserWarning, match="without which|noise"):
+        fit(model, [])
 
 
 @pytest.mark.shared_out
@@ -319,3 +322,161 @@ def test_layers_with_the_same_path_are_told_apart():
     assert of_adam == {
         2 + 2 * index + moment for index in second for moment in (0, 1)
     }
+
+
+@pytest.mark.shared_out
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("other", ["SRLoRA", "BeamLoRA"])
+def test_several_callbacks_see_the_same_gradients(is_first, other):
+    model = adapted("AdaLoRA", {"query": None, "up": METHODS[other][0]()})
+    compile_model(model)
+    model.optimizer.build(model.trainable_variables)
+    variables = [v.path for v in model.optimizer.variables]
+    callbacks = [keras_fvae.AdaLoRAAllocator(), METHODS[other][1]()]
+    history = fit(model, callbacks if is_first else callbacks[::-1]).history
+    assert history["mean_rank"][-1] == 2
+    assert max(history.get("fused_ranks", history.get("pruned_ranks"))) > 0
+    assert [v.path for v in model.optimizer.variables] == variables
+    assert "_backend_update_step" not in vars(model.optimizer)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_best_weights_are_restored_as_they_were(is_first, tmp_path):
+    model = adapted("AdaLoRA")
+    compile_model(model)
+    path = tmp_path / "best.weights.h5"
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        path, "loss", save_best_only=True, save_weights_only=True, mode="max"
+    )
+    early = keras.callbacks.EarlyStopping(
+        "loss", patience=100, restore_best_weights=True, mode="max"
+    )
+    callbacks = [keras_fvae.AdaLoRAAllocator(), early]
+    callbacks = callbacks if is_first else callbacks[::-1]
+    fit(model, [*callbacks, checkpoint])
+    restored = predict(model)
+    ranks = [a.num_ranks for a in adapters_of(model)]
+    model.load_weights(path)
+    assert ranks == [a.num_ranks for a in adapters_of(model)]
+    # More than the target, because the first epoch was the best.
+    assert sum(ranks) > 6
+    np.testing.assert_allclose(restored, predict(model), atol=1e-6)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("frequency", [None, 4])
+def test_averages_of_pruned_ranks_are_pruned(frequency):
+    model = adapted("AdaLoRA")
+    optimizer = keras.optimizers.Adam(
+        0.02, use_ema=True, ema_overwrite_frequency=frequency
+    )
+    compile_model(model, optimizer)
+    history = fit(model, [keras_fvae.AdaLoRAAllocator()], epochs=6).history
+    assert history["mean_rank"][-2:] == [2, 2]
+    assert sum(a.num_ranks for a in adapters_of(model)) == 6
+
+
+@pytest.mark.one_backend
+def test_paths_that_optimizers_write_alike_are_told_apart():
+    x = np.random.default_rng(0).normal(size=(8, 6))
+    inputs = keras.Input((6,))
+
+    class Block(keras.layers.Layer):
+        def __init__(self, inner_name, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = keras.layers.Dense(8, name=inner_name)
+
+        def call(self, x):
+            return self.inner(x)
+
+    outputs = Block("b_c", name="a")(inputs) + Block("c", name="a_b")(inputs)
+    model = keras.Model(inputs, outputs)
+    keras_fvae.enable_adapter(model, keras_fvae.SRLoRAConfig(2), ["b_c", "c"])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.fit(x, np.ones((8, 8)), batch_size=4, verbose=0)
+    a, b = (layer.adapter.kernel_a for layer in lookup.adapted_layers(model))
+    assert a.path != b.path
+    assert a.path.replace("/", "_") == b.path.replace("/", "_")
+    slots = [observing.slots_of(model.optimizer, weight) for weight in (a, b)]
+    ids = [{id(slot) for slot in each.values()} for each in slots]
+    assert [len(each) for each in ids] == [2, 2] and not ids[0] & ids[1]
+
+
+@pytest.mark.one_backend
+def test_an_optimizer_of_ones_own_saves_itself(tmp_path):
+    class Own(keras.optimizers.Adam):
+        def save_own_variables(self, store):
+            super().save_own_variables(store)
+            saved.append(len(store.keys()))
+
+    saved = []
+    model = adapted("SRLoRA")
+    compile_model(model, Own(0.02))
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / "x.weights.h5", save_weights_only=True
+    )
+    fit(model, [METHODS["SRLoRA"][1](), checkpoint], epochs=1)
+    assert saved == [len(model.optimizer.variables)]
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", METHODS)
+def test_a_list_of_callbacks_serves_one_fit(name):
+    model = adapted(name)
+    compile_model(model)
+    callbacks = keras.callbacks.CallbackList(
+        [METHODS[name][1]()],
+        add_history=True,
+        model=model,
+        epochs=4,
+        steps=4,
+        verbose=0,
+    )
+    fit(model, callbacks)
+    before = predict(model)
+    with pytest.raises(ValueError, match="has left the model.*CallbackList"):
+        fit(model, callbacks)
+    np.testing.assert_array_equal(predict(model), before)
+
+
+@pytest.mark.one_backend
+def test_layers_of_the_same_path_are_all_counted():
+    def tower(name):
+        inputs = keras.Input((6,))
+        return keras.Model(
+            inputs, keras.layers.Dense(8, name="query")(inputs), name=name
+        )
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, [tower("a")(inputs), tower("b")(inputs)])
+    keras_fvae.enable_adapter(model, keras_fvae.AdaLoRAConfig(3))
+    model.compile(keras.optimizers.Adam(0.01), ["mse", "mse"])
+    x, y = np.ones((8, 6)), np.ones((8, 8))
+    allocator = keras_fvae.AdaLoRAAllocator()
+    model.fit(x, [y, y], batch_size=1, callbacks=[allocator], verbose=0)
+    [ranks] = allocator.history
+    assert [*ranks] == ["query", "query:2"]
+    assert [*ranks.values()] == [a.num_ranks for a in adapters_of(model)]
+
+
+@pytest.mark.one_backend
+def test_the_losses_of_a_method_are_shared_among_what_trains_by_it():
+    """Each method's is a mean over its own layers."""
+
+    def loss(targets, frozen=()):
+        model = make_model()
+        keras_fvae.enable_adapter(model, keras_fvae.LoRAConfig(2), targets)
+        for name in frozen:
+            model.get_layer(name).trainable = False
+        compile_model(model)
+        model.make_train_function()
+        return float(sum(map(float, model.losses)))
+
+    ada = keras_fvae.AdaLoRAConfig(4, orthogonality_weight=1.0, seed=0)
+    alone = loss({"up": ada})
+    assert alone > 0.1
+    fvae = keras_fvae.FVAELoRAConfig(2)
+    assert loss({"up": ada, "query": fvae}) == pytest.approx(alone, 0.01)
+    both = loss({"up": ada, "query": ada}, frozen=["query"])
+    assert both == pytest.approx(alone, 0.01)

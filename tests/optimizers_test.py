@@ -19,6 +19,7 @@ from keras_fvae.optimizers import OPLoRA
 from keras_fvae.optimizers import RiemannianPreconditioning
 from keras_fvae.optimizers.lorsum import lorsum
 from keras_fvae.optimizers.lorsum import scaled_lorsum
+from keras_fvae.optimizers.pairs import find_beside
 from keras_fvae.optimizers.pairs import find_pairs
 
 REFERENCE = ROOT / "tests" / "reference" / "methods"
@@ -850,6 +851,26 @@ def test_a_stall_of_a_few_steps_is_told_and_one_that_ended_is_not(rng):
 
 
 # --- Pairs, and what is refused.
+
+
+@pytest.mark.one_backend
+def test_what_is_beside_a_pair_is_of_the_same_adapter():
+    """Also where another adapter has the same path."""
+
+    def adapted(config):
+        layer = keras_fvae.AdaptedDense(8, config, name="query")
+        layer.build((None, 6))
+        return layer.trainable_variables
+
+    plain = adapted(keras_fvae.LoRAConfig(2))
+    whole = adapted(keras_fvae.OPLoRAConfig(2))
+    for variables, expected in (
+        ([*plain, *whole], (None, 4)),
+        ([*whole, *plain], (2, None)),
+        ([*whole, *whole], (2, 5)),
+    ):
+        pairs = find_pairs(variables, "OPLoRA")
+        assert find_beside("zero_kernel", variables, pairs) == expected
 
 
 @pytest.mark.one_backend

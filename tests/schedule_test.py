@@ -158,3 +158,24 @@ def test_a_model_without_adapters_is_refused(xy):
     schedule = keras_fvae.FVAELoRASchedule(elbo_weight=lambda step: 1.0)
     with pytest.raises(ValueError, match="no adapted layer"):
         fit(model, xy, [schedule])
+
+
+@pytest.mark.one_backend
+def test_each_schedule_changes_its_own_weights_alone():
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(3, name="query")]
+    )
+    keras_fvae.enable_fvae_lora(model, rank=2)
+    model.compile("adam", "mse")
+    x, y = np.ones((8, 6)), np.ones((8, 3))
+    schedules = [
+        keras_fvae.FVAELoRASchedule(elbo_weight=lambda step: 0.5),
+        keras_fvae.FVAELoRASchedule(kl_weight=lambda step: 9.0),
+    ]
+    model.fit(x, y, callbacks=schedules, verbose=0)
+    coefficients = model.get_layer("query").adapter.fvae.coefficients
+    assert to_numpy(coefficients.variable)[:2].tolist() == [0.5, 9.0]
+    # And in another `fit`.
+    later = keras_fvae.FVAELoRASchedule(kl_weight=lambda step: 2.0)
+    model.fit(x, y, callbacks=[later], verbose=0)
+    assert to_numpy(coefficients.variable)[:2].tolist() == [0.5, 2.0]

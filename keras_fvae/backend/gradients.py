@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -24,8 +23,8 @@ def watch_gradients(
     that, so that the optimizer can be loaded without an observer, too.
 
     Args:
-        optimizer: `keras.optimizers.Optimizer`, built. It has no other
-            observer after.
+        optimizer: `keras.optimizers.Optimizer`, built. Several observers may
+            watch it; of the same class, the last one.
         observer: Object with a method `build(optimizer)`, which makes the
             observer's variables by `optimizer.add_variable` and its like, and
             a method `observe(gradients, variables)`, which takes two lists of
@@ -49,33 +48,54 @@ def watch_gradients(
             "With several replicas of TensorFlow gradients cannot be watched. "
             "Train on one device, or on JAX with `keras.distribution`."
         )
-    stop_watching(optimizer)
+    stop_watching(optimizer, type(observer))
     known_ids = {id(variable) for variable in optimizer.variables}
     observer.build(optimizer)
     added = [v for v in optimizer.variables if id(v) not in known_ids]
-    keras_internals.add_to_update(optimizer, observer.observe)
-    keras_internals.SavedApart(optimizers, added)
+    watched = _watched(optimizer)
+    watched[type(observer)] = observer, added
+    _set_watched(optimizers, watched)
 
 
-def stop_watching(optimizer: keras.optimizers.Optimizer) -> None:
+def stop_watching(
+    optimizer: keras.optimizers.Optimizer, observer_class: type
+) -> None:
     """Ends what `watch_gradients` began, and drops the observer's variables."""
-    *_, optimizer = _with_inner(optimizer)
-    saved_apart = vars(optimizer).get("saved_apart")
-    if saved_apart is None:
-        return
-    saved_apart.end()
-    for variable in saved_apart.variables:
-        keras_internals.untrack_optimizer_variable(optimizer, variable)
-    keras_internals.restore_update(optimizer)
+    optimizers = [*_with_inner(optimizer)]
+    watched = _watched(optimizers[-1])
+    _, variables = watched.pop(observer_class, (None, ()))
+    for variable in variables:
+        keras_internals.untrack_optimizer_variable(optimizers[-1], variable)
+    _set_watched(optimizers, watched)
 
 
 def observer_variables(
     optimizer: keras.optimizers.Optimizer,
-) -> Sequence[keras.Variable]:
-    """The variables of the observer that watches an optimizer, if one does."""
+) -> list[keras.Variable]:
+    """The variables of the observers that watch an optimizer."""
     *_, optimizer = _with_inner(optimizer)
-    saved_apart = vars(optimizer).get("saved_apart")
-    return () if saved_apart is None else saved_apart.variables
+    parts = [added for _, added in _watched(optimizer).values()]
+    return [variable for part in parts for variable in part]
+
+
+def _watched(optimizer):
+    """Dict of the class of an observer to it and its variables."""
+    watched = vars(optimizer).get("watched_by", dict)
+    return dict(watched())
+
+
+def _set_watched(optimizers, watched):
+    """Has observers called and saved, and those that were before no more."""
+    *_, optimizer = optimizers
+    keras_internals.restore_update(optimizer)
+    keras_internals.save_apart(
+        optimizers,
+        {kind.__name__: added for kind, (_, added) in watched.items()},
+    )
+    for observer, _ in watched.values():
+        keras_internals.add_to_update(optimizer, observer.observe)
+    # In a function, because Keras looks into what it finds in an attribute.
+    vars(optimizer)["watched_by"] = lambda: watched
 
 
 def num_updates_of(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -73,9 +74,12 @@ def state_of(layer: keras.Layer) -> list[keras.Variable]:
 
 def optimized_variables(model: keras.Layer) -> list[keras.Variable]:
     """The variables that the optimizer of a model was built for, a list."""
-    return getattr(
-        getattr(model, "optimizer", None), "_trainable_variables", []
-    )
+    return variables_to_optimize(getattr(model, "optimizer", None))
+
+
+def variables_to_optimize(optimizer: Any) -> list[keras.Variable]:
+    """Those that an optimizer was built for, a list."""
+    return getattr(optimizer, "_trainable_variables", [])
 
 
 def backend_name() -> str:
@@ -711,39 +715,14 @@ def num_steps_of(optimizer: keras.optimizers.Optimizer) -> int:
 
 
 class SavedApart(KerasSaveable):
-    """Variables of an optimizer that are saved beside its own.
-
-    Where they are gone, or not there yet, it loads its own none the less.
+    """Variables that are saved and loaded under an attribute of their own.
 
     Args:
-        optimizers: List of `keras.optimizers.Optimizer`, of which each wraps
-            the next, and the last one has the variables.
         variables: List of `keras.Variable`.
     """
 
-    def __init__(
-        self,
-        optimizers: Sequence[keras.optimizers.Optimizer],
-        variables: Sequence[keras.Variable],
-    ) -> None:
-        # In a function, because Keras saves all that it finds in an attribute.
-        self._optimizers = lambda: optimizers
+    def __init__(self, variables: Sequence[keras.Variable]) -> None:
         self.variables = variables
-        ids = {id(variable) for variable in variables}
-        for optimizer in optimizers:
-            for name in ("save_own_variables", "load_own_variables"):
-                vars(optimizer)[name] = functools.partial(
-                    _call_without, name, optimizer, ids
-                )
-        # Where Keras finds it, past its tracking.
-        vars(optimizers[-1])["saved_apart"] = self
-
-    def end(self) -> None:
-        """Takes it away."""
-        del vars(self._optimizers()[-1])["saved_apart"]
-        for optimizer in self._optimizers():
-            for name in ("save_own_variables", "load_own_variables"):
-                del vars(optimizer)[name]
 
     def save_own_variables(self, store: Any) -> None:
         for index, variable in enumerate(self.variables):
@@ -758,17 +737,53 @@ class SavedApart(KerasSaveable):
         return "Optimizer"
 
 
+def save_apart(
+    optimizers: Sequence[keras.optimizers.Optimizer],
+    parts: Mapping[str, Sequence[keras.Variable]],
+) -> None:
+    """Has some variables of an optimizer saved beside it, and not in it.
+
+    Where they are gone, or not there yet, it loads its own none the less.
+
+    Args:
+        optimizers: List of `keras.optimizers.Optimizer`, of which each wraps
+            the next, and the last one has the variables.
+        parts: Dict of a name in the file to a list of `keras.Variable`. None
+            for an optimizer as it was.
+    """
+    ids = {id(variable) for part in parts.values() for variable in part}
+    for optimizer in optimizers:
+        # Past Keras's tracking.
+        attributes = vars(optimizer)
+        for name in ("save_own_variables", "load_own_variables"):
+            attributes.pop(name, None)
+            if parts:
+                attributes[name] = functools.partial(
+                    _call_without, name, optimizer, ids
+                )
+    attributes = vars(optimizers[-1])
+    for name in [n for n, v in attributes.items() if isinstance(v, SavedApart)]:
+        del attributes[name]
+    for name, variables in parts.items():
+        attributes[name] = SavedApart(variables)
+
+
 def _call_without(name, optimizer, left_out_ids, store):
     """Saves or loads an optimizer as if it did not have some variables."""
-    others = types.SimpleNamespace(
-        name=optimizer.name,
-        variables=[
-            variable
-            for variable in optimizer.variables
-            if id(variable) not in left_out_ids
-        ],
-    )
-    getattr(type(optimizer), name)(others, store)
+    optimizer_class = type(optimizer)
+
+    class Without(optimizer_class):
+        @property
+        def variables(self):
+            return [
+                variable
+                for variable in super().variables
+                if id(variable) not in left_out_ids
+            ]
+
+    view = object.__new__(Without)
+    object.__setattr__(view, "__dict__", vars(optimizer))
+    getattr(optimizer_class, name)(view, store)
 
 
 def get_keras_mask(x: Tensor) -> Tensor | None:

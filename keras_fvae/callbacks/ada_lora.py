@@ -18,10 +18,12 @@ from keras_fvae.callbacks.importance import Importance
 from keras_fvae.callbacks.observing import Observer
 from keras_fvae.callbacks.observing import ObservingCallback
 from keras_fvae.callbacks.observing import checked_integer
+from keras_fvae.callbacks.observing import slots_of
 from keras_fvae.layers.config import is_finite
 from keras_fvae.methods.ada_lora import PRUNED
 from keras_fvae.methods.ada_lora import AdaLoRAAdapter
 from keras_fvae.methods.ada_lora import AdaLoRAConfig
+from keras_fvae.model.tree import numbered
 
 # Which axis of each weight is that of the ranks.
 RANK_AXES = {"kernel_a": 1, "kernel_b": 0, "singular_values": 0}
@@ -118,15 +120,10 @@ class AdaLoRAAllocator(ObservingCallback):
     def begin(self, num_updates: int) -> None:
         self.observer.table = self._make_table(num_updates)
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        # What an optimizer with `use_ema` has just overwritten by averages.
-        self.observer.repeat_last_choice()
-        super().on_train_end(logs)
-
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        ranks = {layer.path: layer.adapter.num_ranks for layer in self.layers}
+        ranks = numbered((la.path, la.adapter.num_ranks) for la in self.layers)
         self.history.append(ranks)
         if logs is not None:
             logs["mean_rank"] = float(np.mean([*ranks.values()]))
@@ -219,6 +216,12 @@ class Allocation(Observer):
                     adapter.singular_values, name="kept", initializer="ones"
                 )
             )
+        # The moving averages of an optimizer with `use_ema`.
+        slots = [slots_of(optimizer, a.singular_values) for a in self.adapters]
+        self.averages: list[list[keras.Variable]] = [
+            [slot for name, slot in each.items() if name == "average"]
+            for each in slots
+        ]
 
     def after_update(
         self, num_updates: Tensor, gradients: dict[int, Tensor]
@@ -234,20 +237,14 @@ class Allocation(Observer):
         is_kept = _highest(scores, ops.take(table.budgets, row))
         is_choice = ops.take(table.is_choice, row)
         is_masked = ops.logical_or(is_choice, num_updates > table.last_choice)
-        for adapter, kept, chosen in zip(self.adapters, self.kept, is_kept):
+        for adapter, averages, kept, chosen in zip(
+            self.adapters, self.averages, self.kept, is_kept
+        ):
             chosen = ops.cast(chosen, kept.dtype)
             kept.assign(ops.where(is_choice, chosen, kept.value))
             is_pruned = ops.logical_and(is_masked, ops.equal(kept, 0))
-            values = adapter.singular_values
-            values.assign(ops.where(is_pruned, PRUNED, values.value))
-
-    def repeat_last_choice(self) -> None:
-        """Sets to 0 what the last choice did, if there was one."""
-        if int(ops.convert_to_numpy(self.num_updates)) < self.table.last_choice:
-            return
-        for adapter, kept in zip(self.adapters, self.kept):
-            values = adapter.singular_values
-            values.assign(ops.where(ops.equal(kept, 0), PRUNED, values.value))
+            for values in (adapter.singular_values, *averages):
+                values.assign(ops.where(is_pruned, PRUNED, values.value))
 
 
 def _highest(scores, number):

@@ -143,9 +143,9 @@ class BeamLoRAPruner(ObservingCallback):
             found = parents(of_layer, is_pruned, rng)
             start_anew(adapter, found, copies)
             self._num_pruned += len(found)
-            forget_moments(self.model, adapter.gate)
+            forget_moments(self.model.optimizer, adapter.gate)
             for weight in (adapter.kernel_a, adapter.kernel_b, adapter.gate):
-                begin_average(self.model, weight)
+                begin_average(self.model.optimizer, weight)
 
 
 class Copies(Observer):

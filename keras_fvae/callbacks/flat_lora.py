@@ -10,6 +10,7 @@ from keras_fvae.backend.keras_internals import fetch_state
 from keras_fvae.backend.keras_internals import running_method
 from keras_fvae.methods.flat_lora import FlatLoRAConfig
 from keras_fvae.model.lookup import require_adapted_layers
+from keras_fvae.model.training import forget_compiled_functions
 
 
 class FlatLoRASchedule(keras.callbacks.Callback):
@@ -66,6 +67,8 @@ class FlatLoRASchedule(keras.callbacks.Callback):
         """Tells the adapters that nobody lets their noise grow any more."""
         for adapter in self._adapters:
             adapter.callback = None
+        # So that the next `fit` asks for the callback again.
+        forget_compiled_functions(self.model, kinds=("train",))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self.params["steps"] is None:

@@ -18,6 +18,7 @@ from keras_fvae.methods.fvae.totals import NAMES
 from keras_fvae.methods.fvae.totals import TermTotals
 from keras_fvae.model.lookup import require_adapted_layers
 from keras_fvae.model.training import forget_compiled_functions
+from keras_fvae.model.tree import numbered
 
 # From where on the warnings speak.
 COLLAPSED_KL_PER_UNIT = 0.01
@@ -45,10 +46,10 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
       to token, beside the noise that is drawn.
     - `explained_variance`: the share of the variance of the layer's inputs
       that the decoder reconstructs.
-    - `task_loss`: `loss` without what the adapted layers add to it. That is
+    - `task_loss`: `loss` without what FVAE-LoRA's layers add to it. That is
       what `ReduceLROnPlateau` and its like should follow, by `mode="min"`,
-      which they do not guess from this name; `val_loss` has no part of the
-      adapters'.
+      which they do not guess from this name; `val_loss` has no part of
+      theirs.
 
     Once in each `fit` it warns of a layer whose z1 has collapsed to its prior
     while the decoder still needs it, of a layer whose z1 drowns in its noise
@@ -93,19 +94,28 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._layers = require_adapted_layers(self.model, FVAELoRAConfig)
+        # Of layers with the same path each has a name of its own.
+        names = numbered((layer.path, layer) for layer in self._layers)
+        self._names = {id(layer): name for name, layer in names.items()}
         self._warned: set[str] = set()
-        self._previous: dict[str, dict[str, float]] = {}
+        self._previous: dict[int, dict[str, float]] = {}
         self.health: dict[str, str] = {}
         for layer in self._layers:
             layer.adapter.fvae.totals = TermTotals(layer.config.rank)
+            layer.adapter.callback = self
         if self.per_layer:
-            paths = tuple(f"{layer.path}/" for layer in self._layers)
+            paths = tuple(f"{name}/" for name in names)
             keras_internals.hide_from_progress_bar(self.model, paths)
         self.model.make_train_function(force=True)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Ends the counting, also where an error has ended `fit`."""
         for layer in self._layers:
             layer.adapter.fvae.totals = None
+            layer.adapter.callback = None
         forget_compiled_functions(self.model, kinds=("train",))
 
     def on_epoch_begin(
@@ -115,7 +125,10 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         for layer in self._layers:
             layer.adapter.fvae.totals.reset()
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        logs = {} if logs is None else logs
         means = [layer.adapter.fvae.totals.means() for layer in self._layers]
         # A layer may have not been called.
         called = [
@@ -134,7 +147,9 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
         if self.per_layer:
             for layer, terms in called:
                 for name in NAMES:
-                    logs[f"{layer.path}/{name}"] = float(terms[name])
+                    logs[f"{self._names[id(layer)]}/{name}"] = float(
+                        terms[name]
+                    )
         self._warn(called, logs)
 
     def _grows(self, layer, terms, name):
@@ -142,14 +157,16 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
 
         It begins at 0, so it counts as growing where there was no epoch.
         """
-        previous = self._previous.get(layer.path, {})
+        previous = self._previous.get(id(layer), {})
         return terms[name] > STILL_GROWS * previous.get(name, -math.inf)
 
     def _warn(self, called, logs):
         """Warns of what it has not warned of yet in this `fit`."""
         for layer, terms in called:
             layer.adapter.health = _health(layer, terms)
-        self.health = {layer.path: layer.adapter.health for layer, _ in called}
+        self.health = {
+            self._names[id(layer)]: layer.adapter.health for layer, _ in called
+        }
         for what, message in [
             *self._of_latents(called),
             *_of_decoders(called),
@@ -158,14 +175,14 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
             if what not in self._warned:
                 self._warned.add(what)
                 warnings.warn(message, stacklevel=2)
-        self._previous = {layer.path: terms for layer, terms in called}
+        self._previous = {id(layer): terms for layer, terms in called}
 
     def _of_latents(self, called):
         """Yields what each warning of latents is of, and its message."""
         collapsed = [
-            layer.path
+            self._names[id(layer)]
             for layer, terms in called
-            if self.health[layer.path] == "collapsed"
+            if layer.adapter.health == "collapsed"
             and terms["explained_variance"] < EXPLAINED_ENOUGH
             and not self._grows(layer, terms, "kl_z1")
         ]
@@ -179,9 +196,9 @@ class FVAELoRAMonitor(keras.callbacks.Callback):
                 "up, lets z1 carry more.",
             )
         drowned = [
-            layer.path
+            self._names[id(layer)]
             for layer, terms in called
-            if self.health[layer.path] == "drowned"
+            if layer.adapter.health == "drowned"
             and not self._grows(layer, terms, "signal_to_noise")
         ]
         if drowned:

@@ -15,8 +15,8 @@ from keras_fvae.backend.gradients import observer_variables
 from keras_fvae.backend.gradients import stop_watching
 from keras_fvae.backend.gradients import watch_gradients
 from keras_fvae.backend.keras_internals import fetch_state
-from keras_fvae.backend.keras_internals import optimized_variables
 from keras_fvae.backend.keras_internals import running_method
+from keras_fvae.backend.keras_internals import variables_to_optimize
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.config import AdapterConfig
 from keras_fvae.layers.config import is_integer
@@ -43,6 +43,7 @@ class ObservingCallback(keras.callbacks.Callback):
 
     # Until `set_model` finds them.
     layers: Sequence[keras.Layer] = ()
+    _is_watching = False
     # The class of the configs of the adapters that it is for.
     config_class: type[AdapterConfig]
 
@@ -92,6 +93,7 @@ class ObservingCallback(keras.callbacks.Callback):
             [la.adapter for la in self.layers]
         )
         watch_gradients(model.optimizer, self.observer)
+        self._is_watching = True
         self._tell_adapters(self)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
@@ -99,7 +101,8 @@ class ObservingCallback(keras.callbacks.Callback):
 
     def leave(self) -> None:
         """Ends the watching, also where an error has ended `fit`."""
-        stop_watching(self.model.optimizer)
+        stop_watching(self.model.optimizer, type(self.observer))
+        self._is_watching = False
         self._tell_adapters(None)
 
     def _tell_adapters(self, callback):
@@ -108,6 +111,12 @@ class ObservingCallback(keras.callbacks.Callback):
         forget_compiled_functions(self.model, kinds=("train",))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if not self._is_watching:
+            raise ValueError(
+                f"`{type(self).__name__}` has left the model when its last "
+                "`fit` ended. Pass it to `fit` in a list, or make a new "
+                "`CallbackList`, because one serves a single `fit`."
+            )
         self._has_begun = False
 
     def on_epoch_begin(
@@ -201,17 +210,19 @@ class Observer:
 
 
 def forget_moments(
-    model: keras.Model, variable: keras.Variable, index: Any = ...
+    optimizer: keras.optimizers.Optimizer,
+    variable: keras.Variable,
+    index: Any = ...,
 ) -> None:
     """Sets to 0 what the optimizer keeps of a weight, such as Adam's moments.
 
     Args:
-        model: `keras.Model` that trains.
-        variable: `keras.Variable`, one of its weights.
+        optimizer: `keras.optimizers.Optimizer`.
+        variable: `keras.Variable`, one of those it optimizes.
         index: What a NumPy array is indexed by, a part of the weight; all of
             it by default.
     """
-    slots = slots_of(model, variable)
+    slots = slots_of(optimizer, variable)
     # LoRA-RITE's moments are in a basis of the other factor, which has changed:
     # none of them is of one rank alone.
     index = ... if "basis" in slots else index
@@ -221,18 +232,20 @@ def forget_moments(
 
 
 def begin_average(
-    model: keras.Model, variable: keras.Variable, index: Any = ...
+    optimizer: keras.optimizers.Optimizer,
+    variable: keras.Variable,
+    index: Any = ...,
 ) -> None:
     """Begins the moving average of a weight anew, if the optimizer has one.
 
     Because between the old value and another one lies nothing that was trained.
 
     Args:
-        model: `keras.Model` that trains.
-        variable: `keras.Variable`, one of its weights, which has a new value.
+        optimizer: `keras.optimizers.Optimizer`.
+        variable: `keras.Variable`, one of those it optimizes, with a new value.
         index: As in `forget_moments`.
     """
-    average = slots_of(model, variable).get("average")
+    average = slots_of(optimizer, variable).get("average")
     if average is not None:
         _assign_part(average, index, replicas.to_numpy(variable)[index])
 
@@ -244,24 +257,25 @@ def _assign_part(variable, index, value):
 
 
 def slots_of(
-    model: keras.Model, variable: keras.Variable
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
 ) -> dict[str, keras.Variable]:
     """What the optimizer keeps of each element of a weight, by name.
 
     Of weights with the same path, as in models that were built by themselves,
     the slots are in the order of the weights.
     """
-    of_observer = {id(v) for v in observer_variables(model.optimizer)}
-    beginning = f"/{variable.path.replace('/', '_')}_"
+    of_observers = {id(v) for v in observer_variables(optimizer)}
+    flat_path = variable.path.replace("/", "_")
+    beginning = f"/{flat_path}_"
     found: dict[str, list[keras.Variable]] = {}
-    for slot in model.optimizer.variables:
+    for slot in optimizer.variables:
         _, is_found, name = f"/{slot.path}".rpartition(beginning)
-        if is_found and id(slot) not in of_observer:
+        if is_found and id(slot) not in of_observers:
             found.setdefault(name, []).append(slot)
     same_path = [
         id(weight)
-        for weight in optimized_variables(model)
-        if weight.path == variable.path
+        for weight in variables_to_optimize(optimizer)
+        if weight.path.replace("/", "_") == flat_path
     ]
     index = same_path.index(id(variable))
     return {

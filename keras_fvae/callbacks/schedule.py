@@ -116,7 +116,9 @@ class FVAELoRASchedule(keras.callbacks.Callback):
         self._values = dict(values)
         try:
             configs = [
-                dataclasses.replace(layer.config, **values)
+                dataclasses.replace(
+                    layer.adapter.fvae.coefficients.config, **values
+                )
                 for layer in self._layers
             ]
         except ValueError as error:

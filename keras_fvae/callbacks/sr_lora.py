@@ -113,8 +113,8 @@ class SRLoRARestarter(ObservingCallback):
             importance.forget(rank)
             new = (adapter.kernel_a, np.s_[:, rank]), (adapter.kernel_b, rank)
             for weight, index in new:
-                forget_moments(self.model, weight, index)
-                begin_average(self.model, weight, index)
+                forget_moments(self.model.optimizer, weight, index)
+                begin_average(self.model.optimizer, weight, index)
 
 
 class PairImportance(Observer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import hashlib
 import warnings
@@ -224,12 +225,17 @@ def _digest(weight):
 def share_losses(layers: Sequence[keras.Layer]) -> None:
     """Has the adapters of a model that add a loss share its weight.
 
+    Those of one method that train; what does not train adds nothing.
+
     Args:
         layers: List of all adapted layers of the model.
     """
     adapters = [layer.adapter for layer in layers if layer.adapter.adds_loss]
+    numbers = collections.Counter(
+        type(adapter) for adapter in adapters if adapter.is_trainable
+    )
     for adapter in adapters:
-        adapter.share_loss(len(adapters))
+        adapter.share_loss(max(1, numbers[type(adapter)]))
 
 
 def warn_of_missing_callbacks(

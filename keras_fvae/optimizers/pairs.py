@@ -75,10 +75,20 @@ def find_beside(
     """
     indices = []
     for _, b in pairs:
-        path = f"{variables[b].path.rpartition('/')[0]}/{name}"
+        adapter = variables[b].path.rpartition("/")[0]
+        path = f"{adapter}/{name}"
+        # Up to the next adapter of that path.
+        end = next(
+            (
+                a
+                for a, _ in pairs
+                if a > b and variables[a].path == f"{adapter}/kernel_a"
+            ),
+            None,
+        )
         found = (
             index
-            for index, variable in enumerate(variables)
+            for index, variable in enumerate(variables[:end])
             if index > b and variable.path == path
         )
         indices.append(next(found, None))

@@ -74,9 +74,13 @@ class ObjectiveCoefficients:
 
     They are state that a compiled step reads, and no weights of the model:
     neither trained nor saved. At first they are those of the config.
+
+    Attributes:
+        config: `FVAELoRAConfig`, the one whose weights they are.
     """
 
     def __init__(self, config: FVAELoRAConfig) -> None:
+        self.config = config
         self.variable: keras.Variable = keras.Variable(
             lambda shape, dtype: ops.convert_to_tensor(
                 np.array(self._values(config), dtype), dtype
@@ -90,6 +94,7 @@ class ObjectiveCoefficients:
 
     def set(self, config: FVAELoRAConfig) -> None:
         """Sets them to those of a config."""
+        self.config = config
         self.variable.assign(self._values(config))
 
     @property

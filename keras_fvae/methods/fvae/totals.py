@@ -39,7 +39,7 @@ class TermTotals:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.variable: keras.Variable = keras.Variable(
-            ops.zeros((len(TERMS) + 5 + 2 * rank,)),
+            ops.zeros((len(TERMS) + 6 + 2 * rank,)),
             trainable=False,
             autocast=False,
             aggregation="sum",
@@ -77,9 +77,12 @@ class TermTotals:
         )
         x_mean = mean_over_replicas(x_mean)
         variance = ops.sum(x_square - ops.square(x_mean))
+        # Keras's mean of the loss has the batches by their size, too.
+        num_tokens = ops.cast(ops.shape(x)[0], "float32")
         scalars = [terms[name] for name in TERMS]
         scalars += [
-            terms["added_loss"],
+            terms["added_loss"] * num_tokens,
+            num_tokens,
             ops.sum(squared_error),
             variance,
             ops.sum(z1_noise),
@@ -101,7 +104,8 @@ class TermTotals:
             `signal_to_noise`, by how much those means vary beside the noise
             that is drawn, `explained_variance`, the share of the variance
             of x that the decoder reconstructs, and `added_loss`, what the
-            layer added to the model's loss. `None` if there was no step.
+            layer added to the model's loss, its mean over the examples, as
+            that of the loss is. `None` if there was no step.
         """
         totals = ops.convert_to_numpy(self.variable).astype("float64")
         scalars, z1_total, z1_square = (
@@ -109,7 +113,9 @@ class TermTotals:
             totals[-2 * self.rank : -self.rank],
             totals[-self.rank :],
         )
-        *terms, added, squared_error, variance, noise, num_steps = scalars
+        *terms, added, num_tokens, squared_error, variance, noise, num_steps = (
+            scalars
+        )
         if num_steps == 0:
             return None
         z1_variance = z1_square / num_steps - (z1_total / num_steps) ** 2
@@ -120,5 +126,5 @@ class TermTotals:
             "explained_variance": (
                 1 - squared_error / variance if variance > 0 else 0.0
             ),
-            "added_loss": added / num_steps,
+            "added_loss": added / num_tokens,
         }
