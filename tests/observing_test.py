@@ -480,3 +480,37 @@ def test_the_losses_of_a_method_are_shared_among_what_trains_by_it():
     assert loss({"up": ada, "query": fvae}) == pytest.approx(alone, 0.01)
     both = loss({"up": ada, "query": ada}, frozen=["query"])
     assert both == pytest.approx(alone, 0.01)
+
+
+@pytest.mark.one_backend
+def test_a_fit_that_stops_before_the_ranks_are_chosen_says_so():
+    model = adapted("AdaLoRA")
+    compile_model(model)
+
+    def stop(epoch, logs):
+        model.stop_training = epoch == 1
+
+    early = keras.callbacks.LambdaCallback(on_epoch_end=stop)
+    with pytest.warns(UserWarning, match="after 8 updates.*after 16, so"):
+        fit(model, [keras_fvae.AdaLoRAAllocator(), early], epochs=8)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", WITH_FLAT_LORA)
+def test_another_model_is_evaluated_by_the_way(name):
+    """With the same callback, in the middle of `fit`."""
+    model, other = adapted(name), adapted(name)
+    compile_model(model)
+    compile_model(other)
+    callback = WITH_FLAT_LORA[name][1]()
+    evaluate = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda *_: other.evaluate(
+            X, Y, callbacks=[callback], verbose=0
+        )
+    )
+    history = fit(model, [callback, evaluate]).history
+    expected = adapted(name)
+    compile_model(expected)
+    expected_history = fit(expected, [WITH_FLAT_LORA[name][1]()]).history
+    for key, values in expected_history.items():
+        np.testing.assert_allclose(history[key], values, rtol=1e-6)

@@ -627,9 +627,9 @@ def test_the_best_checkpoint(rng, x, tmp_path):
         fit(model, x, [Scripted(values), checkpoint], epochs=len(values))
         return keras_fvae.read_adapter(path).record["checkpoint"]
 
-    best = run([0.1, float("nan"), 0.5, 0.3])
-    assert best == {"monitor": "val_score", "value": 0.5, "epoch": 3}
-    assert "val_score=0.5 after epoch 3" in str(keras_fvae.read_adapter(path))
+    best = run([float("inf"), 0.1, float("nan"), 0.5, 0.3])
+    assert best == {"monitor": "val_score", "value": 0.5, "epoch": 4}
+    assert "val_score=0.5 after epoch 4" in str(keras_fvae.read_adapter(path))
     # Goes on: what is worse than what is there does not replace it.
     assert run([0.4], resume=True) == best
     assert run([0.6], resume=True)["value"] == 0.6

@@ -6,6 +6,7 @@ the step alone is a table, made before.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,19 @@ class AdaLoRAAllocator(ObservingCallback):
 
     def begin(self, num_updates: int) -> None:
         self.observer.table = self._make_table(num_updates)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        num_updates = self.observer.count()
+        super().on_train_end(logs)
+        last_choice = self.observer.table.last_choice
+        if num_updates < last_choice:
+            warnings.warn(
+                f"`fit` ended after {num_updates} updates. The last choice of "
+                f"AdaLoRA's ranks was to be after {last_choice}, so that more "
+                "are left than `target_rank` says. Train for longer, or pass "
+                "`total_steps` to `AdaLoRAAllocator`.",
+                stacklevel=2,
+            )
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None

@@ -38,7 +38,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         monitor: String, the entry of the logs by which an epoch is judged.
             Defaults to `"val_loss"`.
         save_best_only: Boolean. Whether to save only after epochs that are
-            better than all before them. Defaults to `False`.
+            better than all before them; a value that is not finite never is.
+            Defaults to `False`.
         mode: `"min"` or `"max"`, what of `monitor` is better; `"auto"`
             (default) to tell by its name.
         include: As in `save_adapter`. Defaults to `"all"`.
@@ -162,7 +163,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             ) from error
 
     def _is_better(self, value):
-        if math.isnan(value):
+        if not math.isfinite(value):
             return False
         return self.best is None or self.sign * value > self.sign * self.best
 

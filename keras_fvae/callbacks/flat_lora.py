@@ -49,10 +49,10 @@ class FlatLoRASchedule(keras.callbacks.Callback):
         super().__init__()
 
     def set_model(self, model: keras.Model) -> None:
-        # Before the step is made, which would say that nobody does this.
-        super().set_model(model)
         if running_method() in ("evaluate", "predict"):
             return
+        # Before the step is made, which would say that nobody does this.
+        super().set_model(model)
         self._adapters = [
             layer.adapter
             for layer in require_adapted_layers(model, FlatLoRAConfig)
@@ -76,16 +76,19 @@ class FlatLoRASchedule(keras.callbacks.Callback):
                 "`FlatLoRASchedule` must know how many steps an epoch has, "
                 "and this data does not say. Pass `steps_per_epoch` to `fit`."
             )
+        # Kept, because Keras gives a callback others where it is in `evaluate`.
+        self._num_epochs = self.params["epochs"]
+        self._steps_per_epoch = self.params["steps"]
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        self._steps_before = epoch * self.params["steps"]
+        self._steps_before = epoch * self._steps_per_epoch
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        num_steps = self.params["epochs"] * self.params["steps"]
+        num_steps = self._num_epochs * self._steps_per_epoch
         share = (self._steps_before + batch) / num_steps
         fetch_state(self.model)
         for adapter in self._adapters:

@@ -71,11 +71,11 @@ class ObservingCallback(keras.callbacks.Callback):
         raise NotImplementedError
 
     def set_model(self, model: keras.Model) -> None:
+        if running_method() in ("evaluate", "predict"):
+            return
         # Before any callback's `on_train_begin`, because `BackupAndRestore`
         # sets the optimizer's variables there.
         super().set_model(model)
-        if running_method() in ("evaluate", "predict"):
-            return
         layers = require_adapted_layers(model, self.config_class)
         self.layers = [la for la in layers if la.adapter.is_trainable]
         if not self.layers:
