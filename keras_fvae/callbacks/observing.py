@@ -43,7 +43,7 @@ class ObservingCallback(keras.callbacks.Callback):
 
     # Until `set_model` finds them.
     layers: Sequence[keras.Layer] = ()
-    _is_watching = False
+    _is_watching: bool = False
     # The class of the configs of the adapters that it is for.
     config_class: type[AdapterConfig]
 

@@ -80,7 +80,7 @@ class ObjectiveCoefficients:
     """
 
     def __init__(self, config: FVAELoRAConfig) -> None:
-        self.config = config
+        self.config: FVAELoRAConfig = config
         self.variable: keras.Variable = keras.Variable(
             lambda shape, dtype: ops.convert_to_tensor(
                 np.array(self._values(config), dtype), dtype
