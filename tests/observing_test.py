@@ -514,3 +514,17 @@ def test_another_model_is_evaluated_by_the_way(name):
     expected_history = fit(expected, [WITH_FLAT_LORA[name][1]()]).history
     for key, values in expected_history.items():
         np.testing.assert_allclose(history[key], values, rtol=1e-6)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", WITH_FLAT_LORA)
+def test_a_fit_without_an_epoch_changes_nothing(name):
+    """As where a run goes on that was at its end."""
+    model = adapted(name)
+    compile_model(model)
+    before = predict(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, [WITH_FLAT_LORA[name][1]()], epochs=4, initial_epoch=4)
+    np.testing.assert_array_equal(predict(model), before)
+    assert {adapter.callback for adapter in adapters_of(model)} == {None}

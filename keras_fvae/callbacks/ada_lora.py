@@ -124,6 +124,8 @@ class AdaLoRAAllocator(ObservingCallback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         num_updates = self.observer.count()
         super().on_train_end(logs)
+        if not self.has_begun:
+            return
         last_choice = self.observer.table.last_choice
         if num_updates < last_choice:
             warnings.warn(

@@ -33,6 +33,7 @@ class ObservingCallback(keras.callbacks.Callback):
     Attributes:
         layers: List of the adapted layers that train.
         observer: `Observer`, what `make_observer` returned.
+        has_begun: Boolean, whether `fit` has come to its first epoch.
         steps_per_update: Integer, the steps whose gradients the optimizer
             accumulates.
 
@@ -117,7 +118,7 @@ class ObservingCallback(keras.callbacks.Callback):
                 "`fit` ended. Pass it to `fit` in a list, or make a new "
                 "`CallbackList`, because one serves a single `fit`."
             )
-        self._has_begun = False
+        self.has_begun: bool = False
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -125,10 +126,10 @@ class ObservingCallback(keras.callbacks.Callback):
         # Here Keras has the variables' values in the model.
         self._last_update = self.observer.count()
         self._last_batch = -1
-        if not self._has_begun:
+        if not self.has_begun:
             # Not before, because only now the first epoch is known.
             self.begin(self._total_updates(epoch))
-            self._has_begun = True
+            self.has_begun = True
 
     def due_update(self, batch: int, interval: int) -> int | None:
         """The last multiple of a number among the updates just made, if any.
