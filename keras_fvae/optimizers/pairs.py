@@ -78,18 +78,16 @@ def find_beside(
         adapter = variables[b].path.rpartition("/")[0]
         path = f"{adapter}/{name}"
         # Up to the next adapter of that path.
-        end = next(
-            (
-                a
-                for a, _ in pairs
-                if a > b and variables[a].path == f"{adapter}/kernel_a"
-            ),
-            None,
+        later = (
+            a
+            for a, _ in pairs
+            if a > b and variables[a].path == f"{adapter}/kernel_a"
         )
+        end = next(later, len(variables))
         found = (
             index
-            for index, variable in enumerate(variables[:end])
-            if index > b and variable.path == path
+            for index in range(b + 1, end)
+            if variables[index].path == path
         )
         indices.append(next(found, None))
     return tuple(indices)
