@@ -197,7 +197,7 @@ def test_training_draws_z1_and_adds_the_weighted_loss(config, rng):
 
 def test_several_draws_move_the_update_by_their_mean(rng):
     config = keras_fvae.FVAELoRAConfig(
-        rank=4, decoder_units=(4,), num_samples=2000
+        rank=4, decoder_units=(4,), num_samples=2000, dropout=0.0
     )
     layer = keras_fvae.FVAELoRADense(5, config=config)
     x = rng.normal(size=(1, 4)).astype("float32")
@@ -244,16 +244,26 @@ def test_torch_compile_traces_a_layer_as_one_graph(config, rng):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "torch", reason="Of PyTorch's compiler")
-def test_torch_compiles_and_exports_many_adapted_layers(rng):
+@pytest.mark.parametrize(
+    "config, activation",
+    [
+        (keras_fvae.FVAELoRAConfig(rank=2), None),
+        (keras_fvae.FVAELoRAConfig(rank=2), "relu"),
+        (keras_fvae.LoRAConfig(rank=2), None),
+        (keras_fvae.LoRAConfig(rank=2), "relu"),
+    ],
+)
+def test_torch_compiles_and_exports_many_layers(config, activation, rng):
     import torch
 
     inputs = keras.Input((8,))
     x = inputs
     # PyTorch gives up a function that it has compiled eight times.
     for index in range(9):
-        x = x + keras.layers.Dense(8, name=f"query_{index}")(x)
+        name = f"query_{index}"
+        x = x + keras.layers.Dense(8, activation=activation, name=name)(x)
     model = keras.Model(inputs, x)
-    keras_fvae.enable_fvae_lora(model, 2, re.compile("query_"))
+    keras_fvae.enable_adapter(model, config, re.compile("query_"))
     move_adapters(model, rng)
     x = torch.tensor(rng.normal(size=(3, 8)).astype("float32"))
     expected = to_numpy(model(x))

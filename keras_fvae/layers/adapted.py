@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,20 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
     its weights, quantized or not; the adapter has its say before the
     activation.
     """
+
+    # What the frozen layer computes, by which of its methods.
+    _base_calls: dict[str, Callable[..., Tensor]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = super()
+        # As functions, of which PyTorch's compiler traces a call with another
+        # `self`, as it does not trace one of `super()`.
+        cls._base_calls = {
+            name: getattr(base, name)
+            for name in ("call", "quantized_call")
+            if hasattr(base, name)
+        }
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Of the same class as a layer that was adapted in place.
@@ -93,12 +108,12 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
         self.freeze_base()
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self._adapt(super().call, inputs, training)
+        return self._adapt("call", inputs, training)
 
     def quantized_call(
         self, inputs: Tensor, training: bool | None = None
     ) -> Tensor:
-        return self._adapt(super().quantized_call, inputs, training)
+        return self._adapt("quantized_call", inputs, training)
 
     def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         """What Keras's convolutions call, and what it computes there."""
@@ -147,7 +162,8 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
         layer.adapter.finalized = finalized
         return layer
 
-    def _adapt(self, base_call, inputs, training):
+    def _adapt(self, name, inputs, training):
+        base_call = self._base_calls[name]
         call_context.note_entries()
         if switching.is_any_switched() and replicas.are_several():
             raise ValueError(
@@ -157,18 +173,15 @@ class AdaptedLayer(keras_internals.NotRematerialized, keras_internals.Pickled):
                 "`adapter_sampling` block first."
             )
         if switching.is_off(self):
-            return base_call(inputs)
+            return base_call(self, inputs)
         training = self._trains(inputs, training)
         if self.adapter.changes_state(training):
             call_context.refuse_inside_transformation(self)
         is_linear = self.activation in (None, keras.activations.linear)
-        if not is_linear:
-            base_call = types.MethodType(
-                base_call.__func__, _WithoutActivation(self)
-            )
+        layer = self if is_linear else _WithoutActivation(self)
         frozen = FrozenCall(
             self,
-            functools.partial(base_call, inputs),
+            functools.partial(base_call, layer, inputs),
             keras_internals.to_features(inputs, self.compute_dtype),
         )
         outputs = self.adapter.adapt(frozen, training)
@@ -621,5 +634,6 @@ class _WithoutActivation:
         value = getattr(self._layer, name)
         if getattr(value, "__self__", None) is self._layer:
             # What a method calls in its turn has no activation either.
-            return types.MethodType(value.__func__, self)
+            # (PyTorch's compiler does not trace that a method is made.)
+            return functools.partial(value.__func__, self)
         return value

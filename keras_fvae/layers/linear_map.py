@@ -53,11 +53,11 @@ class LinearMap:
 
     def width(self, kernel_shape: tuple[int, ...]) -> int:
         """The width of a token's vector."""
-        return math.prod(kernel_shape[i] for i in self.kernel_contracted_axes)
+        return math.prod([kernel_shape[i] for i in self.kernel_contracted_axes])
 
     def units(self, kernel_shape: tuple[int, ...]) -> int:
         """The number of outputs for each token."""
-        return math.prod(kernel_shape[i] for i in self.kernel_carried_axes)
+        return math.prod([kernel_shape[i] for i in self.kernel_carried_axes])
 
     def bias_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a bias for each unit, as the layer holds it."""

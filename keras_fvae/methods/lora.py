@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 from typing import ClassVar
 
@@ -59,8 +58,8 @@ class LoRAConfig(AdapterConfig):
             instead, as `keras_fvae.RSLoRAConfig` does. Defaults to `False`.
         dropout: Float in `[0, 1)`. Dropout rate of x before A, in training.
             Defaults to `0.0`.
-        seed: Non-negative integer. Seed of A and of dropout. `None` (default)
-            draws one, which `keras.utils.set_random_seed` controls.
+        seed: Integer in `[0, 2**31)`. Seed of A and of dropout. `None`
+            (default) draws one, which `keras.utils.set_random_seed` controls.
 
     Raises:
         ValueError: If a field has a value that is not allowed.
@@ -90,10 +89,9 @@ class LoRAConfig(AdapterConfig):
     @property
     def scale(self) -> float:
         """Float, the factor of the update."""
-        if not self.rank_stabilized:
-            return super().scale
         alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / math.sqrt(self.rank)
+        power = 0.5 if self.rank_stabilized else 1
+        return alpha / self.rank**power
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +111,8 @@ class RSLoRAConfig(LoRAConfig):
             `None` (default) means `rank`.
         dropout: Float in `[0, 1)`. Dropout rate of x before A, in training.
             Defaults to `0.0`.
-        seed: Non-negative integer. Seed of A and of dropout. `None` (default)
-            draws one, which `keras.utils.set_random_seed` controls.
+        seed: Integer in `[0, 2**31)`. Seed of A and of dropout. `None`
+            (default) draws one, which `keras.utils.set_random_seed` controls.
 
     Raises:
         ValueError: If a field has a value that is not allowed.
@@ -153,8 +151,8 @@ class FFALoRAConfig(LoRAConfig):
             instead. Defaults to `False`.
         dropout: Float in `[0, 1)`. Dropout rate of x before A, in training.
             Defaults to `0.0`.
-        seed: Non-negative integer. Seed of A and of dropout. `None` (default)
-            draws one, which `keras.utils.set_random_seed` controls.
+        seed: Integer in `[0, 2**31)`. Seed of A and of dropout. `None`
+            (default) draws one, which `keras.utils.set_random_seed` controls.
 
     Raises:
         ValueError: If a field has a value that is not allowed.

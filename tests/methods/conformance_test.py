@@ -77,6 +77,22 @@ def test_it_starts_as_the_base_model(name, make_model):
     assert_same(predict(model), before, 2e-6)
 
 
+# It is PyTorch's compiler.
+@pytest.mark.always_one_backend
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_torch_traces_a_layer_as_one_graph(name, rng):
+    import torch
+
+    layer = keras_fvae.AdaptedDense(6, CONFIGS[name], activation="tanh")
+    x = torch.tensor(rng.normal(size=(2, 3, 6)).astype("float32"))
+    layer.build(x.shape)
+    # Raises where it cannot.
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert_same(to_numpy(compiled(x)), to_numpy(layer(x)))
+    assert compiled(x, training=True).shape == x.shape
+
+
 @pytest.mark.shared_out
 @on_all_models
 def test_only_the_adapter_and_what_is_chosen_train(name, make_model):
