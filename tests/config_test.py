@@ -80,7 +80,7 @@ def test_scale_is_alpha_over_rank():
         ("sample_at_inference", [0, "no"]),
         ("initial_log_variance", [20.5, -21, float("nan"), "0", None]),
         ("zero_at_start", ["z1", None, 0]),
-        ("seed", [-1, 0.5, "0"]),
+        ("seed", [-1, 0.5, "0", 2**31, 2**63, 10**30]),
     ],
 )
 def test_refusals_name_field_and_value(field, values):

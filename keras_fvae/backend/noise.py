@@ -214,6 +214,9 @@ def are_at_least(numbers: Tensor, share: float) -> Tensor:
     return numbers >= limits.dtype.type(min(threshold, limits.max))
 
 
+# Of 2**32. Seeds that are this far apart stay far from each other, however many
+# there are: Knuth, The Art of Computer Programming 3 (1998), section 6.4.
+GOLDEN_RATIO = 2654435769
 # What `to_normal` takes.
 NUMBERS_PER_NORMAL = 2
 
@@ -281,8 +284,10 @@ if keras.config.backend() == "torch":
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normal numbers, and uniform ones in `[-2**15, 2**15)`."""
         generator = torch.Generator(seed.device)
-        # As Keras does.
-        generator.manual_seed(int(seed.sum()) & 0xFFFFFFFF)
+        # Not their sum: the layers' seeds are one apart, so that each layer
+        # would draw what its neighbour drew a step ago.
+        key, count = seed.tolist()
+        generator.manual_seed((key * GOLDEN_RATIO + count) % 2**32)
         options = {"device": seed.device, "generator": generator}
         noise = torch.randn(*noise_shape, **options)
         if seed.device.type != "cpu":

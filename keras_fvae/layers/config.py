@@ -12,6 +12,8 @@ from typing import Self
 import keras
 
 DEFAULT_RANK = 16
+# The state of a seed has room for it on all backends.
+MAX_SEED = 2**31 - 1
 # By the name of the class: all that a file can ask for.
 _config_classes: dict[str, type[AdapterConfig]] = {}
 
@@ -30,7 +32,7 @@ class AdapterConfig:
         alpha: Positive float. The update is scaled by `alpha / rank`. `None`
             (default) means `rank`, so a scale of 1, as in
             `keras.layers.Dense.enable_lora`.
-        seed: Non-negative integer. Seed of the adapter's initial weights and
+        seed: Integer in `[0, 2**31)`. Seed of the adapter's initial weights and
             of what it draws. `None` (default) draws one, which
             `keras.utils.set_random_seed` controls.
 
@@ -60,7 +62,7 @@ class AdapterConfig:
         if self.alpha is not None:
             self._check_number("alpha", "a positive number", lambda v: v > 0)
         if self.seed is not None:
-            self._check_integer("seed", minimum=0)
+            self._check_integer("seed", minimum=0, maximum=MAX_SEED)
 
     @property
     def scale(self) -> float:
@@ -92,7 +94,8 @@ class AdapterConfig:
         """
         if self.seed is None:
             return self
-        return dataclasses.replace(self, seed=self.seed + index)
+        seed = (self.seed + index) % (MAX_SEED + 1)
+        return dataclasses.replace(self, seed=seed)
 
     def why_not(self, layer: keras.Layer) -> str | None:
         """Why the method does not fit a layer of a class that can be adapted.
@@ -124,10 +127,11 @@ class AdapterConfig:
             f"Received: {name}={getattr(self, name)!r}"
         )
 
-    def _check_integer(self, name, minimum):
+    def _check_integer(self, name, minimum, maximum=math.inf):
         value = getattr(self, name)
-        if not is_integer(value) or value < minimum:
-            self._refuse(name, f"an integer >= {minimum}")
+        if not is_integer(value) or not minimum <= value <= maximum:
+            above = f" and <= {maximum}" if maximum < math.inf else ""
+            self._refuse(name, f"an integer >= {minimum}{above}")
         object.__setattr__(self, name, int(value))
 
     def _check_number(self, name, allowed, is_allowed):

@@ -183,7 +183,7 @@ class AdaLoRAConfig(AdapterConfig):
         orthogonality_weight: Float, not negative: the weight of the mean over
             all A and B of `|A^T A - I|` and `|B B^T - I|` in the loss. 0.1 in
             the authors' scripts. Defaults to `0.5`, as in PEFT.
-        seed: Non-negative integer. Seed of A and B. `None` (default) draws
+        seed: Integer in `[0, 2**31)`. Seed of A and B. `None` (default) draws
             one, which `keras.utils.set_random_seed` controls.
 
     Raises:

@@ -88,7 +88,7 @@ class BeamLoRAConfig(AdapterConfig):
         temperature: Positive float, by which the gate is divided before the
             softmax. The authors have 0.03 for learning rates below 1e-4.
             Defaults to `0.05`.
-        seed: Non-negative integer. Seed of A, and of which rank starts anew
+        seed: Integer in `[0, 2**31)`. Seed of A, and of which rank starts anew
             from which. `None` (default) draws one, which
             `keras.utils.set_random_seed` controls.
 

@@ -153,7 +153,7 @@ class DoRAConfig(AdapterConfig):
         gradient_through_norm: Boolean. Whether A and B get a gradient through
             the norms as well. `False` (default) takes less memory, for hardly
             any difference (section 4.3).
-        seed: Non-negative integer. Seed of A. `None` (default) draws one,
+        seed: Integer in `[0, 2**31)`. Seed of A. `None` (default) draws one,
             which `keras.utils.set_random_seed` controls.
 
     Raises:

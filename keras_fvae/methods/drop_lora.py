@@ -49,8 +49,8 @@ class DropLoRAConfig(AdapterConfig):
             (default) means `rank`, so a scale of 1.
         dropout: Float in `[0, 1)`. Dropout rate of `x A`, in training. Defaults
             to `0.5`.
-        seed: Non-negative integer. Seed of A and of dropout. `None` (default)
-            draws one, which `keras.utils.set_random_seed` controls.
+        seed: Integer in `[0, 2**31)`. Seed of A and of dropout. `None`
+            (default) draws one, which `keras.utils.set_random_seed` controls.
 
     Raises:
         ValueError: If a field has a value that is not allowed.

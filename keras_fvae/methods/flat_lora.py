@@ -153,7 +153,7 @@ class FlatLoRAConfig(AdapterConfig):
             (default) means `rank`, so a scale of 1.
         rho: Non-negative float, how large the noise is beside the merged
             kernel. 0 is LoRA. Defaults to `0.05`.
-        seed: Non-negative integer. Seed of A and of the noise. `None`
+        seed: Integer in `[0, 2**31)`. Seed of A and of the noise. `None`
             (default) draws one, which `keras.utils.set_random_seed` controls.
 
     Raises:

@@ -53,7 +53,7 @@ class HiRAConfig(AdapterConfig):
 
     Args:
         rank: Positive integer, the rank of `A B`. Defaults to `16`.
-        seed: Non-negative integer. Seed of A. `None` (default) draws one,
+        seed: Integer in `[0, 2**31)`. Seed of A. `None` (default) draws one,
             which `keras.utils.set_random_seed` controls.
 
     Raises:

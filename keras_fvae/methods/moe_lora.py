@@ -181,8 +181,8 @@ class MoELoRAConfig(AdapterConfig):
             gradients. Defaults to `True`.
         dropout: Float in `[0, 1)`. Dropout rate of x before the A of all
             experts, in training. Defaults to `0.0`.
-        seed: Non-negative integer. Seed of the A of all experts, of the router
-            and of dropout. `None` (default) draws one, which
+        seed: Integer in `[0, 2**31)`. Seed of the A of all experts, of the
+            router and of dropout. `None` (default) draws one, which
             `keras.utils.set_random_seed` controls.
 
     Raises:

@@ -221,7 +221,7 @@ class OPLoRAConfig(AdapterConfig):
         mean_squares: Boolean. Whether to compute what
             `keras_fvae.optimizers.OPLoRA(scaled=True)` needs. Defaults to
             `False`.
-        seed: Non-negative integer. Seed of A. `None` (default) draws one,
+        seed: Integer in `[0, 2**31)`. Seed of A. `None` (default) draws one,
             which `keras.utils.set_random_seed` controls.
 
     Raises:

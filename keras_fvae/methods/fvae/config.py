@@ -112,7 +112,7 @@ class FVAELoRAConfig(AdapterConfig):
             so that the update is: the mean of q1, as in the authors' code, or
             B, as in LoRA. The other one is random. Defaults to `"z1_mean"`.
             Tried: `"kernel_b"`, which lost 6 points on texts.
-        seed: Non-negative integer. Seed of the adapter's initial weights,
+        seed: Integer in `[0, 2**31)`. Seed of the adapter's initial weights,
             noise and dropout. `None` (default) draws one, which
             `keras.utils.set_random_seed` controls.
 
