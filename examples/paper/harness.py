@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import pathlib
 import shutil
 import time
@@ -137,7 +138,10 @@ def parse(table, description, arguments):
         help=f"of these: {', '.join(table.methods)}; default: all",
     )
     parser.add_argument(
-        "--seed", type=int, nargs="+", help="default: those of the size"
+        "--seed",
+        type=seed_number,
+        nargs="+",
+        help="default: those of the size",
     )
     parser.add_argument(
         "--size",
@@ -153,12 +157,30 @@ def parse(table, description, arguments):
     )
     parser.add_argument(
         "--output",
-        type=pathlib.Path,
+        type=folder_path,
         default=OUTPUT,
         metavar="FOLDER",
         help=f"where the results go, and are looked for (default: {OUTPUT})",
     )
     return parser.parse_args(arguments)
+
+
+def seed_number(text):
+    """The seed that an argument of the command line is."""
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(
+            f"a seed is at least 0 and below 2**32, not {seed}"
+        )
+    return seed
+
+
+def folder_path(text):
+    """The folder, which may not exist yet, that an argument names."""
+    path = pathlib.Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{path}' is no folder")
+    return path
 
 
 class Harness:
@@ -179,12 +201,13 @@ class Harness:
 
     def run_all(self, datasets, methods):
         """Makes all runs of data sets and methods, and says how far it is."""
-        plan = [
+        # What is asked for twice is made once.
+        plan = dict.fromkeys(
             run
             for dataset in datasets
             for method in methods
             for run in self.plan(dataset, method)
-        ]
+        )
         # Before the first run: whether what is there can be used.
         self.check(datasets, plan)
         num_waiting = sum(self.read(run) is None for run in plan)
@@ -318,11 +341,12 @@ class Harness:
     def check_backup(self, run, backup, settings):
         """Deletes what a killed run of something else has left."""
         made_by = {"versions": self.versions(run), "settings": settings}
+        text = json.dumps(made_by)
         path = backup / "run.json"
-        if path.exists() and json.loads(path.read_text()) != made_by:
+        if path.exists() and path.read_bytes() != text.encode():
             shutil.rmtree(backup)
         backup.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(made_by))
+        path.write_text(text)
 
     def trials(self, run):
         """The trials that the settings of a run come from."""
@@ -342,7 +366,13 @@ class Harness:
         trials = [self.read(trial) for trial in self.trials(run)]
         if not trials:
             return authors
-        worked = [trial for trial in trials if trial["status"] == "done"]
+        worked = [
+            trial
+            for trial in trials
+            if trial["status"] == "done"
+            # Of a trial that diverged it can be NaN.
+            and math.isfinite(trial["validation_score"])
+        ]
         if not worked:
             raise ValueError("No trial of the search worked.")
         return max(worked, key=lambda t: t["validation_score"])["settings"]

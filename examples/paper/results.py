@@ -63,8 +63,8 @@ def write(run, folder, result, provenance):
         **result,
         "provenance": provenance,
     }
-    # Unlike a rename it fails where there is a file.
-    path.touch(exist_ok=False)
+    if path.exists():
+        raise FileExistsError(f"The result '{path}' is there already.")
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1))
     part.replace(path)
@@ -79,19 +79,19 @@ def read(run, folder, versions):
         versions: Dict of name to version: what it must have been made with.
 
     Raises:
-        ValueError: If the file is damaged, or of other versions.
+        ValueError: If the file is damaged, of another run, or of other
+            versions.
     """
     path = run.path(folder)
-    try:
-        result = json.loads(path.read_text())
-        made_with = result["provenance"]["versions"]
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    result = load(path)
+    if result["run"] != dataclasses.asdict(run):
         raise ValueError(
-            f"The result '{path}' is damaged ({error}). Delete it, and the run "
-            "is made anew."
-        ) from error
+            f"The result '{path}' is of another run, {result['run']}. Delete "
+            "it, or give it back its name."
+        )
+    made_with = result["provenance"]["versions"]
     for name, version in versions.items():
         if made_with.get(name) != version:
             raise ValueError(
@@ -100,4 +100,31 @@ def read(run, folder, versions):
                 "different versions are not mixed: choose another folder by "
                 "`--output`, or delete that one."
             )
+    return result
+
+
+def load(path):
+    """What a file of a run holds.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        result = json.loads(path.read_text())
+        is_whole = (
+            isinstance(result["run"], dict)
+            and isinstance(result["status"], str)
+            and isinstance(result["provenance"]["versions"], dict)
+        )
+        damage = None if is_whole else "an entry is of another type"
+    except (ValueError, KeyError, TypeError) as error:
+        damage = error
+    if damage is not None:
+        raise ValueError(
+            f"The result '{path}' is damaged ({damage}). Delete it, and the "
+            "run is made anew."
+        )
     return result

@@ -11,7 +11,6 @@ writes tables.md, and a picture of quality against cost for each table.
 import argparse
 import collections
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -22,6 +21,7 @@ from examples.paper.harness import OUTPUT
 from examples.paper.methods import METHODS
 from examples.paper.paper_figures import FIGURES
 from examples.paper.paper_figures import IMAGE_COLUMNS
+from examples.paper.results import load
 from keras_fvae import plots
 
 
@@ -146,14 +146,11 @@ def read_results(folder, table, size):
     """List of the results of a table, without the trials.
 
     Raises:
-        ValueError: If results are of different versions.
+        ValueError: If one is damaged, or they are of different versions.
     """
     found, versions = [], {}
     for path in sorted(pathlib.Path(folder, table, size).glob("*/*.json")):
-        if path.stat().st_size == 0:
-            # It is being written.
-            continue
-        result = json.loads(path.read_text())
+        result = load(path)
         for name, version in result["provenance"]["versions"].items():
             first, where = versions.setdefault(name, (version, path))
             if version != first:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from examples.paper import metrics
 from examples.paper import provenance
 from examples.paper import results
 from examples.paper import search
+from examples.paper import tables
 from examples.paper import training
 from examples.paper.methods import METHODS
 from examples.paper.metrics import classification_metrics
@@ -255,13 +257,63 @@ def test_other_versions_are_not_mixed_in(experiment, change, what):
     assert not other.calls
 
 
-@pytest.mark.parametrize("content", ["", '{"run": {}', "[]", '{"status": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"run": {}',
+        b"[]",
+        b"null",
+        b'{"status": 1}',
+        b"\xff\xfe\x00",
+        b'{"run": {}, "provenance": {"versions": {}}}',
+        b'{"run": {}, "status": "done", "provenance": {"versions": null}}',
+    ],
+)
 def test_a_damaged_result_is_named(experiment, content):
     experiment.main("--dataset", "first", "--method", "lora")
     path = experiment.folder / "toy" / "full" / "first" / "lora_searched_2.json"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(SystemExit, match=r"lora_searched_2.json' is damaged"):
         experiment.main("--dataset", "first", "--method", "lora")
+    with pytest.raises(ValueError, match=r"lora_searched_2.json' is damaged"):
+        tables.read_results(experiment.folder, "toy", "full")
+
+
+def test_a_result_of_another_run_is_not_taken(experiment):
+    experiment.main("--dataset", "first")
+    path = experiment.folder / "toy" / "full" / "first" / "lora_searched_2.json"
+    path.with_name("fvae_lora_searched_2.json").replace(path)
+    with pytest.raises(SystemExit, match="of another run.*'fvae_lora'"):
+        experiment.main("--dataset", "first")
+
+
+def test_a_score_that_is_no_number_does_not_win(tmp_path):
+    def run(dataset, method, settings, seed, size):
+        rates.append(settings["learning_rate"])
+        score = math.nan if len(rates) == 1 else settings["learning_rate"]
+        return {"validation_score": score}
+
+    rates = []
+    experiment = Experiment(tmp_path, run=run)
+    experiment.main("--dataset", "first", "--method", "lora")
+    assert rates[4:] == 3 * [max(rates[1:4])]
+
+
+@pytest.mark.parametrize("content", ["", '{"versions": {"the'])
+def test_half_a_backup_counts_as_none(experiment, content):
+    path = experiment.folder / "toy" / "full" / "first" / "lora_trial_0.backup"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(content)
+    (path / "left").touch()
+    experiment.main("--dataset", "first", "--method", "lora")
+    assert experiment.read("first", "lora", 0, "trial")["status"] == "done"
+
+
+def test_what_is_asked_for_twice_runs_once(experiment, capsys):
+    twice = ["--dataset", "first", "first", "--method", "lora", "lora"]
+    experiment.main(*twice, "--seed", "1", "1")
+    assert "5 runs, of which 0 have a result." in capsys.readouterr().out
 
 
 def test_a_result_is_never_overwritten(tmp_path):
@@ -288,6 +340,22 @@ def test_the_unknown_lists_what_there_is(experiment, arguments, capsys):
         "--size": ("full",),
     }[arguments[0]]
     assert all(name in error for name in known)
+    assert not experiment.calls
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--seed", "-1"),
+        ("--seed", str(2**32)),
+        ("--seed", "one"),
+        ("--output", __file__),
+    ],
+)
+def test_bad_arguments_are_refused(experiment, arguments, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(*arguments)
+    assert arguments[0] in capsys.readouterr().err
     assert not experiment.calls
 
 

@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_is_passed_over(tmp_path, capsys):
     backup = folder / "dora_searched_1.backup"
     backup.mkdir()
     (backup / "run.json").write_text("{}")
-    (folder / "dora_searched_1.json").touch()
+    (folder / "dora_searched_1.part").write_text("{")
     found, _ = rows(tmp_path, capsys)
     assert "LoRA" in found and "DoRA" not in found
 
