@@ -77,7 +77,7 @@ def expected_means(layer, x):
     terms["active_units"] = (means.var(axis=0) > 0.01).sum()
     noise = np.exp([to_numpy(out.z1_log_variance) for out in outs])
     terms["signal_to_noise"] = means.var(axis=0).mean() / noise.mean()
-    variance = np.sum([batch.var(axis=0).sum() for batch in batches])
+    variance = len(batches) * x.var(axis=0).sum()
     # Of the likelihood of a Gaussian, the squared error is what is left.
     scale = layer.adapter.fvae.get_reference_weights()[REFERENCE_STD] + 1e-5
     assert np.ptp(scale) < 1e-6
@@ -275,6 +275,36 @@ def test_what_is_not_finite_is_said(xy, rng):
     found = messages(model, xy, monitor, epochs=2, learning_rate=1e30)
     assert any("diverged" in message for message in found)
     assert {*monitor.health.values()} == {"diverged"}
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_divergence_that_stays_finite_is_said(epochs, xy, rng):
+    model = make_model(rng)
+    monitor = keras_fvae.FVAELoRAMonitor()
+    model.compile(keras.optimizers.Adam(5.0), "mse")
+    with pytest.warns(UserWarning, match="Training diverged.*learning rate"):
+        history = model.fit(
+            *xy, epochs=epochs, batch_size=4, verbose=0, callbacks=[monitor]
+        ).history
+    assert np.isfinite(history["loss"]).all()
+    assert "diverged" in monitor.health.values()
+
+
+@pytest.mark.one_backend
+def test_one_row_a_batch_has_its_variance_over_the_epoch(xy, rng):
+    x, y = xy
+    shares = []
+    model = make_model(rng)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    for batch_size in (1, len(x)):
+        history = model.fit(
+            x, y, batch_size=batch_size, verbose=0,
+            callbacks=[keras_fvae.FVAELoRAMonitor()],
+        ).history  # fmt: skip
+        shares += history["explained_variance"]
+    assert shares[0] != 0
+    np.testing.assert_allclose(shares[0], shares[1], rtol=1e-3)
 
 
 def test_a_decoder_scale_at_its_floor(xy, rng):

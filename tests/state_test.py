@@ -576,6 +576,25 @@ def test_the_summary_has_the_word_of_the_monitor(rng, x):
     assert None not in words
 
 
+@pytest.mark.one_backend
+def test_the_word_of_the_monitor_goes_with_the_weights(rng, x, tmp_path):
+    model = make_model(rng)
+    adapt(model, rng)
+    state = keras_fvae.get_adapter(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    monitor = keras_fvae.FVAELoRAMonitor()
+    for set_weights in (
+        lambda: keras_fvae.set_adapter(model, state),
+        lambda: model.load_weights(tmp_path / "model.weights.h5"),
+    ):
+        model.compile("sgd", "mse")
+        model.fit(x, np.ones((4, 3)), verbose=0, callbacks=[monitor])
+        for has_word in (True, False):
+            for layer in keras_fvae.adapter_summary(model).layers:
+                assert (layer.health is not None) == has_word
+            set_weights()
+
+
 def fit(model, x, callbacks, **options):
     model.compile(keras.optimizers.SGD(0.001), "mse")
     return model.fit(

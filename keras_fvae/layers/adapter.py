@@ -61,7 +61,7 @@ class Adapter(keras.Layer):
         **kwargs: Base layer keyword arguments, such as `name` and `dtype`.
     """
 
-    # What `FVAELoRAMonitor` has seen of it last, in a word.
+    # What `FVAELoRAMonitor` has seen of its weights last, in a word.
     health: str | None = None
     # What is missing, in words, where a `fit` has not the callback that the
     # method needs; and that callback, while such a `fit` runs: its `leave()`
@@ -276,6 +276,7 @@ class Adapter(keras.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables(noise.load_seed(self, store))
+        self.health = None
 
     def compute_mask(
         self, inputs: Tensor, previous_mask: Tensor | None

@@ -426,6 +426,7 @@ def _carry_out(plan, state):
         layer.adapter.set_arrays(
             {name: state.arrays[f"layers/{path}/{name}"] for name in names}
         )
+        layer.adapter.health = None
     for path, weight in plan.weights.items():
         weight.assign(state.arrays[f"weights/{path}"])
     if plan.adapters and (fresh := frozen_new_layers(LayerTree(tree.model))):

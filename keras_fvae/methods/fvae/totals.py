@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_fvae.backend.replicas import mean_over_replicas
+from keras_fvae.backend import packing
 from keras_fvae.backend.token_mean import token_mean
 from keras_fvae.backend.types import Tensor
 
@@ -34,12 +34,13 @@ class TermTotals:
 
     Args:
         rank: Integer, width of the latents.
+        width: Integer, that of what is reconstructed.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, width: int) -> None:
+        self.widths: tuple[int, ...] = (len(TERMS) + 6, rank, rank, width)
         self.variable: keras.Variable = keras.Variable(
-            ops.zeros((len(TERMS) + 6 + 2 * rank,)),
+            ops.zeros((sum(self.widths),)),
             trainable=False,
             autocast=False,
             aggregation="sum",
@@ -65,18 +66,17 @@ class TermTotals:
             token_weights: Optional tensor of shape `(tokens,)`, as
                 `replicas.token_weights` returns it.
         """
+        x = ops.cast(x, "float32")
         x_mean, x_square, z1_total, z1_square, z1_noise = (
             token_mean(values, token_weights, feature_axes=1)
             for values in (
                 x,
-                ops.square(ops.cast(x, "float32")),
+                ops.square(x),
                 q1.mean,
                 ops.square(q1.mean),
                 ops.exp(q1.log_variance),
             )
         )
-        x_mean = mean_over_replicas(x_mean)
-        variance = ops.sum(x_square - ops.square(x_mean))
         # Keras's mean of the loss has the batches by their size, too.
         num_tokens = ops.cast(ops.shape(x)[0], "float32")
         scalars = [terms[name] for name in TERMS]
@@ -84,11 +84,13 @@ class TermTotals:
             terms["added_loss"] * num_tokens,
             num_tokens,
             ops.sum(squared_error),
-            variance,
+            ops.sum(x_square),
             ops.sum(z1_noise),
             ops.ones(()),
         ]
-        step = ops.concatenate([ops.stack(scalars), z1_total, z1_square])
+        step = ops.concatenate(
+            [ops.stack(scalars), z1_total, z1_square, x_mean]
+        )
         self.variable.assign_add(step)
 
     def reset(self) -> None:
@@ -108,23 +110,26 @@ class TermTotals:
             that of the loss is. `None` if there was no step.
         """
         totals = ops.convert_to_numpy(self.variable).astype("float64")
-        scalars, z1_total, z1_square = (
-            totals[: -2 * self.rank],
-            totals[-2 * self.rank : -self.rank],
-            totals[-self.rank :],
+        scalars, z1_total, z1_square, x_total = packing.split(
+            totals, self.widths
         )
-        *terms, added, num_tokens, squared_error, variance, noise, num_steps = (
+        *terms, added, num_tokens, squared_error, x_square, noise, num_steps = (
             scalars
         )
         if num_steps == 0:
             return None
+        # Of all steps, because a step may have a single token.
+        variance = x_square - ((x_total / num_steps) ** 2).sum() * num_steps
         z1_variance = z1_square / num_steps - (z1_total / num_steps) ** 2
         return {
             **{name: term / num_steps for name, term in zip(TERMS, terms)},
             "active_units": float((z1_variance > ACTIVE_UNIT_VARIANCE).sum()),
             "signal_to_noise": z1_variance.sum() / (noise / num_steps),
             "explained_variance": (
-                1 - squared_error / variance if variance > 0 else 0.0
+                1 - squared_error / variance
+                # Below it lies what rounding leaves of a variance of 0.
+                if variance > 1e-5 * x_square
+                else 0.0
             ),
             "added_loss": added / num_tokens,
         }
