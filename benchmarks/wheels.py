@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import zipfile
@@ -31,7 +32,7 @@ PINNED = {"keras", "keras-hub", "keras-fvae"}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)]
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,12 +40,13 @@ def main():
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument(
         "--python-version",
+        type=python_version,
         default=".".join(platform.python_version_tuple()[:2]),
         help="of the machine without a network (default: that of this one)",
     )
-    arguments = parser.parse_args()
-    folder = arguments.folder
-    collect(folder, arguments.python_version)
+    options = parser.parse_args(arguments)
+    folder = options.folder
+    collect(folder, options.python_version)
     size = sum(path.stat().st_size for path in folder.glob("*.whl"))
     names = " ".join(
         f"{name}=={version}" if name in PINNED else name
@@ -53,6 +55,15 @@ def main():
     print(f"{size / 2**20:.0f} MiB of wheels. Where they are needed:\n")
     install = "python3 -m pip install --no-index --no-deps --find-links"
     print(f"{install} {folder} {names}")
+
+
+def python_version(text):
+    """An argument of the command line, such as "3.12"."""
+    if not re.fullmatch(r"3\.[0-9]+", text):
+        raise argparse.ArgumentTypeError(
+            f"a version of Python, such as 3.12, is needed, not '{text}'"
+        )
+    return text
 
 
 def collect(folder, python_version):

@@ -194,3 +194,12 @@ def test_needs_are_those_of_the_other_machine(tmp_path):
     ):
         needs = wheels.needs(Requirement(requirement), found, version)
         assert [need.name for need in needs] == names
+
+
+@pytest.mark.parametrize("version", ["x.y", "3", "2.7", "3.12.1"])
+def test_what_is_no_version_of_python_is_refused(version, tmp_path, capsys):
+    arguments = [str(tmp_path / "wheels"), "--python-version", version]
+    with pytest.raises(SystemExit):
+        wheels.main(arguments)
+    assert f"not '{version}'" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]

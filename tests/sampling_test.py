@@ -194,6 +194,11 @@ def test_bad_input_is_refused(rng):
     for seed in (-1, 0.5, None):
         refuse(ValueError, "seed", seed=seed)
     refuse(TypeError, "generator", x=(batch for batch in [family.X]))
+    if BACKEND == "torch":
+        import torch
+
+        x = torch.utils.data.DataLoader(family.X, batch_size=2, shuffle=True)
+        refuse(ValueError, "shuffle=True", x=x)
     refuse(TypeError, "keras.Model", model=keras.layers.Dense(3))
     refuse(ValueError, "no adapted layer", model=family.make_model())
     with keras_fvae.adapter_disabled(model):

@@ -138,7 +138,9 @@ def test_weights_that_are_not_allowed_stop_the_fit(xy, rng):
 
 @pytest.mark.parametrize(
     "name, value", [("elbo_weight", None), ("elbo_weight", (1, 2)),
-                    ("kl_weight", "a"), ("gamma_weight", (1, "a"))],
+                    ("kl_weight", "a"), ("gamma_weight", (1, "a")),
+                    ("elbo_weight", "0.5"), ("kl_weight", True),
+                    ("gamma_weight", (1, False)), ("elbo_weight", [])],
 )  # fmt: skip
 def test_what_is_no_number_stops_the_fit(name, value, xy, rng):
     schedule = keras_fvae.FVAELoRASchedule(**{name: lambda step: value})

@@ -8,6 +8,7 @@ from typing import Any
 from typing import TypeAlias
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_fvae.methods.fvae.config import FVAELoRAConfig
@@ -131,10 +132,18 @@ def _checked(name, value, step):
     """What a schedule returned, as Python's numbers."""
     try:
         if name == "gamma_weight" and isinstance(value, (tuple, list)):
-            return tuple(float(number) for number in value)
-        return float(ops.convert_to_numpy(value))
+            return tuple(_as_float(number) for number in value)
+        return _as_float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"At step {step}: the schedule of `{name}` must return a number. "
             f"Received: {value!r}"
         ) from error
+
+
+def _as_float(value):
+    array = np.asarray(ops.convert_to_numpy(value))
+    # Not what Python takes for a number besides: "0.5" and `True`.
+    if not np.issubdtype(array.dtype, np.number):
+        raise TypeError("it is no number")
+    return float(array.item())

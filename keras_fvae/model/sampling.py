@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +84,8 @@ def predict_samples(
         model: `keras.Model` with adapted layers.
         x: Anything that `model.predict` takes more than once: arrays, a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, or raw data for a
-            KerasHub task with a preprocessor.
+            KerasHub task with a preprocessor; in the same order each time,
+            because the samples of an example stand at the same place.
         num_samples: Positive integer. Each takes as long as `predict`.
             Defaults to `16`.
         batch_size: Optional integer, as in `model.predict`.
@@ -96,7 +98,7 @@ def predict_samples(
 
     Raises:
         ValueError: As `adapter_sampling`; or if `num_samples` is no positive
-            integer.
+            integer, or `x` a PyTorch `DataLoader` that shuffles.
         TypeError: If `model` is no `keras.Model`, or `x` a generator.
 
     Example:
@@ -121,12 +123,26 @@ def predict_samples(
             "generator cannot. Pass arrays, a `keras.utils.PyDataset` or a "
             f"`tf.data.Dataset`. Received: x={x!r}"
         )
+    if _is_shuffled(x):
+        raise ValueError(
+            "`x` must come in the same order each time, because the samples of "
+            "an example stand at the same place. Make the `DataLoader` "
+            f"without `shuffle=True`. Received: x={x!r}"
+        )
     with adapter_sampling(model, seed):
         samples = [
             model.predict(x, batch_size=batch_size, verbose=0)
             for _ in range(num_samples)
         ]
     return keras.tree.map_structure(lambda *s: np.stack(s), *samples)
+
+
+def _is_shuffled(x):
+    """Whether it is known that data come in another order each time."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.utils.data.DataLoader):
+        return False
+    return isinstance(x.sampler, torch.utils.data.RandomSampler)
 
 
 def _check_integer(name, value, minimum):
