@@ -187,7 +187,10 @@ class WorstGroupAccuracy(keras.callbacks.Callback):
         self.y, self.groups = _check_labels(y, groups)
         self.batch_size = batch_size
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        logs = {} if logs is None else logs
         result = evaluate_groups(
             self.model, self.x, self.y, self.groups, self.batch_size
         )

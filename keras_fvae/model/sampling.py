@@ -139,10 +139,10 @@ def predict_samples(
 
 def _is_shuffled(x):
     """Whether it is known that data come in another order each time."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(x, torch.utils.data.DataLoader):
+    data = sys.modules.get("torch.utils.data")
+    if data is None or not isinstance(x, data.DataLoader):
         return False
-    return isinstance(x.sampler, torch.utils.data.RandomSampler)
+    return isinstance(x.sampler, data.RandomSampler)
 
 
 def _check_integer(name, value, minimum):
