@@ -114,17 +114,15 @@ def load(path):
     """
     try:
         result = json.loads(path.read_text())
-        is_whole = (
+        if not (
             isinstance(result["run"], dict)
             and isinstance(result["status"], str)
             and isinstance(result["provenance"]["versions"], dict)
-        )
-        damage = None if is_whole else "an entry is of another type"
+        ):
+            raise TypeError("an entry is of another type")
     except (ValueError, KeyError, TypeError) as error:
-        damage = error
-    if damage is not None:
         raise ValueError(
-            f"The result '{path}' is damaged ({damage}). Delete it, and the "
-            "run is made anew."
-        )
+            f"The result '{path}' is damaged ({error}). Delete it, and the run "
+            "is made anew."
+        ) from error
     return result
