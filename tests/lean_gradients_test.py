@@ -90,24 +90,71 @@ def test_no_more_is_kept_than_the_results(arrays, dropout_mask):
     assert size_of_what_is_kept(latents, x, log_variance) == 2 * x.nbytes
 
 
+@pytest.fixture
+def decoder(rng):
+    """Hidden units, a kernel, a bias, and what is to come of them."""
+    shapes = (3, 5, 7), (7, 40), (40,), (5, 40)
+    return [rng.normal(size=shape).astype("float32") for shape in shapes]
+
+
 @pytest.mark.parametrize("is_weighted", [False, True])
-@pytest.mark.parametrize("shape", [(5, 40), (3, 5, 40)])
-def test_token_mean_of_squares(shape, is_weighted, rng):
-    x = rng.normal(size=shape).astype("float32")
-    upstream = rng.normal(size=shape[-1]).astype("float32")
+@pytest.mark.parametrize("num_draws", [None, 3])
+def test_mean_squared_error(num_draws, is_weighted, decoder, rng):
+    hidden, kernel, bias, x = decoder
+    if num_draws is None:
+        hidden = hidden[0]
+    upstream = rng.normal(size=40).astype("float32")
     token_weights = np.full(5, 0.2, "float32")
     given = None
     if is_weighted:
         token_weights = np.array([0.5, 0, 0.3, 0.2, 0], "float32")
         given = ops.convert_to_tensor(token_weights)
-    value, _, (gradient,) = value_and_gradients(
-        lambda x: dot(upstream, lean_gradients.token_mean_of_squares(x, given)),
+    value, _, gradients = value_and_gradients(
+        lambda *arrays: dot(
+            upstream, lean_gradients.mean_squared_error(*arrays, given)
+        ),
         [],
-        [x],
+        [hidden, kernel, bias, x],
     )
-    weights = token_weights[:, None] / (x.size // (5 * 40))
-    expected = np.sum(upstream * weights * x**2)
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-    np.testing.assert_allclose(
-        gradient, 2 * upstream * weights * x, rtol=1e-5, atol=1e-7
-    )
+    error = hidden @ kernel + bias - x
+    weights = upstream * token_weights[:, None] / (num_draws or 1)
+    np.testing.assert_allclose(value, np.sum(weights * error**2), rtol=1e-4)
+    of_error = 2 * weights * error
+    of_draws = of_error.reshape(-1, 5, 40)
+    for gradient, expected in zip(
+        gradients,
+        (
+            of_error @ kernel.T,
+            hidden.reshape(-1, 7).T @ of_error.reshape(-1, 40),
+            of_draws.sum((0, 1)),
+            -of_draws.sum(0),
+        ),
+    ):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch tells what it keeps")
+def test_neither_masks_nor_errors_are_kept(arrays, dropout_mask, decoder):
+    import torch
+
+    def shapes_of_what_is_kept(function, *tensors):
+        kept = []
+
+        def keep(tensor):
+            kept.append((tensor.dtype, tuple(tensor.shape)))
+            return tensor
+
+        tensors = [torch.tensor(each, requires_grad=True) for each in tensors]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            function(*tensors)
+        return kept
+
+    mask = torch.tensor(dropout_mask)
+    assert shapes_of_what_is_kept(
+        lambda x: lean_gradients.relu_and_dropout(x, mask, RATE), arrays[0]
+    ) == [(torch.float32, (5, 40))]
+    hidden, kernel, bias, x = decoder
+    assert shapes_of_what_is_kept(
+        lambda *given: lean_gradients.mean_squared_error(*given, None),
+        *(hidden[0], kernel, bias, x),
+    ) == [(torch.float32, shape) for shape in ((5, 7), (7, 40), (40,), (5, 40))]

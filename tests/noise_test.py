@@ -98,10 +98,40 @@ def test_the_seed_fixes_the_numbers():
 def test_the_state_moves_on_as_keras_moves_it():
     ours, theirs = (keras.random.SeedGenerator(5) for _ in range(2))
     for _ in range(2):
-        np.testing.assert_array_equal(
-            to_numpy(next_seed(ours)), to_numpy(theirs.next())
-        )
+        seed = next_seed(ours)
+        seed = np.array(seed.numbers) if BACKEND == "torch" else to_numpy(seed)
+        np.testing.assert_array_equal(seed, to_numpy(theirs.next()))
     np.testing.assert_array_equal(to_numpy(ours.state), to_numpy(theirs.state))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="The others ask no host")
+def test_a_state_is_asked_for_once_and_when_it_has_changed(monkeypatch):
+    import torch
+
+    asked = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda t: (asked.append(1), original(t))[1]
+    )
+    generator = keras.random.SeedGenerator(5)
+
+    def next_numbers():
+        return next_seed(generator).numbers
+
+    assert [next_numbers() for _ in range(3)] == [(5, 0), (5, 1), (5, 2)]
+    assert len(asked) == 1
+    # However it is changed.
+    generator.state.assign([7, 3])
+    assert [next_numbers() for _ in range(2)] == [(7, 3), (7, 4)]
+    with torch.no_grad():
+        generator.state.value[1] += 4
+    assert next_numbers() == (7, 9)
+    with keras.StatelessScope([(generator.state, torch.tensor([1, 2]))]):
+        assert [next_numbers() for _ in range(2)] == [(1, 2), (1, 3)]
+    assert next_numbers() == (7, 10)
+    with torch.inference_mode():
+        other = keras.random.SeedGenerator(5)
+        assert [next_seed(other).numbers[1] for _ in range(2)] == [0, 1]
 
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))

@@ -106,19 +106,26 @@ def reshape(x: Tensor, shape: Sequence[Any]) -> Tensor:
     return ops.reshape(x, shape)
 
 
-def constant(numbers: Sequence[Any], like: Tensor) -> Tensor:
-    """A tensor of the dtype of another one, and where that one is.
+def pair(first: float, second: float, like: Tensor) -> Tensor:
+    """Two numbers, of the dtype of a tensor, and where that one is.
 
     Args:
-        numbers: Nested lists of floats.
+        first: Float.
+        second: Float.
         like: Float tensor.
 
     Returns:
-        Tensor.
+        Tensor of shape `(2,)`.
     """
     if keras.config.backend() == "torch":
-        return like.new_tensor(numbers)
-    return ops.convert_to_tensor(numbers, like.dtype)
+        import torch
+
+        # It begins on the device: Python would wait for a GPU, at each copy
+        # that it makes there, until all that was asked of it is done.
+        return torch.linspace(
+            first, second, 2, dtype=like.dtype, device=like.device
+        )
+    return ops.convert_to_tensor([first, second], like.dtype)
 
 
 def conv(

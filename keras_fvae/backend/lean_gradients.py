@@ -1,17 +1,20 @@
-"""Operations with custom gradients that save outputs, and not inputs.
+"""Operations with custom gradients that keep less for them.
 
 On JAX, XLA computes in the backward pass again what is cheap to compute, and
 keeps what that begins with: here the random bits, several times as large as
-what came of them. PyTorch takes a pass over memory for each operation.
+what came of them. PyTorch keeps what each operation asks for, and takes a pass
+over memory for each.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 
 import keras
 from keras import ops
 
+from keras_fvae.backend.fast_ops import affine
 from keras_fvae.backend.token_mean import token_mean
 from keras_fvae.backend.types import Tensor
 
@@ -30,8 +33,7 @@ def relu_and_dropout(x: Tensor, dropout_mask: Tensor, rate: float) -> Tensor:
     scale = 1 / (1 - rate)
     # The ReLU last, so that there is one result to keep, and not two.
     if keras.config.backend() == "torch":
-        # Keras would copy the 0 to the device.
-        return torch.where(dropout_mask, x * scale, 0).relu()
+        return _ReLUAndDropout.apply(x, dropout_mask, scale)
     if keras.config.backend() == "tensorflow":
         return ops.relu(ops.where(dropout_mask, x * scale, 0))
 
@@ -108,11 +110,23 @@ def add_noise(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     return compute_leanly(mean, log_variance, noise)
 
 
-def token_mean_of_squares(x: Tensor, token_weights: Tensor | None) -> Tensor:
-    """The mean over the tokens of what is squared.
+def mean_squared_error(
+    hidden: Tensor,
+    kernel: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    token_weights: Tensor | None,
+) -> Tensor:
+    """The mean over the tokens of `(x - (hidden kernel + bias))^2`.
+
+    On PyTorch the differences, as wide as x, are computed once more for the
+    gradient: to keep them would take more memory than all the rest of an FVAE.
 
     Args:
-        x: Float32 tensor of shape `(..., tokens, d)`.
+        hidden: Float tensor of shape `(..., tokens, units)`.
+        kernel: Tensor of shape `(units, d)`.
+        bias: Tensor of shape `(d,)`.
+        x: Tensor of shape `(tokens, d)`, of the dtype of `hidden`.
         token_weights: Optional tensor of shape `(tokens,)`, as in
             `token_mean.token_mean`.
 
@@ -120,19 +134,43 @@ def token_mean_of_squares(x: Tensor, token_weights: Tensor | None) -> Tensor:
         Float32 tensor of shape `(d,)`.
     """
     if keras.config.backend() == "torch":
-        return _TokenMeanOfSquares.apply(x, token_weights)
-    return token_mean(ops.square(x), token_weights, feature_axes=1)
+        return _MeanSquaredError.apply(
+            hidden, kernel.to(x.dtype), bias.to(x.dtype), x, token_weights
+        )
+    error = affine(hidden, kernel, bias) - x
+    squares = ops.square(ops.cast(error, "float32"))
+    return token_mean(squares, token_weights, feature_axes=1)
 
 
 if keras.config.backend() == "torch":
     import torch
 
-    class _TokenMeanOfSquares(torch.autograd.Function):
-        """With a gradient in one pass, for which PyTorch takes four."""
+    class _ReLUAndDropout(torch.autograd.Function):
+        """With a gradient for which no mask is kept."""
 
         @staticmethod
-        def forward(x, token_weights):
-            return token_mean(torch.square(x), token_weights, feature_axes=1)
+        def forward(x, dropout_mask, scale):
+            return torch.where(dropout_mask, x * scale, 0).relu_()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *_, ctx.scale = inputs
+            ctx.save_for_backward(output)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (y,) = ctx.saved_tensors
+            # Neither lets anything through where nothing came of it.
+            return (upstream * ctx.scale).masked_fill_(y <= 0, 0), None, None
+
+    class _MeanSquaredError(torch.autograd.Function):
+        """With a gradient for which no differences are kept."""
+
+        @staticmethod
+        def forward(hidden, kernel, bias, x, token_weights):
+            errors = _errors(hidden, kernel, bias, x)
+            squares = torch.square(errors.to(torch.float32))
+            return token_mean(squares, token_weights, feature_axes=1)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -140,15 +178,37 @@ if keras.config.backend() == "torch":
 
         @staticmethod
         def backward(ctx, upstream):
-            x, token_weights = ctx.saved_tensors
-            num_tokens, width = x.shape[-2:]
-            num_draws = x.numel() // (num_tokens * width)
-            scale = 2 * upstream / num_draws
+            hidden, kernel, bias, x, token_weights = ctx.saved_tensors
+            num_tokens = x.shape[0]
+            num_draws = math.prod(hidden.shape[:-2])
+            # In place: no more is held at once than where they are kept.
+            errors = _errors(hidden, kernel, bias, x)
+            errors *= 2 * upstream / num_draws
             if token_weights is None:
-                return x * (scale / num_tokens), None
-            return x * scale * token_weights[:, None], None
+                errors /= max(num_tokens, 1)
+            else:
+                errors *= token_weights[:, None]
+            rows = errors.reshape(-1, errors.shape[-1])
+            hidden_rows = hidden.reshape(-1, hidden.shape[-1])
+            x_gradient = None
+            if ctx.needs_input_grad[3]:
+                # One x for all draws.
+                x_gradient = errors.sum_to_size(x.shape)
+            return (
+                -(rows @ kernel.t()).reshape(hidden.shape),
+                -(hidden_rows.t() @ rows),
+                -rows.sum(0),
+                x_gradient,
+                None,
+            )
 
-    # PyTorch asks for it in each call, and Python takes long to find it out.
-    _TokenMeanOfSquares.forward.__signature__ = inspect.signature(
-        _TokenMeanOfSquares.forward
-    )
+    def _errors(hidden, kernel, bias, x):
+        """`x - (hidden kernel + bias)`, in one product."""
+        shape = *hidden.shape[:-1], x.shape[-1]
+        rows = (x - bias).expand(shape).contiguous().view(-1, x.shape[-1])
+        rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), kernel, alpha=-1)
+        return rows.view(shape)
+
+    # PyTorch asks for them in each call, and Python takes long to find out.
+    for _function in (_ReLUAndDropout, _MeanSquaredError):
+        _function.forward.__signature__ = inspect.signature(_function.forward)

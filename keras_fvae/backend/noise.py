@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -43,21 +44,19 @@ def initial_generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, *name.encode()])
 
 
-def next_seed(seed_generator: keras.random.SeedGenerator) -> Tensor:
+def next_seed(seed_generator: keras.random.SeedGenerator) -> Any:
     """What a call of `noise_and_masks` draws from.
 
     Args:
         seed_generator: `keras.random.SeedGenerator`, whose state moves on.
 
     Returns:
-        Integer tensor, from which the same numbers come each time.
+        Integer tensor, or on PyTorch a `Seed`, from which the same numbers
+        come each time.
     """
-    if keras.config.backend() != "torch":
-        return seed_generator.next()
-    # The same, without the NumPy array that `torch.compile` can't trace.
-    seed = ops.copy(seed_generator.state.value)
-    seed_generator.state.assign(seed + ops.arange(2, dtype=seed.dtype))
-    return seed
+    if keras.config.backend() == "torch":
+        return _next_torch_seed(seed_generator)
+    return seed_generator.next()
 
 
 def save_seed(layer: keras.Layer, store: Any) -> None:
@@ -142,7 +141,7 @@ def _leave(generator, block):
 
 def noise_and_masks(
     shape: Sequence[Any],
-    seed: Tensor,
+    seed: Any,
     noise_width: int,
     mask_widths: Sequence[int] = (),
     rate: float = 0.0,
@@ -194,7 +193,8 @@ def dropout(
     _, (mask,) = noise_and_masks(
         tuple(shape), next_seed(seed_generator), 0, [width], rate
     )
-    return ops.where(mask, x * (1 / (1 - rate)), 0)
+    # On PyTorch Keras would copy a 0 to the device.
+    return ops.where(mask, x * (1 / (1 - rate)), ops.zeros_like(x))
 
 
 def are_at_least(numbers: Tensor, share: float) -> Tensor:
@@ -277,33 +277,91 @@ def _philox(shape, seed):
 if keras.config.backend() == "torch":
     import torch
 
-    def _draw(
-        seed: torch.Tensor,
-        noise_shape: Sequence[int],
-        numbers_shape: Sequence[int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    class Seed(NamedTuple):
+        """The state of a generator, as a call found it.
+
+        Args:
+            numbers: Tuple of two integers, the key and the count of calls, or
+                where they can't be known yet, an integer tensor.
+            device: `torch.device` to draw on.
+        """
+
+        numbers: Any
+        device: torch.device
+
+    @dataclasses.dataclass(frozen=True)
+    class _KnownState:
+        """What a tensor holds, unless it has changed since."""
+
+        tensor: torch.Tensor
+        version: int
+        numbers: tuple[int, int]
+
+    # To read it from a GPU, Python would wait until all that was asked of the
+    # GPU before is done.
+    _known_states: weakref.WeakKeyDictionary[
+        keras.random.SeedGenerator, _KnownState
+    ] = weakref.WeakKeyDictionary()
+
+    def _next_torch_seed(seed_generator: keras.random.SeedGenerator) -> Seed:
+        state = seed_generator.state
+        tensor = state.value
+        step = torch.arange(2, dtype=tensor.dtype, device=tensor.device)
+        if torch.compiler.is_compiling() or tensor.is_meta:
+            seed = tensor.clone()
+            state.assign(seed + step)
+            return Seed(seed, tensor.device)
+        numbers = _known_numbers(seed_generator, tensor)
+        state.assign(tensor + step)
+        tensor = state.value
+        if not tensor.is_inference():
+            key, count = numbers
+            _known_states[seed_generator] = _KnownState(
+                tensor, tensor._version, (key, count + 1)
+            )
+        return Seed(numbers, tensor.device)
+
+    def _known_numbers(seed_generator, tensor):
+        known = _known_states.get(seed_generator)
+        is_known = (
+            known is not None
+            and known.tensor is tensor
+            and known.version == tensor._version
+        )
+        return known.numbers if is_known else tuple(tensor.tolist())
+
+    def _noise_and_numbers(seed, noise_shape, numbers_shape):
         """Normal numbers, and uniform ones in `[-2**15, 2**15)`."""
-        generator = torch.Generator(seed.device)
+        if isinstance(seed.numbers, tuple):
+            return _draw(*seed, noise_shape, numbers_shape)
+        return _traced_draw(seed.numbers, noise_shape, numbers_shape)
+
+    def _draw(numbers, device, noise_shape, numbers_shape):
+        generator = torch.Generator(device)
         # Not their sum: the layers' seeds are one apart, so that each layer
         # would draw what its neighbour drew a step ago.
-        key, count = seed.tolist()
+        key, count = numbers
         generator.manual_seed((key * GOLDEN_RATIO + count) % 2**32)
-        options = {"device": seed.device, "generator": generator}
+        options = {"device": device, "generator": generator}
         noise = torch.randn(*noise_shape, **options)
-        if seed.device.type != "cpu":
+        if device.type != "cpu":
             return noise, torch.randint(
                 -(2**15), 2**15, numbers_shape, dtype=torch.int16, **options
             )
         # CPUs draw one by one, in the same time however large a number is.
         size = math.prod(numbers_shape)
-        numbers = torch.empty(math.ceil(size / 4), dtype=torch.int64)
-        numbers.random_(-(2**63), None, generator=generator)
-        return noise, numbers.view(torch.int16)[:size].reshape(numbers_shape)
+        uniform = torch.empty(math.ceil(size / 4), dtype=torch.int64)
+        uniform.random_(-(2**63), None, generator=generator)
+        return noise, uniform.view(torch.int16)[:size].reshape(numbers_shape)
 
-    # An operation to `torch.compile`, which can't trace a generator.
-    _traced_draw = torch.library.custom_op(
-        "keras_fvae::noise_and_numbers", _draw, mutates_args=()
-    )
+    # `torch.compile` can't trace a generator.
+    @torch.library.custom_op("keras_fvae::noise_and_numbers", mutates_args=())
+    def _traced_draw(
+        seed: torch.Tensor,
+        noise_shape: Sequence[int],
+        numbers_shape: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _draw(seed.tolist(), seed.device, noise_shape, numbers_shape)
 
     @_traced_draw.register_fake
     def _(seed, noise_shape, numbers_shape):
@@ -311,9 +369,3 @@ if keras.config.backend() == "torch":
             seed.new_empty(noise_shape, dtype=torch.float32),
             seed.new_empty(numbers_shape, dtype=torch.int16),
         )
-
-    def _noise_and_numbers(seed, noise_shape, numbers_shape):
-        """As `_draw`, which to call as an operation takes twice as long."""
-        if torch.compiler.is_compiling() or seed.is_meta:
-            return _traced_draw(seed, noise_shape, numbers_shape)
-        return _draw(seed, noise_shape, numbers_shape)

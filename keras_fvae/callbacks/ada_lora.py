@@ -253,14 +253,15 @@ class Allocation(Observer):
         is_kept = _highest(scores, ops.take(table.budgets, row))
         is_choice = ops.take(table.is_choice, row)
         is_masked = ops.logical_or(is_choice, num_updates > table.last_choice)
+        pruned = ops.convert_to_tensor(PRUNED)
         for adapter, averages, kept, chosen in zip(
             self.adapters, self.averages, self.kept, is_kept
         ):
             chosen = ops.cast(chosen, kept.dtype)
             kept.assign(ops.where(is_choice, chosen, kept.value))
-            is_pruned = ops.logical_and(is_masked, ops.equal(kept, 0))
+            is_pruned = ops.logical_and(is_masked, kept.value == 0)
             for values in (adapter.singular_values, *averages):
-                values.assign(ops.where(is_pruned, PRUNED, values.value))
+                values.assign(ops.where(is_pruned, pruned, values.value))
 
 
 def _highest(scores, number):

@@ -69,9 +69,9 @@ class Importance:
             sensitivity = self.sensitivity[name]
             uncertainty = self.uncertainty[name]
             value = ops.abs(weight * gradient)
-            mean = beta_1 * sensitivity + (1 - beta_1) * value
+            mean = beta_1 * sensitivity.value + (1 - beta_1) * value
             deviation = ops.abs(value - mean)
-            spread = beta_2 * uncertainty + (1 - beta_2) * deviation
+            spread = beta_2 * uncertainty.value + (1 - beta_2) * deviation
             for average, new in ((sensitivity, mean), (uncertainty, spread)):
                 average.assign(ops.where(is_scored, new, average.value))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from keras import ops
 
 from keras_fvae.backend import noise
 from keras_fvae.backend import replicas
+from keras_fvae.backend.lean_gradients import clip
 from keras_fvae.backend.types import Tensor
 from keras_fvae.layers.adapter import LowRankAdapter
 from keras_fvae.layers.config import AdapterConfig
@@ -150,7 +152,7 @@ class Orthogonality(keras.regularizers.Regularizer):
         gram = ops.matmul(rows, ops.transpose(rows))
         square = ops.sum(ops.square(gram - ops.eye(gram.shape[0])))
         # The root has no gradient at 0.
-        norm = ops.sqrt(ops.maximum(square, keras.config.epsilon() ** 4))
+        norm = ops.sqrt(clip(square, keras.config.epsilon() ** 4, math.inf))
         # Of each adapter both factors.
         num_factors = 2 * self.adapter.num_sharing
         weight = self.adapter.config.orthogonality_weight

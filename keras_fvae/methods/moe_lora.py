@@ -109,8 +109,10 @@ class MoELoRAAdapter(Adapter):
         """
         logits = ops.cast(frozen.project(self.kernel_gate), "float32")
         _, chosen = ops.top_k(logits, self.config.top_k)
-        mask = ops.sum(ops.one_hot(chosen, self.config.num_experts), axis=-2)
-        kept = ops.softmax(logits) * mask
+        # `ops.one_hot` would have Python wait for a GPU on PyTorch.
+        experts = ops.arange(self.config.num_experts, dtype=chosen.dtype)
+        is_chosen = ops.any(chosen[..., None] == experts, axis=-2)
+        kept = ops.softmax(logits) * ops.cast(is_chosen, logits.dtype)
         return kept / ops.sum(kept, axis=-1, keepdims=True)
 
     def adapt(self, frozen: FrozenCall, training: bool) -> Tensor:

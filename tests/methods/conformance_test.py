@@ -1,5 +1,7 @@
 """What must hold for every method, and holds for a new one for nothing."""
 
+import collections
+import contextlib
 import copy
 import pickle
 
@@ -23,6 +25,7 @@ from helpers import move_adapters
 from helpers import snapshot
 from helpers import text_inputs
 from helpers import to_numpy
+from keras import ops
 
 import keras_fvae
 from keras_fvae.layers.adapter import Adapter
@@ -91,6 +94,95 @@ def test_torch_traces_a_layer_as_one_graph(name, rng):
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert_same(to_numpy(compiled(x)), to_numpy(layer(x)))
     assert compiled(x, training=True).shape == x.shape
+
+
+# Of the others, each step is one program.
+@pytest.mark.always_one_backend
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layer_does_not_wait_for_a_gpu(name, monkeypatch):
+    """Nothing goes to or comes from the device, but by the frozen model."""
+    frozen = make_model()
+    frozen.trainable = False
+    x = ops.convert_to_tensor(X)
+
+    def count(model):
+        def step():
+            loss = ops.sum(model(x, training=True)) + sum(model.losses)
+            if loss.requires_grad:
+                loss.backward()
+
+        step()
+        with counting_round_trips(monkeypatch) as counts:
+            step()
+        return counts
+
+    assert count(adapt(make_model(), name)) == count(frozen)
+
+
+@pytest.mark.always_one_backend
+@pytest.mark.parametrize(
+    "name, callback",
+    [
+        ("LoRA", None),
+        ("AdaLoRA", keras_fvae.AdaLoRAAllocator),
+        ("BeamLoRA", keras_fvae.BeamLoRAPruner),
+        ("Flat-LoRA", keras_fvae.FlatLoRASchedule),
+        ("FVAE-LoRA", keras_fvae.FVAELoRAMonitor),
+    ],
+)
+def test_a_callback_does_not_wait_for_a_gpu_at_each_layer(
+    name, callback, monkeypatch
+):
+    def count(*targets):
+        model = make_model()
+        keras_fvae.enable_adapter(model, CONFIGS[name], targets)
+        model.compile("adam", "sparse_categorical_crossentropy")
+        counts = []
+        with contextlib.ExitStack() as stack:
+
+            def begin(batch, logs):
+                if batch == 4:
+                    counting = counting_round_trips(monkeypatch)
+                    counts.append(stack.enter_context(counting))
+
+            def end(batch, logs):
+                stack.close()
+
+            around = keras.callbacks.LambdaCallback(
+                on_train_batch_begin=begin, on_train_batch_end=end
+            )
+            others = [] if callback is None else [callback()]
+            model.fit(
+                X, Y, batch_size=1, verbose=0, callbacks=[*others, around]
+            )
+        return counts
+
+    assert count("query") == count("query", "output", "up")
+
+
+@contextlib.contextmanager
+def counting_round_trips(monkeypatch):
+    """Counts in a dict what asks a device for numbers, or gives it some."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts = collections.Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            name = operation.overloadpacket.__name__
+            if name in ("lift_fresh", "_local_scalar_dense"):
+                counts[name] += 1
+            return operation(*args, **(kwargs or {}))
+
+    def tolist(tensor):
+        counts["tolist"] += 1
+        return original(tensor)
+
+    original = torch.Tensor.tolist
+    with Count(), monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "tolist", tolist)
+        yield counts
 
 
 @pytest.mark.shared_out

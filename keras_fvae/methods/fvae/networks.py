@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_fvae.backend import lean_gradients
 from keras_fvae.backend.fast_ops import affine
-from keras_fvae.backend.fast_ops import constant
+from keras_fvae.backend.fast_ops import pair
 from keras_fvae.backend.fast_ops import reshape
 from keras_fvae.backend.fast_ops import traced_once
 from keras_fvae.backend.noise import noise_and_masks
@@ -281,12 +281,14 @@ class Networks:
         z = posteriors.mean
         if noise is not None:
             z = reparameterize(posteriors, noise)
-        residual = self._decode(z, weights, x.dtype, dropout_masks)
-        residual -= x
         # The scale is the same for every token, so the squared error is
         # averaged over the tokens before it is divided by the scale.
-        squared_error = lean_gradients.token_mean_of_squares(
-            ops.cast(residual, "float32"), token_weights
+        squared_error = lean_gradients.mean_squared_error(
+            self._decode(z, weights, x.dtype, dropout_masks),
+            ops.transpose(weights["decoder_output_kernel"]),
+            weights["decoder_output_bias"],
+            x,
+            token_weights,
         )
         terms, log_priors = self._terms(posteriors, z, token_weights)
         terms["negative_log_likelihood"] = objective.negative_log_likelihood(
@@ -317,7 +319,7 @@ class Networks:
         return Posteriors(mean, log_variance)
 
     def _decode(self, z, weights, dtype, dropout_masks):
-        """The mean of p(x | z1, z2)."""
+        """The decoder's last hidden layer, or what the decoder reads."""
         if self.config.latent_fusion == "concat":
             x = reshape(z, (*ops.shape(z)[:-2], 2 * self.config.rank))
         else:
@@ -327,8 +329,7 @@ class Networks:
             kernel = weights[f"decoder_kernel_{level}"]
             x = affine(x, kernel, weights[f"decoder_bias_{level}"])
             x = self._activate(x, dropout_masks, f"decoder_{level}")
-        kernel = ops.transpose(weights["decoder_output_kernel"])
-        return affine(x, kernel, weights["decoder_output_bias"])
+        return x
 
     def _activate(self, x, dropout_masks, name):
         """ReLU and dropout of a hidden layer."""
@@ -349,8 +350,8 @@ class Networks:
             return token_mean(values, token_weights, feature_axes=2)
 
         means, log_variance = posteriors
-        prior_means = constant([[0.0], [self.config.prior_mean]], means)
-        prior_stds = constant([[1.0], [self.config.prior_std]], means)
+        prior_means = pair(0.0, self.config.prior_mean, means)[:, None]
+        prior_stds = pair(1.0, self.config.prior_std, means)[:, None]
         # The terms are linear in these two, so their means come first.
         squared_distance = mean(
             objective.squared_distance(means, log_variance, prior_means)
