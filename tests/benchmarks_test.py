@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_fvae
 from benchmarks import arithmetic
+from benchmarks import xla_gpu
 from benchmarks.measure import with_callback
 from benchmarks.models import Size
 from benchmarks.models import is_convolution
@@ -158,6 +159,22 @@ def test_what_training_convolutions_takes_is_counted(size, method):
             # B A and its gradients, once a step.
             counted += 3 * width * units * RANK
         assert counter.get_total_flops() / 2 == pytest.approx(counted)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="It is JAX that compiles")
+def test_what_xla_lays_out_for_a_step():
+    import jax
+
+    def laid_out(method):
+        return xla_gpu.figures(
+            xla_gpu.compile_step(
+                "tiny", method, "float32", RANK, jax.devices()[0]
+            )
+        )
+
+    base, adapted = map(laid_out, ("base", "FVAE-LoRA"))
+    assert 0 < base["peak"] < adapted["peak"] < 1
+    assert 0 < base["kernels"] < adapted["kernels"]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PEFT has PyTorch alone")

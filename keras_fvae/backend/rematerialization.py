@@ -19,9 +19,10 @@ def rematerialize(
 ) -> Any:
     """Calls a function, and keeps for its gradient little but its arguments.
 
-    As `keras.remat`, whose second computation XLA on CPUs joins with the first
-    one, so that all is kept after all. Here it begins with the gradient that
-    arrives: it can neither be joined with the first nor be done early.
+    As `keras.remat`, whose second computation XLA joins with the first one on
+    CPUs, and with TensorFlow on GPUs as well, so that all is kept after all.
+    Here it begins with the gradient that arrives: it can neither be joined with
+    the first nor be done early.
 
     On PyTorch `keras.remat` does what it says, and what was drawn is kept.
 
