@@ -84,19 +84,27 @@ def add_noise(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """mean + standard deviation * noise.
 
     Args:
-        mean: Float32 tensor.
+        mean: Float32 tensor of shape `(..., latents, rank)`.
         log_variance: Float32 tensor of the same shape.
-        noise: Float32 tensor of the same shape. On JAX it has no gradient.
+        noise: Float32 tensor of the same shape, or with an axis more in front,
+            for several draws. On JAX it has no gradient.
 
     Returns:
-        Float32 tensor of the same shape.
+        Float32 tensor of the shape of `noise`.
     """
+    if keras.config.backend() == "torch":
+        std = torch.exp(0.5 * log_variance)
+        return torch.addcmul(mean, std, noise)
+    shape = ops.shape(noise)
+
+    def flatten(tensor):
+        # As what reads z does, so that it is one tensor for XLA to keep.
+        if len(tensor.shape) < len(shape):
+            tensor = ops.broadcast_to(tensor, shape)
+        return ops.reshape(tensor, (*shape[:-2], -1))
 
     def compute(mean, log_variance, noise):
         return mean + ops.exp(0.5 * log_variance) * noise
-
-    if keras.config.backend() != "jax":
-        return compute(mean, log_variance, noise)
 
     @ops.custom_gradient
     def compute_leanly(mean, log_variance, noise):
@@ -107,7 +115,9 @@ def add_noise(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
         return z, gradients
 
-    return compute_leanly(mean, log_variance, noise)
+    is_jax = keras.config.backend() == "jax"
+    add = compute_leanly if is_jax else compute
+    return ops.reshape(add(*map(flatten, (mean, log_variance, noise))), shape)
 
 
 def mean_squared_error(

@@ -160,7 +160,9 @@ class Adapter(keras.Layer):
         that is called once.
         """
         previous = keras_internals.added_losses(self)
-        self.add_loss((loss - sum(previous)) / (len(previous) + 1))
+        if previous:
+            loss = (loss - sum(previous)) / (len(previous) + 1)
+        self.add_loss(loss)
 
     def is_drawn(self, training: bool) -> bool:
         """Whether what is random in the update is drawn: also to sample it."""

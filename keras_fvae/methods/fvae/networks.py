@@ -406,13 +406,4 @@ def _block_diagonal(kernels):
 def reparameterize(q: Posterior | Posteriors, noise: Tensor) -> Tensor:
     """z = mean + standard deviation * noise."""
     noise = ops.cast(noise, "float32")
-    shape = ops.shape(noise)
-
-    def flatten(tensor):
-        # As the decoder reads it, so that it is one tensor for XLA to keep.
-        if len(tensor.shape) < len(shape):
-            # One posterior for several draws.
-            tensor = ops.broadcast_to(tensor, shape)
-        return reshape(tensor, (*shape[:-2], -1))
-
-    return reshape(lean_gradients.add_noise(*map(flatten, (*q, noise))), shape)
+    return lean_gradients.add_noise(q.mean, q.log_variance, noise)
