@@ -136,7 +136,7 @@ def mean_squared_error(
         hidden: Float tensor of shape `(..., tokens, units)`.
         kernel: Tensor of shape `(units, d)`.
         bias: Tensor of shape `(d,)`.
-        x: Tensor of shape `(tokens, d)`, of the dtype of `hidden`.
+        x: Float tensor of shape `(tokens, d)`.
         token_weights: Optional tensor of shape `(tokens,)`, as in
             `token_mean.token_mean`.
 
@@ -144,9 +144,9 @@ def mean_squared_error(
         Float32 tensor of shape `(d,)`.
     """
     if keras.config.backend() == "torch":
-        return _MeanSquaredError.apply(
-            hidden, kernel.to(x.dtype), bias.to(x.dtype), x, token_weights
-        )
+        # Within `torch.autocast` they may be of several.
+        decoder = (each.to(x.dtype) for each in (hidden, kernel, bias))
+        return _MeanSquaredError.apply(*decoder, x, token_weights)
     error = affine(hidden, kernel, bias) - x
     squares = ops.square(ops.cast(error, "float32"))
     return token_mean(squares, token_weights, feature_axes=1)

@@ -96,6 +96,25 @@ def test_torch_traces_a_layer_as_one_graph(name, rng):
     assert compiled(x, training=True).shape == x.shape
 
 
+@pytest.mark.always_one_backend
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_trains_within_torch_autocast(name):
+    import torch
+
+    model = adapt(make_model(), name)
+    losses = []
+    for is_within in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_within):
+            outputs = model(ops.convert_to_tensor(X), training=True)
+            loss = outputs.square().mean() + sum(model.losses)
+        loss.backward()
+        losses.append(float(loss))
+    gradients = [w.value.grad for w in model.trainable_weights]
+    assert all(ops.isfinite(ops.sum(gradient)) for gradient in gradients)
+    # With other noise.
+    assert losses[1] == pytest.approx(losses[0], rel=0.5)
+
+
 # Of the others, each step is one program.
 @pytest.mark.always_one_backend
 @pytest.mark.parametrize("name", CONFIGS)
