@@ -161,6 +161,7 @@ def test_what_training_convolutions_takes_is_counted(size, method):
         assert counter.get_total_flops() / 2 == pytest.approx(counted)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="It is JAX that compiles")
 def test_what_xla_lays_out_for_a_step():
     import jax

@@ -122,9 +122,7 @@ FIRST_BACKBONE = next(iter(BACKBONES))
         pytest.param(
             name,
             kind,
-            marks=[]
-            if kind == "model" or name == FIRST_BACKBONE
-            else [pytest.mark.slow],
+            marks=[] if name == FIRST_BACKBONE else [pytest.mark.slow],
         )
         for name in BACKBONES
         for kind in DISTRIBUTIONS
