@@ -45,6 +45,43 @@ gpu_device_info {
 """
 
 
+def main(arguments=None):
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    # The plugin would ask for a GPU.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    from benchmarks import models
+
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--size", default="ViT-B/16, 12 blocks, batch 64", choices=models.SIZES
+    )
+    parser.add_argument("--dtype", default="mixed_bfloat16")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["base", "LoRA", "FVAE-LoRA", "rematerialized"],
+        choices=models.DEVICE_METHODS,
+    )
+    options = parser.parse_args(arguments)
+    try:
+        device = h200()
+    except NotImplementedError:
+        parser.error(
+            "JAX has no compiler for GPUs here. In an environment of its own, "
+            "install 'jax[cuda12]', and this package from its clone."
+        )
+    for method in options.methods:
+        compiled = compile_step(
+            options.size, method, options.dtype, options.rank, device
+        )
+        print(json.dumps({"method": method} | figures(compiled)), flush=True)
+
+
 def h200():
     """JAX's device to compile for."""
     from jax.experimental import topologies
@@ -60,7 +97,7 @@ def compile_step(size, method, dtype, rank, device):
 
     Args:
         size: String, a key of `models.SIZES`.
-        method: String, a key of `models.METHODS`.
+        method: String, one of `models.DEVICE_METHODS`.
         dtype: String, the name of a dtype policy.
         rank: Integer.
         device: JAX's device.
@@ -118,32 +155,6 @@ def figures(compiled):
     _, entry = compiled.as_text().split("\nENTRY ")
     kernels = re.findall(r" (?:fusion|custom-call|dot|reduce|copy)\(", entry)
     return {"peak": peak / 2**30, "kernels": len(kernels)}
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--size", default="ViT-B/16, 12 blocks, batch 64")
-    parser.add_argument("--dtype", default="mixed_bfloat16")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["base", "LoRA", "FVAE-LoRA", "rematerialized"],
-    )
-    arguments = parser.parse_args()
-    os.environ["KERAS_BACKEND"] = "jax"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-    # The plugin would ask for a GPU.
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    device = h200()
-    for method in arguments.methods:
-        compiled = compile_step(
-            arguments.size, method, arguments.dtype, arguments.rank, device
-        )
-        print(json.dumps({"method": method} | figures(compiled)), flush=True)
 
 
 if __name__ == "__main__":
