@@ -172,8 +172,7 @@ def peak_of_step(held):
     """MiB at the peak of a training step, of this row alone.
 
     PyTorch counts what it gives out. JAX does so too, but never begins anew;
-    so here it is what XLA has laid out for the compiled step, to which it
-    keeps: what goes in, what comes out beside that, and the rest.
+    so here it is what XLA has laid out for the compiled step.
 
     Args:
         held: Integer, the bytes that were held before the row.
@@ -185,14 +184,24 @@ def peak_of_step(held):
         ]
         # Nothing else takes the optimizer's variables.
         step = max(stats, key=lambda stats: stats.argument_size_in_bytes)
-        peak = (
-            step.argument_size_in_bytes
-            + step.output_size_in_bytes
-            - step.alias_size_in_bytes
-            + step.temp_size_in_bytes
-        )
+        peak = laid_out(step)
     elif has_cuda:
         peak = torch.cuda.max_memory_allocated() - held
     else:
         return None
     return peak / 2**20
+
+
+def laid_out(stats):
+    """Bytes that a program of XLA holds at its peak, to which it keeps.
+
+    Args:
+        stats: What JAX says of the program's memory: what goes in, what comes
+            out beside that, and the rest.
+    """
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )

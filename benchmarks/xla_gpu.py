@@ -144,13 +144,9 @@ def figures(compiled):
     Returns:
         Dict of `peak`, in GiB, and `kernels`.
     """
-    stats = compiled.memory_analysis()
-    peak = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-    )
+    from benchmarks.figures import laid_out
+
+    peak = laid_out(compiled.memory_analysis())
     # What the step itself calls is in its last computation.
     _, entry = compiled.as_text().split("\nENTRY ")
     kernels = re.findall(r" (?:fusion|custom-call|dot|reduce|copy)\(", entry)
