@@ -193,10 +193,11 @@ if keras.config.backend() == "torch":
             num_draws = math.prod(hidden.shape[:-2])
             # In place: no more is held at once than where they are kept.
             errors = _errors(hidden, kernel, bias, x)
-            errors *= 2 * upstream / num_draws
+            scale = 2 * upstream / num_draws
             if token_weights is None:
-                errors /= max(num_tokens, 1)
+                errors *= scale / max(num_tokens, 1)
             else:
+                errors *= scale
                 errors *= token_weights[:, None]
             rows = errors.reshape(-1, errors.shape[-1])
             hidden_rows = hidden.reshape(-1, hidden.shape[-1])
