@@ -41,10 +41,11 @@ class FVAELoRAConfig(AdapterConfig):
     of a spurious word in texts 3.9 less (2.6 to 5.2); on small pictures with
     right labels they were 0.6 less (-1.6 to 2.7), and the authors' settings
     2.1. With few texts they were as accurate as LoRA; take 5e-3 there, because
-    with 5 of a class their loss was higher than LoRA's by 0.58 (0.36 to 0.77)
-    at 1.7e-2, and by 0.01 (-0.11 to 0.12) at 5e-3. Cost: the FVAE in training;
-    at inference the encoder of z1. Convolutions larger than 1 are refused,
-    because there it costs four to seven times LoRA's step and gains nothing.
+    with 5 of a class of one of the sets their loss was higher than LoRA's by
+    0.58 (0.36 to 0.77) at 1.7e-2, and by 0.01 (-0.11 to 0.12) at 5e-3. Cost:
+    the FVAE in training; at inference the encoder of z1. Convolutions larger
+    than 1 are refused, because there it costs four to seven times LoRA's step
+    and gains nothing.
 
     "Tried" below says what `examples/paper/ablation.py` changed there, one
     setting at a time, with three seeds on each of three data sets, and what
