@@ -69,6 +69,77 @@ def test_add_noise(arrays, rng):
     )
 
 
+def test_squared_distance(arrays, rng):
+    mean, log_variance, upstream = arrays
+    prior_mean = rng.normal(size=(5, 1)).astype("float32")
+    tensor = ops.convert_to_tensor(prior_mean)
+    value, _, gradients = value_and_gradients(
+        lambda *q: dot(upstream, lean_gradients.squared_distance(*q, tensor)),
+        [],
+        [mean, log_variance],
+    )
+    distance, variance = mean - prior_mean, np.exp(log_variance)
+    np.testing.assert_allclose(
+        value, np.sum(upstream * (distance**2 + variance)), rtol=1e-4
+    )
+    np.testing.assert_allclose(gradients[0], 2 * upstream * distance, rtol=1e-5)
+    np.testing.assert_allclose(gradients[1], upstream * variance, rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the gradients are PyTorch's")
+@pytest.mark.parametrize(
+    "name",
+    ["add_noise", "squared_distance", "relu_and_dropout", "mean_squared_error"],
+)
+def test_gradients_of_gradients(name, arrays, dropout_mask, decoder):
+    """A penalty on the gradients, beside that of plain operations."""
+    import torch
+
+    mean, log_variance, third = map(torch.tensor, arrays)
+    mask = torch.tensor(dropout_mask)
+    hidden, kernel, bias, x = map(torch.tensor, decoder)
+    weights = torch.tensor([0.5, 0, 0.3, 0.2, 0])
+    given, plain = {
+        "add_noise": (
+            [mean, log_variance],
+            lambda m, v: m + torch.exp(v / 2) * third,
+        ),
+        "squared_distance": (
+            [mean, log_variance],
+            lambda m, v: (m - third) ** 2 + torch.exp(v),
+        ),
+        "relu_and_dropout": (
+            [mean],
+            lambda x: torch.where(mask, torch.relu(x) / (1 - RATE), 0),
+        ),
+        "mean_squared_error": (
+            [hidden, kernel, bias, x],
+            lambda h, k, b, x: (
+                ((h @ k + b - x) ** 2 * weights[:, None]).sum(1).mean(0)
+            ),
+        ),
+    }[name]
+    fixed = {
+        "relu_and_dropout": (mask, RATE),
+        "mean_squared_error": (weights,),
+    }.get(name, (third,))
+
+    def penalty_gradients(function):
+        tensors = [each.clone().requires_grad_() for each in given]
+        value = torch.sum(torch.sin(function(*tensors)))
+        gradients = torch.autograd.grad(value, tensors, create_graph=True)
+        penalty = sum(torch.sum(each**2) for each in gradients)
+        return torch.autograd.grad(penalty, tensors)
+
+    lean = getattr(lean_gradients, name)
+    for gradient, expected in zip(
+        penalty_gradients(lambda *tensors: lean(*tensors, *fixed)),
+        penalty_gradients(plain),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX tells what it keeps")
 def test_no_more_is_kept_than_the_results(arrays, dropout_mask):
     import jax
@@ -134,7 +205,7 @@ def test_mean_squared_error(num_draws, is_weighted, decoder, rng):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch tells what it keeps")
-def test_neither_masks_nor_errors_are_kept(arrays, dropout_mask, decoder):
+def test_no_masks_noise_or_errors_are_kept(arrays, dropout_mask, decoder):
     import torch
 
     def shapes_of_what_is_kept(function, *tensors):
@@ -153,6 +224,16 @@ def test_neither_masks_nor_errors_are_kept(arrays, dropout_mask, decoder):
     assert shapes_of_what_is_kept(
         lambda x: lean_gradients.relu_and_dropout(x, mask, RATE), arrays[0]
     ) == [(torch.float32, (5, 40))]
+    *q, noise = arrays
+    of_q = [(torch.float32, (5, 40))] * 2
+    # Of the latents the mean, and what came of it.
+    assert of_q == shapes_of_what_is_kept(
+        lambda *q: lean_gradients.add_noise(*q, torch.tensor(noise)), *q
+    )
+    prior_mean = torch.ones(())
+    assert [*of_q, (torch.float32, ())] == shapes_of_what_is_kept(
+        lambda *q: lean_gradients.squared_distance(*q, prior_mean), *q
+    )
     hidden, kernel, bias, x = decoder
     assert shapes_of_what_is_kept(
         lambda *given: lean_gradients.mean_squared_error(*given, None),

@@ -62,8 +62,9 @@ def clip(x: Tensor, low: float, high: float) -> Tensor:
         Tensor of the shape and dtype of `x`.
     """
     if keras.config.backend() == "torch":
-        # Keras would copy the limits to the device.
-        return x.clamp(low, high)
+        # Keras would copy the limits to the device. The gradient of `clamp`
+        # takes five operations, that of `hardtanh` one.
+        return torch.nn.functional.hardtanh(x, low, high)
     if keras.config.backend() == "tensorflow":
         return ops.clip(x, low, high)
 
@@ -87,14 +88,13 @@ def add_noise(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
         mean: Float32 tensor of shape `(..., latents, rank)`.
         log_variance: Float32 tensor of the same shape.
         noise: Float32 tensor of the same shape, or with an axis more in front,
-            for several draws. On JAX it has no gradient.
+            for several draws. On JAX and PyTorch it has no gradient.
 
     Returns:
         Float32 tensor of the shape of `noise`.
     """
     if keras.config.backend() == "torch":
-        std = torch.exp(0.5 * log_variance)
-        return torch.addcmul(mean, std, noise)
+        return _AddNoise.apply(mean, log_variance, noise)
     shape = ops.shape(noise)
 
     def flatten(tensor):
@@ -118,6 +118,25 @@ def add_noise(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     is_jax = keras.config.backend() == "jax"
     add = compute_leanly if is_jax else compute
     return ops.reshape(add(*map(flatten, (mean, log_variance, noise))), shape)
+
+
+def squared_distance(
+    mean: Tensor, log_variance: Tensor, prior_mean: Tensor
+) -> Tensor:
+    """(mean - prior_mean)^2 + exp(log_variance).
+
+    Args:
+        mean: Float32 tensor.
+        log_variance: Float32 tensor of the same shape.
+        prior_mean: Float32 tensor that broadcasts. On PyTorch it has no
+            gradient.
+
+    Returns:
+        Float32 tensor of the shape of `mean`.
+    """
+    if keras.config.backend() == "torch":
+        return _SquaredDistance.apply(mean, log_variance, prior_mean)
+    return ops.square(mean - prior_mean) + ops.exp(log_variance)
 
 
 def mean_squared_error(
@@ -171,7 +190,48 @@ if keras.config.backend() == "torch":
         def backward(ctx, upstream):
             (y,) = ctx.saved_tensors
             # Neither lets anything through where nothing came of it.
-            return (upstream * ctx.scale).masked_fill_(y <= 0, 0), None, None
+            gradient = torch.ops.aten.threshold_backward(upstream, y, 0)
+            return gradient.mul_(ctx.scale), None, None
+
+    class _AddNoise(torch.autograd.Function):
+        """With a gradient for which neither the noise nor its size is kept."""
+
+        @staticmethod
+        def forward(mean, log_variance, noise):
+            std = torch.exp(0.5 * log_variance)
+            return torch.addcmul(mean, std, noise)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            mean, *_ = inputs
+            ctx.save_for_backward(mean, output)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            mean, z = ctx.saved_tensors
+            gradients = upstream, 0.5 * upstream * (z - mean)
+            # One mean and log variance for all draws.
+            return *(each.sum_to_size(mean.shape) for each in gradients), None
+
+    class _SquaredDistance(torch.autograd.Function):
+        """With a gradient for which neither of what is added is kept."""
+
+        @staticmethod
+        def forward(mean, log_variance, prior_mean):
+            return torch.square(mean - prior_mean) + torch.exp(log_variance)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            mean, log_variance, prior_mean = ctx.saved_tensors
+            return (
+                2 * upstream * (mean - prior_mean),
+                upstream * torch.exp(log_variance),
+                None,
+            )
 
     class _MeanSquaredError(torch.autograd.Function):
         """With a gradient for which no differences are kept."""
@@ -193,11 +253,10 @@ if keras.config.backend() == "torch":
             num_draws = math.prod(hidden.shape[:-2])
             # In place: no more is held at once than where they are kept.
             errors = _errors(hidden, kernel, bias, x)
-            scale = 2 * upstream / num_draws
             if token_weights is None:
-                errors *= scale / max(num_tokens, 1)
+                errors *= upstream * (2 / num_draws / max(num_tokens, 1))
             else:
-                errors *= scale
+                errors *= upstream * (2 / num_draws)
                 errors *= token_weights[:, None]
             rows = errors.reshape(-1, errors.shape[-1])
             hidden_rows = hidden.reshape(-1, hidden.shape[-1])
@@ -206,8 +265,8 @@ if keras.config.backend() == "torch":
                 # One x for all draws.
                 x_gradient = errors.sum_to_size(x.shape)
             return (
-                -(rows @ kernel.t()).reshape(hidden.shape),
-                -(hidden_rows.t() @ rows),
+                _negated_product(rows, kernel.t()).reshape(hidden.shape),
+                _negated_product(hidden_rows.t(), rows),
                 -rows.sum(0),
                 x_gradient,
                 None,
@@ -220,6 +279,16 @@ if keras.config.backend() == "torch":
         rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), kernel, alpha=-1)
         return rows.view(shape)
 
+    def _negated_product(left, right):
+        """`-(left right)`, in one operation."""
+        unread = left.new_empty(())
+        return torch.addmm(unread, left, right, beta=0, alpha=-1)
+
     # PyTorch asks for them in each call, and Python takes long to find out.
-    for _function in (_ReLUAndDropout, _MeanSquaredError):
+    for _function in (
+        _ReLUAndDropout,
+        _AddNoise,
+        _SquaredDistance,
+        _MeanSquaredError,
+    ):
         _function.forward.__signature__ = inspect.signature(_function.forward)

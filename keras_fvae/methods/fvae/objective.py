@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from keras import ops
 
+from keras_fvae.backend import lean_gradients
 from keras_fvae.backend.types import Tensor
 
 LOG_2_PI = math.log(2 * math.pi)
@@ -35,8 +36,9 @@ def squared_distance(
     Returns:
         Float32 tensor of shape `(..., rank)`.
     """
-    mean, log_variance = _float32(mean), _float32(log_variance)
-    return ops.square(mean - _float32(prior_mean)) + ops.exp(log_variance)
+    return lean_gradients.squared_distance(
+        _float32(mean), _float32(log_variance), _float32(prior_mean)
+    )
 
 
 def kl_divergence(
