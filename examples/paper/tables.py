@@ -142,8 +142,8 @@ def make_parser(description):
     return parser
 
 
-def read_results(folder, table, size):
-    """List of the results of a table, without the trials.
+def read_results(folder, table, size, are_trials=False):
+    """List of the results of a table, or of its trials.
 
     Raises:
         ValueError: If one is damaged, or they are of different versions.
@@ -159,7 +159,7 @@ def read_results(folder, table, size):
                     f"with {version}. Results of different versions are not "
                     "mixed: move one of them to another folder."
                 )
-        if not result["run"]["is_trial"]:
+        if result["run"]["is_trial"] == are_trials:
             found.append(result)
     return found
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import ROOT
 
 from examples.paper import comparison
+from examples.paper import one_setting
 from examples.paper import tables
 from examples.paper.methods import METHODS
 
@@ -107,3 +108,19 @@ def test_all_methods_are_on_emoji(results):
         if not label.endswith("sampled") and label != BESIDE
     }
     assert len(EMOJI_ROWS) >= 18
+
+
+def test_one_setting_for_all():
+    trials = tables.read_results(RESULTS, "local", "full", are_trials=True)
+    _, found = one_setting.compare(trials, one_setting.SEARCHED)
+    text = (ROOT / "docs" / "results.md").read_text()
+    line = next(
+        line for line in text.splitlines() if line.startswith("| one setting")
+    )
+    points = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+    expected = [
+        rate
+        for method in ("fvae_lora_of_4_ranks", "lora", "lora_of_3_ranks")
+        for rate in found[method][1:3]
+    ]
+    assert points == pytest.approx(expected, abs=0.051)
