@@ -7,6 +7,8 @@ from collections.abc import Callable
 import keras
 
 import keras_fvae
+from examples.paper.ablated_steps import ClipEachVariable
+from examples.paper.ablated_steps import OtherRateBesideQ1
 
 # It goes up whenever a method computes something else, so that results of
 # before and after are not mixed. A release of the package alone changes none.
@@ -224,6 +226,16 @@ ABLATIONS = {
         "no reconstruction", reconstruction_weight=0.0
     ),
     "no_gamma": ablation("no gamma", gamma_weight=0.0),
+    "clip_each": ablation(
+        "each variable clipped by itself", callbacks=(ClipEachVariable,)
+    ),
+    **{
+        f"rest_{factor}": ablation(
+            f"learning rate of q2 and the decoder x {factor}",
+            callbacks=(functools.partial(OtherRateBesideQ1, factor),),
+        )
+        for factor in (0.3, 3.0)
+    },
 }
 METHODS |= ABLATIONS
 
