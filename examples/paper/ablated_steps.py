@@ -32,8 +32,8 @@ class OtherRateBesideQ1(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if keras.config.backend() != "jax":
             raise ValueError(
-                "Learning rates of parts of a variable are for JAX. "
-                f"Received: {keras.config.backend()}."
+                "Learning rates of parts of a variable are for JAX: set "
+                f"KERAS_BACKEND=jax. Received: {keras.config.backend()}."
             )
         factors = {}
         for layer in adapted_layers(self.model):

@@ -11,7 +11,7 @@ from examples.paper.ablated_steps import OtherRateBesideQ1
 
 
 def changes_of_a_step(xy, optimizer, *callbacks):
-    """Dict of the arrays of an FVAE to what a step changed, and the model."""
+    """Dict of the arrays of an adapter to what a step changed."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8,))
     outputs = keras.layers.Dense(3, name="adapted")(inputs)
