@@ -28,12 +28,7 @@ def main(arguments=None):
     )
     parser.add_argument("--beside", choices=METHODS, default="lora")
     options = parser.parse_args(arguments)
-    try:
-        results = tables.read_results(
-            options.output, options.table, options.size
-        )
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    results = tables.read_or_exit(options, options.table)
     parts = tables.in_parts(results, tables.TABLES[options.table])
     pages = [
         page(title, part, options.beside)

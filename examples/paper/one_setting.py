@@ -11,6 +11,7 @@ which all of the methods were searched.
 """
 
 import collections
+import math
 
 import numpy as np
 
@@ -26,12 +27,7 @@ def main(arguments=None):
         "--method", nargs="+", choices=METHODS, default=list(SEARCHED)
     )
     options = parser.parse_args(arguments)
-    try:
-        trials = tables.read_results(
-            options.output, "local", options.size, are_trials=True
-        )
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    trials = tables.read_or_exit(options, "local", are_trials=True)
     datasets, found = compare(trials, options.method)
     if len(datasets) < 2:
         raise SystemExit(
@@ -77,13 +73,25 @@ def compare(trials, methods):
 
 
 def by_dataset(trials, method):
-    """Dict of data set to a dict of the number of a trial to its score."""
+    """Dict of data set to a dict of the number of a trial to its score.
+
+    A data set whose search has not ended is left out: it has fewer trials. The
+    score of a trial that failed or diverged is minus infinity.
+    """
     found = collections.defaultdict(dict)
-    for trial in tables.done(trials):
+    for trial in trials:
         run = trial["run"]
         if run["method"] == method:
-            found[run["dataset"]][run["seed"]] = trial["validation_score"]
-    return found
+            score = trial.get("validation_score", math.nan)
+            found[run["dataset"]][run["seed"]] = (
+                score if math.isfinite(score) else -math.inf
+            )
+    num_trials = max(map(len, found.values()), default=0)
+    return {
+        dataset: scores
+        for dataset, scores in found.items()
+        if len(scores) == num_trials
+    }
 
 
 def learning_rates(trials, method):
@@ -106,11 +114,7 @@ def losses(scores):
         NumPy array of shape `(data sets, trials)`, in points; infinite for a
         trial that failed.
     """
-    num_trials = 1 + max(max(each) for each in scores)
-    rows = [
-        [each.get(number, -np.inf) for number in range(num_trials)]
-        for each in scores
-    ]
+    rows = [[score for _, score in sorted(each.items())] for each in scores]
     points = 100 * np.array(rows)
     return points.max(axis=1, keepdims=True) - points
 

@@ -110,10 +110,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     pages = []
     for table in options.table:
-        try:
-            results = read_results(options.output, table, options.size)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
+        results = read_or_exit(options, table)
         for title, part in in_parts(results, TABLES[table]).items():
             name = f"{table}_{title}".replace(", ", "_")
             plot(part, TABLES[table]).savefig(
@@ -140,6 +137,14 @@ def make_parser(description):
     )
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT)
     return parser
+
+
+def read_or_exit(options, table, are_trials=False):
+    """What `read_results` returns; what it raises ends the command."""
+    try:
+        return read_results(options.output, table, options.size, are_trials)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def read_results(folder, table, size, are_trials=False):

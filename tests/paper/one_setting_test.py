@@ -58,8 +58,9 @@ def test_what_is_chosen_by_the_others(tmp_path, capsys):
     assert rows["LoRA"] == ["1.0e-03", "5.0", "10.0", "20.0"]
 
 
-def test_a_setting_that_failed_is_not_chosen(tmp_path, capsys):
-    write_all(tmp_path, {"digits": [0.9, 0.5], "kinds": [None, 0.4]})
+@pytest.mark.parametrize("score", [None, float("nan")])
+def test_a_setting_that_failed_is_not_chosen(score, tmp_path, capsys):
+    write_all(tmp_path, {"digits": [0.9, 0.5], "kinds": [score, 0.4]})
     _, rows = printed_rows(tmp_path, capsys, "--method", "lora")
     assert rows["LoRA"][:3] == ["2.0e-03", "20.0", "40.0"]
 
@@ -68,3 +69,9 @@ def test_too_few_data_sets(tmp_path):
     write_all(tmp_path, {"digits": [0.5]})
     with pytest.raises(SystemExit, match="Fewer than two data sets"):
         one_setting.main(["--output", str(tmp_path), "--method", "lora"])
+
+
+def test_a_search_that_has_not_ended_is_left_out(tmp_path, capsys):
+    write_all(tmp_path, SCORES | {"emoji": [0.1]})
+    printed, _ = printed_rows(tmp_path, capsys, "--method", "lora")
+    assert printed.startswith("3 data sets: digits, docstrings, kinds.")
